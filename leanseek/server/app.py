@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -23,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from leanseek.server.chat import chat_completions
 from leanseek.server.completions import completions
 from leanseek.server.errors import ApiError, ServerError, error_response
+from leanseek.server.events import EventStream, unless_left
 from leanseek.server.openapi import openapi
 from leanseek.server.responses import responses
 from leanseek.server.schema import (
@@ -32,7 +34,7 @@ from leanseek.server.schema import (
     ResponsesRequest,
     TokenizeRequest,
 )
-from leanseek.server.service import EventStream, Service, until_disconnect
+from leanseek.server.service import Service
 
 MAX_BODY = 16 * 2**20  # bytes: several times the longest context, written out
 PAGE = Path(__file__).parent / "page"
@@ -42,7 +44,7 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-Handler = Callable[[Service, Any], Awaitable[dict[str, Any] | EventStream]]
+Handler = Callable[[Service, Any], Coroutine[Any, Any, dict[str, Any] | EventStream]]
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,13 @@ def create_app(service: Service, access: Access | None = None) -> Starlette:
     for path, answer in _pages(service, schema).items():
         routes.append(Route(path, answer))
     routes.append(Mount("/page", StaticFiles(directory=PAGE)))
-    middleware = [Middleware(_Gate, service=service, api_key=access.api_key)]
-    if access.allowed_origins:
-        origins = list(access.allowed_origins)
-        middleware.insert(
-            0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-        )
-    # Starlette runs the handler of Exception outside all middleware and then raises on; _Gate handles those instead.
+    cors = Middleware(CORSMiddleware, allow_origins=access.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+    gate = Middleware(_Gate, service=service, api_key=access.api_key)
+    # Starlette would handle other exceptions outside all middleware, and then raise them on: those are _Gate's.
     return Starlette(
-        routes=routes, middleware=middleware, exception_handlers={404: error_response, 405: error_response}
+        routes=routes,
+        middleware=[cors, gate] if access.allowed_origins else [gate],
+        exception_handlers={HTTPException: error_response},
     )
 
 
@@ -139,9 +139,8 @@ class _Gate:
         if self._api_key is not None and protected and request.method != "OPTIONS":
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode("latin-1"), self._api_key.encode()):
-                raise ApiError(
-                    401, "wrong or missing API key: send it as `Authorization: Bearer KEY`", code="invalid_api_key"
-                )
+                message = "wrong or missing API key: send it as `Authorization: Bearer KEY`"
+                raise ApiError(401, message, code="invalid_api_key")
 
 
 def _headers(path: str) -> list[tuple[bytes, bytes]]:
@@ -161,25 +160,10 @@ def _endpoint(
         if kind != "application/json":  # which other sites' pages cannot send without being allowed to
             raise ApiError(415, "the body must be JSON, sent with `Content-Type: application/json`")
         parsed = body.model_validate_json(await request.body())
-        answer = await _unless_left(request, handle(service, parsed))
+        answer = await unless_left(request.receive, handle(service, parsed))
         return answer if isinstance(answer, EventStream) else _json(answer)
 
     return run
-
-
-async def _unless_left(request: Request, work: Awaitable[Any]) -> Any:
-    """The result of the work, which is cancelled when the client leaves first (and nobody will see the error)."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(until_disconnect(request.receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect()
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _json(answer: dict[str, Any]) -> Response:

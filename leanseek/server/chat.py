@@ -8,6 +8,7 @@ from typing import Any
 
 from leanseek.engine import Delta, Guide
 from leanseek.server.errors import ApiError
+from leanseek.server.events import EventStream
 from leanseek.server.parsers import (
     THINK,
     ForcedCallParser,
@@ -18,7 +19,7 @@ from leanseek.server.parsers import (
     ToolCallParser,
 )
 from leanseek.server.schema import ChatRequest, NamedTool, Object, Sampling, Tool
-from leanseek.server.service import EventStream, Generation, Service, chat_logprob, new_id, requested_guide
+from leanseek.server.service import Generation, Service, chat_logprob, new_id, requested_guide
 
 CLOSE_THINKING = "\n</think>\n\n"  # guided output has no room for reasoning: the prompt ends it
 
@@ -50,7 +51,7 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
         ForcedCallParser([tool.function.name for tool in forced])
         if forced
         else OutputParser(
-            ReasoningSplitter(opened) if service.template.reasons and not guide else None,
+            reasoning_splitter(service, opened, guide),
             ToolCallParser(service.template.family.tools) if tools and service.template.family.tools else None,
         )
         for _ in range(request.n or 1)
@@ -69,7 +70,7 @@ async def generate_chat(
     """
     ids = await service.encode(prompt, add_special_tokens=False)  # the template wrote those there are
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    params = service.sampling(request, len(ids), max_tokens, stop=[*stop, *service.template.family.stop], **more)
+    params = service.sampling(request, len(ids), max_tokens, stop=[*stop, *service.template.stop], **more)
     return await service.generate([(ids, params)], request.priority)
 
 
@@ -79,6 +80,11 @@ def thinking_state(prompt: str, guide: Guide | None) -> tuple[str, bool]:
     if opened and guide:
         return prompt.rstrip() + CLOSE_THINKING, False
     return prompt, opened
+
+
+def reasoning_splitter(service: Service, opened: bool, guide: Guide | None) -> ReasoningSplitter | None:
+    """For an answer that may have reasoning; None for one that cannot."""
+    return ReasoningSplitter(opened) if (opened or service.template.reasons) and not guide else None
 
 
 class _Answer:

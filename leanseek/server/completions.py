@@ -10,10 +10,10 @@ from typing import Any
 
 from leanseek.engine import Delta, TokenLogprob
 from leanseek.server.errors import ApiError
+from leanseek.server.events import EventStream
 from leanseek.server.schema import CompletionRequest
 from leanseek.server.service import (
     MIN_LOGPROB,
-    EventStream,
     Generation,
     Service,
     new_id,

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from leanseek.engine import EngineStopped, RequestFailed
-from leanseek.server.chat import generate_chat, thinking_state
+from leanseek.server.chat import generate_chat, reasoning_splitter, thinking_state
 from leanseek.server.errors import ApiError, as_api_error
-from leanseek.server.parsers import OutputParser, ReasoningSplitter
+from leanseek.server.events import EventStream
+from leanseek.server.parsers import OutputParser
 from leanseek.server.schema import InputMessage, JsonSchema, Message, ResponsesRequest, TextFormat
-from leanseek.server.service import EventStream, Generation, Service, new_id, requested_guide
+from leanseek.server.service import Generation, Service, new_id, requested_guide
 
 Event = dict[str, Any]
 
@@ -33,8 +34,8 @@ async def responses(service: Service, request: ResponsesRequest) -> dict[str, An
     prompt = await service.render(_messages(request), None, request.chat_template_kwargs)
     prompt, opened = thinking_state(prompt, guide)
     generation = await generate_chat(service, request, prompt, request.max_output_tokens, guided=guide)
-    splitter = ReasoningSplitter(opened) if service.template.reasons and not guide else None
-    answer = _Answer(service, request, generation, OutputParser(splitter, None))
+    parser = OutputParser(reasoning_splitter(service, opened, guide), None)
+    answer = _Answer(service, request, generation, parser)
     if request.stream:
         return EventStream(generation, answer.events(), done=False)
     async for _ in answer.events():

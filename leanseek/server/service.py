@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from starlette.types import Receive, Scope, Send
 
 from leanseek.engine import (
     AsyncEngine,
@@ -22,7 +19,7 @@ from leanseek.engine import (
     Tokenizer,
     TokenLogprob,
 )
-from leanseek.server.errors import ApiError, as_api_error
+from leanseek.server.errors import ApiError
 from leanseek.server.metrics import Metrics
 from leanseek.server.schema import Message, Object, Sampling, StreamOptions, StructuredOutputs, TextFormat, Tool
 from leanseek.server.templates import ChatTemplate
@@ -79,16 +76,14 @@ class Service:
         """The prompt of a conversation.
 
         Raises:
-            ApiError, TemplateError: a variable that is not the template's to get, or messages that it refuses.
+            TemplateError: the template refuses the messages.
         """
-        if taken := {"messages", "tools", "add_generation_prompt", "self"} & set(variables or {}):
-            raise ApiError(400, f"chat_template_kwargs cannot set {taken.pop()!r}", param="chat_template_kwargs")
         return await asyncio.to_thread(
             self.template.render,
             [_for_template(message) for message in messages],
             [tool.model_dump(exclude_none=True) for tool in tools or []] or None,
+            variables,
             add_generation_prompt,
-            **(variables or {}),
         )
 
     def sampling(self, request: Sampling, prompt_length: int, max_tokens: int | None, **more: Any) -> SamplingParams:
@@ -102,10 +97,8 @@ class Service:
         """
         room = self.engine.max_model_len - prompt_length
         if room < 1:
-            message = (
-                f"the prompt has {prompt_length} tokens; the context is {self.engine.max_model_len}, answer included"
-            )
-            raise ApiError(400, message, code="context_length_exceeded")
+            context = f"the context is {self.engine.max_model_len}, answer included"
+            raise ApiError(400, f"the prompt has {prompt_length} tokens; {context}", code="context_length_exceeded")
         values = {"max_tokens": max_tokens} | self.engine.defaults
         values |= {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
         values["stop"] = request.stop
@@ -191,53 +184,6 @@ class Generation:
         }
 
 
-class EventStream:
-    """Server-sent events as an ASGI response. The client's leaving ends the generation at once.
-
-    events: what to send, in order; those with a "type" (of /v1/responses) are named after it
-    done: whether "data: [DONE]" follows the last
-    """
-
-    def __init__(self, generation: Generation, events: AsyncIterator[dict[str, Any]], done: bool = True):
-        self._generation = generation
-        self._events = events
-        self._done = done
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        leaving = asyncio.ensure_future(until_disconnect(receive))
-        try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            leaving.cancel()
-            sending.cancel()
-            self._generation.close()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
-
-    async def _send(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        headers.append((b"x-accel-buffering", b"no"))  # proxies such as nginx would hold events back
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": _sse(event), "more_body": True})
-        except Exception as error:  # the status is sent: all that is left is to say so
-            await send({"type": "http.response.body", "body": _sse(as_api_error(error).body), "more_body": True})
-        end = b"data: [DONE]\n\n" if self._done else b""
-        await send({"type": "http.response.body", "body": end, "more_body": False})
-
-
-async def until_disconnect(receive: Receive) -> None:
-    """Returns when the client has left; to be used once the body has been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _sse(event: Mapping[str, Any]) -> bytes:
-    name = f"event: {event['type']}\n" if "type" in event else ""
-    return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
-
-
 def new_id(kind: str) -> str:
     return f"{kind}{secrets.token_hex(12)}"
 
@@ -285,15 +231,14 @@ def requested_guide(form: TextFormat | None, outputs: StructuredOutputs | None) 
 
 
 def _for_template(message: Message) -> dict[str, Any]:
-    """A message with a text, as templates expect; only an assistant's may be None, beside tool calls."""
+    """A message with a text, as templates expect: beside tool calls None where empty, as the published V3's wants."""
     plain = message.model_dump(exclude_none=True)
     calls = message.role == "assistant" and message.tool_calls
     if not calls:
         plain.pop("tool_calls", None)
-    if isinstance(message.content, list):
-        plain["content"] = "".join(part.text for part in message.content)
-    elif message.content is None:
-        plain["content"] = None if calls else ""
+    parts = message.content if isinstance(message.content, list) else []
+    text = "".join(part.text for part in parts) if parts else message.content or ""
+    plain["content"] = text or (None if calls else "")
     if message.role == "developer":
         plain["role"] = "system"
     return plain

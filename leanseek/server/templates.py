@@ -74,7 +74,8 @@ class ChatTemplate:
     def __init__(self, tokens: Collection[str], source: str | None = None, bos_token: str = "", eos_token: str = ""):
         self.family = next(family for family in _FAMILIES if family.tokens <= set(tokens))
         self.reasons = THINK in tokens  # whether the model may think before it answers
-        self._defaults: dict[str, Any] = {"bos_token": bos_token, "eos_token": eos_token, "tools": None}
+        self.stop = self.family.stop if source is None else ()
+        self._defaults: dict[str, Any] = {"bos_token": bos_token, "eos_token": eos_token}
         if source is None:
             self._defaults |= self.family.variables
             path = Path(__file__).parent / "chat_templates" / f"{self.family.template}.jinja"
@@ -93,8 +94,8 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
-        **variables: Any,
     ) -> str:
         """The prompt, special tokens included.
 
@@ -110,9 +111,9 @@ class ChatTemplate:
             if self.family.tools is None:
                 raise TemplateError("this model's chat format has no tools")
             messages, tools = _with_tools(messages, tools, self.family.tools), None
-        given = {**self._defaults, **variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        own = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._render(given | {"tools": tools})
+            return self._render({**self._defaults, **(variables or {}), **own})
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise TemplateError(f"the chat template refuses these messages: {error}") from None
 
@@ -149,7 +150,14 @@ class _ConfinedTemplate:
         """Start the process; the variables that the template reads."""
         command = [sys.executable, "-P", jinja_worker.__file__]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self._process = subprocess.Popen(
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the server, which still answers what runs
+        )
         return list(self._ask(self._source)["variables"])
 
     def _ask(self, question: Any) -> dict[str, Any]:
@@ -240,7 +248,7 @@ def render_chat(
 ) -> str:
     """`load_chat_template(source).render(...)`, for those who render once; `thinking` is V3.1's switch."""
     variables = {} if thinking is None else {"thinking": thinking}
-    return load_chat_template(source).render(messages, tools, add_generation_prompt, **variables)
+    return load_chat_template(source).render(messages, tools, variables, add_generation_prompt)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

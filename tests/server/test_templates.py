@@ -89,8 +89,8 @@ def judge(name: str) -> ChatTemplate:
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1", "deepseek-v3.1"])
 def test_builtin_templates_write_what_the_published_ones_do(name: str, thinking: bool, conversation: str) -> None:
     messages = CONVERSATIONS[conversation]
-    expected = judge(name).render(messages, thinking=thinking)
-    assert builtin(name).render(messages, thinking=thinking) == expected
+    expected = judge(name).render(messages, variables={"thinking": thinking})
+    assert builtin(name).render(messages, variables={"thinking": thinking}) == expected
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -132,7 +132,7 @@ def test_v3_and_r1_agree_with_the_template_that_ships_with_the_tokenizer(convers
 )
 def test_two_turns_as_published(name: str, thinking: bool, expected: str) -> None:
     messages = [system("Be brief."), user("1+1?"), assistant("2"), user("2+2?")]
-    assert builtin(name).render(messages, thinking=thinking) == expected
+    assert builtin(name).render(messages, variables={"thinking": thinking}) == expected
 
 
 @pytest.mark.parametrize(
