@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which some tests' peers do
+
 from leanseek.config import ModelConfig
 from leanseek.model import Transformer
 

@@ -13,14 +13,16 @@ PACKAGE = ROOT / "leanseek"
 # Room -> rooms it may import. errors and config are free to all.
 ALLOWED = {
     "ops": set(),
-    "model": {"ops"},
+    "fp8": {"ops"},
+    "model": {"ops", "fp8"},
     "planning": set(),
-    "checkpoint": {"ops", "model"},
+    "checkpoint": {"ops", "fp8", "model"},
     "data": set(),
-    "training": {"ops", "model", "checkpoint", "data", "planning"},
+    "training": {"ops", "fp8", "model", "checkpoint", "data", "planning"},
     "engine": {"ops", "model", "checkpoint"},
     "server": {"ops", "model", "checkpoint", "engine"},
-    "bench": {"ops", "model", "checkpoint", "data", "planning", "training", "engine"},
+    "evaluation": {"engine"},
+    "bench": {"ops", "fp8", "model", "checkpoint", "data", "planning", "training", "engine"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek import ops
 from leanseek.checkpoint.files import CheckpointError, Lazy
 from leanseek.checkpoint.names import is_quantized
+from leanseek.fp8 import quantize_blocks
 from leanseek.ops.linear import BLOCK
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0  # largest E4M3 value
 SCALE = "_scale_inv"  # X.weight has its scales in X.weight_scale_inv
 QUANTIZATION_CONFIG = {
     "quant_method": "fp8",
@@ -24,20 +23,6 @@ QUANTIZATION_CONFIG = {
     "activation_scheme": "dynamic",
     "weight_block_size": [BLOCK, BLOCK],
 }
-
-
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [rows, columns] -> q [rows, columns] E4M3, scale_inv [ceil(rows/128), ceil(columns/128)] float32.
-
-    scale = amax / 448 per block; a block of zeros has scale 1.
-    """
-    rows, columns = weight.shape
-    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [row blocks, 128, column blocks, 128]
-    scale = tiles.abs().amax((1, 3)) / FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
-    q = (tiles / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return q.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

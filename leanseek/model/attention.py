@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leanseek import ops
+from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
 
@@ -37,14 +37,21 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), device, dtype)
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, device, dtype)
 
-    def _query(self, x: Tensor, recompute: bool) -> Tensor:
-        """x [..., D] -> [q_C; q_R] of every head before the rotation, [..., H, nope + rope] (eq. 6 to 8)."""
+    def _query_latent(self, x: Tensor) -> Tensor:
+        """x [..., D] -> W_DQ x before its norm [..., q_lora_rank] (eq. 6); x itself where queries are not compressed."""
+        return x if self.config.q_lora_rank is None else self.q_a_proj(x)
+
+    def _query(self, latent: Tensor, recompute: bool = False) -> Tensor:
+        """Of `_query_latent` -> [q_C; q_R] of every head before the rotation, [..., H, nope + rope] (eq. 7, 8)."""
         c = self.config
-        if c.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = _up(self.q_a_layernorm, self.q_b_proj, self.q_a_proj(x), recompute)
+        q = self.q_proj(latent) if c.q_lora_rank is None else _up(self.q_a_layernorm, self.q_b_proj, latent, recompute)
         return q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
+
+    def _keys_values(self, latent: Tensor, recompute: bool = False) -> Tensor:
+        """W_DKV x before its norm -> [k_C; v] of every head, [..., H, nope + v] (eq. 2, 5)."""
+        c = self.config
+        kv = _up(self.kv_a_layernorm, self.kv_b_proj, latent, recompute)
+        return kv.unflatten(-1, (c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim))
 
     def _compress(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., D] -> W_DKV x before its norm [..., kv_lora_rank], k_R before the rotation [..., rope] (eq. 1, 3)."""
@@ -54,17 +61,23 @@ class MLA(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False) -> Tensor:
         """Expanded form over whole sequences: x [B, T, D], cos and sin [B or 1, T, rope / 2] -> [B, T, D]."""
         c = self.config
-        q = self._query(x, recompute)
+        q_latent = self._query_latent(x)
         latent, k_rope = self._compress(x)
-        kv = _up(self.kv_a_layernorm, self.kv_b_proj, latent, recompute)  # eq. 2, 5
-        kv = kv.unflatten(-1, (c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim))
-        out = ops.mla_attention(q, kv, k_rope, cos, sin, c.softmax_scale, c.rope_interleave)  # eq. 3, 4, 9, 10
+        q, kv = self._query(q_latent, recompute), self._keys_values(latent, recompute)
+        if self.o_proj.fp8 is None:
+            out = ops.mla_attention(q, kv, k_rope, cos, sin, c.softmax_scale, c.rope_interleave)  # eq. 3, 4, 9, 10
+        else:  # keep the latents alone (3.2.3)
+            held = q_latent.detach(), latent.detach()
+            with fp8.Recomputed((q, lambda: self._query(held[0])), (kv, lambda: self._keys_values(held[1]))):
+                out = ops.mla_attention(q, kv, k_rope, cos, sin, c.softmax_scale, c.rope_interleave)
+            # the attention's backward reads its output too (3.3.3): one tensor, rounded, serves it and W_O
+            out.data.copy_(fp8.round_e5m6(out.detach()))
         return self.o_proj(out.flatten(-2))  # eq. 11
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """Absorbed form: x [N, D] of the step's new tokens; writes their latents into cache [slots, W] -> [N, D]."""
         c = self.config
-        q_nope, q_rope = self._query(x, recompute=False).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        q_nope, q_rope = self._query(self._query_latent(x)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         q_rope = ops.rotate(q_rope, cos, sin, c.rope_interleave)  # eq. 8
         latent, k_rope = self._compress(x)
         k_rope = ops.rotate(k_rope.unsqueeze(-2), cos, sin, c.rope_interleave).squeeze(-2)  # eq. 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from leanseek import ops
+from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 from leanseek.model.attention import GQA, MLA
 from leanseek.model.layers import MLP, RMSNorm
@@ -26,10 +26,15 @@ class Block(nn.Module):
 
     def _feed_forward(self, x: Tensor, replay: Tensor | None) -> tuple[Tensor, Route | None]:
         normed = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, MoE):
+        if not isinstance(self.mlp, MoE):
+            return x + self.mlp(normed), None
+        if self.mlp.experts.fp8 is None:
             out, route = self.mlp(normed, replay)
-            return x + out, route
-        return x + self.mlp(normed), None
+        else:  # the gate reads what the FP8 products do not keep: the norm is computed again for it (3.2.3)
+            held = x.detach()
+            with fp8.Recomputed((normed, lambda: self.post_attention_layernorm(held))):
+                out, route = self.mlp(normed, replay)
+        return x + out, route
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, replay: Tensor | None = None

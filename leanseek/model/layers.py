@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanseek import ops
+from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 
 
@@ -28,8 +28,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_buffer("weight_scale_inv", None)
+        self.fp8: fp8.Cast | None = None  # set by fp8.apply for training
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None:
+            return fp8.linear(x, self.weight, self.fp8)
         return ops.linear(x, self.weight, self.weight_scale_inv)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -57,6 +60,9 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, size, device, dtype)
         self.up_proj = Linear(config.hidden_size, size, device, dtype)
         self.down_proj = Linear(size, config.hidden_size, device, dtype)
+        self.fp8: fp8.Cast | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None:
+            return fp8.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.fp8)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from leanseek import ops
+from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import MLP
 
@@ -23,6 +23,20 @@ class Route(NamedTuple):
     indices: Tensor  # [N, K] int64, the experts chosen
     weights: Tensor  # [N, K] float32, the gate values g
     scores: Tensor  # [N, E] float32, s before bias and choice
+
+
+class _Logits(torch.autograd.Function):
+    """x · weightᵀ in float32, [N, E], keeping x as it came instead of a float32 copy."""
+
+    @staticmethod
+    def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        return ops.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
 
 
 class Gate(nn.Module):
@@ -49,7 +63,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, replay: Tensor | None = None) -> Route:
         """x [N, D] -> Route. `replay` [N, K] fixes the choice; the gate values are computed anew."""
         c = self.config
-        logits = ops.linear(x.float(), self.weight.float())  # [N, E]
+        logits = _Logits.apply(x, self.weight)  # [N, E]
         scores = ops.expert_scores(logits, c.scoring_func)  # eq. 15
         indices = replay
         if indices is None:
@@ -76,9 +90,12 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(e, d, i, device=device, dtype=dtype))
         self.register_buffer("gate_up_proj_scale_inv", None)
         self.register_buffer("down_proj_scale_inv", None)
+        self.fp8: fp8.Cast | None = None
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """x [N, D] -> [N, D], the weighted sum of each token's experts."""
+        if self.fp8 is not None:
+            return fp8.experts(x, route.indices, route.weights, self.gate_up_proj, self.down_proj, self.fp8)
         scales = None
         if self.gate_up_proj_scale_inv is not None and self.down_proj_scale_inv is not None:
             scales = (self.gate_up_proj_scale_inv, self.down_proj_scale_inv)
@@ -103,7 +120,7 @@ class MoE(nn.Module):
         route = self.gate(flat, replay)
         out = self.experts(flat, route).view(x.shape)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
+            out = out + self.shared_experts(flat).view(x.shape)
         return out, route
 
 

@@ -9,13 +9,15 @@ from leanseek.ops.latent_attention import CacheIndex, latent_attention
 from leanseek.ops.linear import dequantize_blocks, linear
 from leanseek.ops.norm import rms_norm
 from leanseek.ops.rotary import rotate
+from leanseek.ops.sampling import Choice, sample
 from leanseek.ops.select import expert_scores, select_experts
 from leanseek.ops.swiglu import swiglu
 
-from leanseek.ops import cpu, invariant  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
+from leanseek.ops import cpu, invariant, triton  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
 
 __all__ = [
     "CacheIndex",
+    "Choice",
     "causal_attention",
     "dequantize_blocks",
     "expert_scores",
@@ -29,6 +31,7 @@ __all__ = [
     "rotate",
     "route_order",
     "row_invariant",
+    "sample",
     "select_experts",
     "swiglu",
     "table",

@@ -28,6 +28,8 @@ _GETS = {
     "/v1/models": "application/json",
     "/health": "application/json",
     "/metrics": "text/plain",
+    "/openapi.json": "application/json",
+    "/": "text/html",
 }
 
 
@@ -38,6 +40,8 @@ def openapi(endpoints: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, Any] = {path: {"get": {"responses": _responses(kind)}} for path, kind in _GETS.items()}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths["/v1/models/{name}"] = {"get": {"parameters": [name], "responses": _responses("application/json")}}
     for path, body in endpoints.items():
         reference = {"$ref": f"#/components/schemas/{body.__name__}"}
         content = {"application/json": {"schema": reference}}

@@ -12,6 +12,7 @@ from typing import Any
 import tomli_w
 
 from leanseek.config import ConfigError, ModelConfig, preset_path
+from leanseek.fp8 import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class TrainConfig:
     ramp: float = 0.03  # share of the steps
     micro_batch_size: int = 0  # sequences per forward; 0: the whole batch
     dtype: str = "auto"  # of the compute: bfloat16 where the hardware multiplies it, else float32
+    precision: str = "bf16"  # of the linears' products: bf16 (that is, dtype), fp8, fp8-tensorwise (docs/fp8.md)
+    spike_limit: float = 10.0  # robust z-score of a loss above which its step is left out; 0: never
     device: str = "auto"
     recompute: bool = False  # norms and MLA up-projections again in backward (3.2.3)
     seed: int = 0
@@ -44,7 +47,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; norms and the embedding do not decay (optimizer.py says why)
     clip: float = 1.0
-    moments: str = "float32"  # or "bfloat16", as the paper keeps them (3.3.3)
+    moments: str = "auto"  # float32, or bfloat16 as the paper keeps them (3.3.3); auto: bfloat16 under FP8
     ema: float = 0.0  # decay of an averaged copy of the weights (3.2.3); 0: none
 
 
@@ -147,6 +150,13 @@ class RunConfig:
             raise ConfigError("the file has neither a [model] table nor preset = ...")
         return cls(**values)
 
+    @property
+    def moments(self) -> str:
+        """"float32" or "bfloat16": what `optimizer.moments` comes to."""
+        if self.optimizer.moments != "auto":
+            return self.optimizer.moments
+        return "float32" if self.train.precision == "bf16" else "bfloat16"
+
     def to_toml(self) -> str:
         """The resolved file; `from_dict(tomllib.loads(...))` gives this config again."""
         table: dict[str, Any] = {"name": self.name, "model": self.model.to_dict()}
@@ -165,7 +175,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "train.batch_size_start train.micro_batch_size train.seed schedule.warmup_steps checkpoint.keep_every "
-        "optimizer.weight_decay balance.bias_update_speed balance.sequence_alpha balance.switch_alpha "
+        "train.spike_limit optimizer.weight_decay balance.bias_update_speed balance.sequence_alpha balance.switch_alpha "
         "mtp.weight mtp.weight_late schedule.final_lr schedule.last_lr",
         lambda v: v >= 0,
         "must not be negative",
@@ -183,7 +193,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: len(v) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in v),
         "must be two numbers in [0, 1)",
     ),
-    ("optimizer.moments", lambda v: v in ("float32", "bfloat16"), "is not one of float32, bfloat16"),
+    ("optimizer.moments", lambda v: v in ("auto", "float32", "bfloat16"), "is not one of auto, float32, bfloat16"),
+    ("train.precision", lambda v: v in PRECISIONS, f"is not one of {', '.join(PRECISIONS)}"),
     ("train.dtype", lambda v: v in ("auto", "float32", "bfloat16"), "is not one of auto, float32, bfloat16"),
 )
 

@@ -10,6 +10,7 @@ import errno
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -22,13 +23,14 @@ from leanseek.checkpoint.training import newest_checkpoint, prune, set_aside, st
 from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
 from leanseek.errors import Interrupted, RunError
+from leanseek.model import Transformer
 from leanseek.ops.machine import gemm_rate
 from leanseek.training.config import RunConfig
 from leanseek.training.metrics import Metrics, replace_text
 from leanseek.training.schedules import batch_size, samples_before
 from leanseek.training.trainer import StepResult, Trainer
 
-MAX_SKIPPED = 3  # steps in a row whose loss or gradient was not finite, before the run gives up
+MAX_SKIPPED = 3  # steps in a row that were not applied, before the run gives up
 
 
 class Summary(NamedTuple):
@@ -49,10 +51,18 @@ class _Start(NamedTuple):
     broken: tuple[str, ...] = ()  # checkpoints that were passed over
 
 
-def train(run: RunConfig, *, resume: bool = False, runs: Path = Path("runs"), compare: Path | None = None) -> Summary:
+def train(
+    run: RunConfig,
+    *,
+    resume: bool = False,
+    runs: Path = Path("runs"),
+    compare: Path | None = None,
+    prepare: Callable[[Transformer], None] | None = None,
+) -> Summary:
     """Train to the last step, with `resume` from the newest good checkpoint of the run of that name, in `runs`.
 
-    `compare` is another run's folder, whose curves the report draws beside this one's.
+    `compare` is another run's folder, whose curves the report draws beside this one's. `prepare` is called with the
+    model before the first step, for experiments that change how it runs.
 
     Raises:
         ConfigError: the run exists and `resume` is not set, or there is nothing to resume, or to compare with.
@@ -64,7 +74,7 @@ def train(run: RunConfig, *, resume: bool = False, runs: Path = Path("runs"), co
     if compare is not None and not (compare / "metrics.jsonl").is_file():
         raise ConfigError(f"{compare} is not the folder of a run: it has no metrics.jsonl")
     try:
-        return _train(run, folder, resume, compare)
+        return _train(run, folder, resume, compare, prepare)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -76,10 +86,18 @@ def train(run: RunConfig, *, resume: bool = False, runs: Path = Path("runs"), co
         ) from None
 
 
-def _train(run: RunConfig, folder: Path, resume: bool, compare: Path | None) -> Summary:
+def _train(
+    run: RunConfig,
+    folder: Path,
+    resume: bool,
+    compare: Path | None,
+    prepare: Callable[[Transformer], None] | None,
+) -> Summary:
     data, held_out = _open_data(run)
     with _Signals() as signals:
         start = _resume(run, folder) if resume else _begin(run, folder)
+        if prepare is not None:
+            prepare(start.trainer.model)
         with Metrics(folder, run.train.steps, start.step) as metrics:
             loop = _Loop(run, folder, start, data, held_out, metrics)
             for step in range(start.step, run.train.steps):
@@ -128,12 +146,18 @@ def _resume(run: RunConfig, folder: Path) -> _Start:
     set_aside(folder, found.step)
     trainer = Trainer(run, load(found.folder, dtype="float32"))
     trainer.load_state_tensors(found.tensors)
+    if "guard" in found.state:  # not in checkpoints from before there was a guard
+        trainer.guard.load_state(found.state["guard"])
     return _Start(trainer, found.step, int(found.state["skipped"]), tuple(broken))
 
 
 def _mount_point(path: Path) -> Path:
     whole = path.resolve()
     return next(p for p in (whole, *whole.parents) if p.is_mount())
+
+
+def _products(run: RunConfig) -> str:
+    return "" if run.train.precision == "bf16" else f", linears in {run.train.precision}"
 
 
 class _Signals:
@@ -176,7 +200,7 @@ class _Loop:
             start.step,
             what,
             f"{folder} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
-            f"{str(dtype).removeprefix('torch.')}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here",
+            f"{str(dtype).removeprefix('torch.')}{_products(run)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here",
         )
 
     def step(self, step: int) -> None:
@@ -213,7 +237,8 @@ class _Loop:
                 f"step {step}: weight {culprit} is not finite, so no checkpoint was written; the last good one is "
                 "intact: lower optimizer.lr and go on with --resume"
             )
-        state = {"samples": samples_before(self.run, step), "tokens": self._tokens(step), "skipped": self.skipped}
+        state: dict[str, Any] = {"samples": samples_before(self.run, step), "tokens": self._tokens(step), "skipped": self.skipped}
+        state["guard"] = self.trainer.guard.state()
         tensors = self.trainer.state_tensors()
         self.metrics.sync()  # whoever finds the checkpoint finds the rows up to it
         write_checkpoint(self.folder, step, self.trainer.model, tensors, state, self.data.folder)
@@ -251,12 +276,12 @@ class _Loop:
         self.metrics.show(step, f"loss {result.loss:.3f}  {rate:,.0f} tok/s  MFU {row['mfu']:.0%}")
 
     def _note_skipped(self, step: int, result: StepResult) -> None:
-        """A step that was not applied: say what was not finite, and stop after too many in a row."""
+        """A step that was not applied: say why, and stop after too many in a row."""
         if result.applied:
             self.skipped = 0
             return
         self.skipped += 1
-        message = f"step {step}: {result.culprit} is not finite (loss {result.loss}, gradient norm {result.grad_norm})"
+        message = f"step {step}: {result.reason}; loss {result.loss}, gradient norm {result.grad_norm}"
         self.metrics.event(step, "skipped", f"{message}; the step is left out")
         if self.skipped >= MAX_SKIPPED:
             raise RunError(

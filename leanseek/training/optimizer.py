@@ -39,7 +39,7 @@ class BF16AdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"].copy_(v)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, moments: str) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices alone, the head's and the gate's among them.
 
     Norms scale and do not multiply into each other, so nothing is to be shrunk; the embedding (also when it is the head
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     for name, parameter in model.named_parameters():
         (keep if parameter.ndim < 2 or name == "embed_tokens.weight" else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
-    if config.moments == "bfloat16":
+    if moments == "bfloat16":
         return BF16AdamW(groups, config.lr, config.betas, config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -9,19 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leanseek import fp8
 from leanseek.config import ConfigError
 from leanseek.model import Transformer, max_violation
 from leanseek.ops.machine import default_device, preferred_dtype
 from leanseek.training.balance import add_counts, update_biases
 from leanseek.training.config import RunConfig
-from leanseek.training.diagnose import find_nonfinite
+from leanseek.training.diagnose import Finding, find_nonfinite, largest_gradient
+from leanseek.training.guard import SpikeGuard
 from leanseek.training.objective import Losses, losses
 from leanseek.training.optimizer import EMA, build_optimizer
 from leanseek.training.schedules import bias_update_speed, learning_rate, mtp_weight
 
 
 class StepResult(NamedTuple):
-    """What happened in a step. `applied` is False when a loss or gradient was not finite: nothing has changed then."""
+    """What happened in a step. `applied` is False when a loss or gradient was not finite, or the loss jumped: nothing
+    has changed then."""
 
     loss: float
     mtp_loss: float
@@ -29,7 +32,8 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping
     lr: float
     applied: bool
-    culprit: str  # "", or what was not finite first (diagnose.py)
+    culprit: str  # "", or what was not finite first, or the largest gradient of a spike (diagnose.py)
+    reason: str  # why the step was not applied, in words
     counts: dict[int, Tensor]  # tokens per expert [E] int64 of each MoE layer, over the whole batch, on the CPU
     max_violation: dict[int, float]  # of each MoE layer
 
@@ -52,7 +56,9 @@ class Trainer:
         if model is None:
             model = Transformer(run.model).init_weights(torch.Generator().manual_seed(run.train.seed))
         self.model = model.to(self.device)
-        self.optimizer = build_optimizer(self.model, run.optimizer)
+        fp8.apply(self.model, run.train.precision)
+        self.optimizer = build_optimizer(self.model, run.optimizer, run.moments)
+        self.guard = SpikeGuard(run.train.spike_limit)
         self.ema = EMA(self.model, run.optimizer.ema) if run.optimizer.ema else None
 
     def step(self, tokens: Tensor, step: int) -> StepResult:
@@ -76,9 +82,13 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         loss, mtp_loss, balance_loss, grad_norm = torch.cat((sums, norm.detach().float().view(1))).tolist()
         lr = learning_rate(run, step)
-        culprit = ""
+        wrong, reason = Finding("", ""), ""
         if not math.isfinite(loss + mtp_loss + balance_loss + grad_norm):
-            culprit = find_nonfinite(self.model, lambda: [self._losses(part, step) for part in parts])
+            wrong = find_nonfinite(self.model, lambda: [self._losses(part, step) for part in parts])
+            reason = f"{wrong.culprit} is not finite ({wrong.statistics})"
+        elif spike := self.guard.spike(loss):
+            wrong = largest_gradient(self.model)
+            reason = f"{spike}; the largest gradient is the {wrong.culprit} ({wrong.statistics})"
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, run.optimizer.clip, norm)
             for group in self.optimizer.param_groups:
@@ -91,7 +101,7 @@ class Trainer:
         loads = loads.cpu()
         violation = dict(zip(counts, max_violation(loads).tolist(), strict=True))
         by_layer = dict(zip(counts, loads, strict=True))
-        return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, not culprit, culprit, by_layer, violation)
+        return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, not reason, wrong.culprit, reason, by_layer, violation)
 
     def _losses(self, tokens: Tensor, step: int) -> Losses:
         return losses(
@@ -133,7 +143,7 @@ class Trainer:
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`. A moment stored in another dtype is converted."""
-        moments = torch.bfloat16 if self.run.optimizer.moments == "bfloat16" else torch.float32
+        moments = torch.bfloat16 if self.run.moments == "bfloat16" else torch.float32
         for name, parameter in self.model.named_parameters():
             if f"step.{name}" in tensors:
                 self.optimizer.state[parameter] = {

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanseek.ops.cpu.library import DTYPES, kernel
+from leanseek.ops.cpu.library import DTYPES, kernel, pointers
 from leanseek.ops.dispatch import register
 from leanseek.ops.latent_attention import CacheIndex
 
-_linear = kernel("stored_linear", "npp nn p n p")
-_experts = kernel("stored_experts", "npppp nnn ppp nn p")
+_linear = kernel("stored_linear", "npp nn np n p")
+_experts = kernel("stored_experts", "npppp nnn np pp nn p")
 _attention = kernel("latent_attention", "np nnn ppp nnn p n f p")
 
 KINDS = DTYPES | {torch.float8_e4m3fn: 2}  # stored.h
@@ -33,12 +33,12 @@ def _stored(x: Tensor, weight: Tensor, *scales: Tensor | None) -> bool:
 
 @register("linear", "cpu", _stored, row_invariant=True)
 def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty(rows.shape[0], weight.shape[0])
-    scale = None if scale_inv is None else scale_inv.data_ptr()
     _linear(
-        KINDS[weight.dtype], weight.data_ptr(), scale, *weight.shape, rows.data_ptr(), rows.shape[0], out.data_ptr()
-    )
+        KINDS[weight.dtype], *pointers(weight, scale_inv), *weight.shape,
+        DTYPES[x.dtype], rows.data_ptr(), rows.shape[0], out.data_ptr(),
+    )  # fmt: skip
     return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -52,12 +52,12 @@ def experts(
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     n_experts, d, i = down.shape
-    rows, indices, weights = x.float().contiguous(), indices.contiguous(), weights.float().contiguous()
+    rows, indices, weights = x.contiguous(), indices.contiguous(), weights.float().contiguous()
     out = torch.empty(rows.shape)
     up_scale, down_scale = (None, None) if scales is None else (s.data_ptr() for s in scales)
     _experts(
         KINDS[gate_up.dtype], gate_up.data_ptr(), up_scale, down.data_ptr(), down_scale, n_experts, i, d,
-        rows.data_ptr(), indices.data_ptr(), weights.data_ptr(), *indices.shape, out.data_ptr(),
+        DTYPES[x.dtype], rows.data_ptr(), indices.data_ptr(), weights.data_ptr(), *indices.shape, out.data_ptr(),
     )  # fmt: skip
     return out.to(x.dtype)
 

@@ -163,7 +163,7 @@ class Clock {
 
   usage(usage) {
     if (this.first === null) return;
-    if (usage.completion_tokens > 1) by("speed").textContent = `${((usage.completion_tokens - 1) / this.sinceFirst()).toFixed(1)}/s`;
+    if (usage.completion_tokens > 1) by("speed").textContent = `${((usage.completion_tokens - 1) / this.sinceFirst()).toFixed(1)} tok/s`;
     const { accepted_prediction_tokens: right, rejected_prediction_tokens: wrong } = usage.completion_tokens_details;
     if (right + wrong > 0) by("mtp").textContent = `${Math.round((100 * right) / (right + wrong))} %`;
   }

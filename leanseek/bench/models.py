@@ -1,0 +1,98 @@
+"""Models to measure: a preset's network with random weights, as a Hugging Face folder that is made once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from leanseek.checkpoint import iter_hf_tensors
+from leanseek.checkpoint.blocks import as_bf16, as_fp8
+from leanseek.checkpoint.files import Lazy, atomic_folder, write_json
+from leanseek.checkpoint.hf import described, write_weights
+from leanseek.config import ModelConfig
+from leanseek.model import Transformer
+
+STD = 0.02
+SHARD_BYTES = 5 * 10**9
+
+
+def cache_root() -> Path:
+    """Where models to measure are kept unless said otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanseek" / "bench"
+
+
+def random_model(preset: str, format: Literal["fp8", "bf16", "fp32"], root: Path) -> Path:
+    """The folder under `root` with the preset's network, weights normal(0, 0.02), and a tokenizer of its size.
+
+    Made at the first call, a tensor at a time, and found by later ones; the same weights (before rounding to the
+    format) wherever it is made. The folder appears whole or not at all, and what a killed process left is removed.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    config = ModelConfig.preset(preset)
+    described_by = json.dumps([config.to_dict(), STD], sort_keys=True)
+    folder = root / f"{preset}-{format}-{hashlib.sha256(described_by.encode()).hexdigest()[:8]}"
+    with _locked(root, folder.name):
+        if folder.is_dir():
+            return folder
+        for left in root.glob(f".{folder.name}.partial-*"):  # whoever made it is dead: the lock is ours
+            shutil.rmtree(left)
+        tensors = list(_tensors(config, format))
+        with atomic_folder(folder) as partial:
+            write_json(partial / "config.json", config.to_hf() | described(tensors))
+            _tokenizer(config).save(str(partial / "tokenizer.json"))
+            write_weights(partial, tensors, config, SHARD_BYTES)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(root: Path, name: str) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock when its holder dies."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _tensors(config: ModelConfig, format: str) -> Iterator[Lazy]:
+    source = {
+        name: Lazy(name, torch.float32, tuple(meta.shape), functools.partial(_random, name, tuple(meta.shape)))
+        for name, meta in iter_hf_tensors(Transformer(config, device="meta"))
+    }
+    if format == "fp32":
+        return iter(source.values())
+    return as_fp8(source) if format == "fp8" else as_bf16(source)
+
+
+def _random(name: str, shape: tuple[int, ...]) -> Tensor:
+    if name.endswith("e_score_correction_bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)  # of an RMSNorm
+    return torch.empty(shape).normal_(0, STD, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def _tokenizer(config: ModelConfig) -> tokenizers.Tokenizer:
+    """Every id spells something: the two ends, the bytes, then words that no text is split into."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    spelled = ["<begin>", "<end>", *alphabet]
+    spelled += [f"Ġ{number}" for number in range(len(spelled), config.vocab_size)]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(spelled)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(spelled[:2])
+    return inner

@@ -1,0 +1,136 @@
+"""Linear and feed-forward with all their products in FP8, forward and backward (3.3.1, 3.3.2).
+
+Kept for backward are FP8 codes of the input and of the pre-activation (3.3.3): SwiGLU is computed again, and so is
+whatever is not mentioned. Weights are cast once per optimizer step (recipe.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leanseek.fp8.products import cuts, grouped_gradient, grouped_product, product
+from leanseek.fp8.quantize import Kept, Operand, row_bands, take
+from leanseek.fp8.recipe import Cast
+from leanseek.ops.experts import route_order
+
+
+def linear(x: Tensor, weight: Tensor, cast: Cast) -> Tensor:
+    """x [..., in] · weight [out, in]ᵀ in x's dtype."""
+    operand, kept = _input(x, cast)
+    return _Linear.apply(x, weight, cast, operand, kept)
+
+
+def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, cast: Cast) -> Tensor:
+    """down(silu(gate x) · up x): x [..., D]; gate, up [I, D]; down [D, I]."""
+    return _FeedForward.apply(x, None, None, cast, *_input(x, cast), down, gate, up)
+
+
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, cast: Cast) -> Tensor:
+    """As `ops.experts`: x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] -> [N, D]."""
+    return _FeedForward.apply(x, indices, weights, cast, *_input(x, cast), down, gate_up)
+
+
+def _input(x: Tensor, cast: Cast) -> tuple[Operand, Kept]:
+    """x [..., K] in 1×128 tiles. Modules that read the same tensor share its codes: they travel with it."""
+    key = (type(cast.recipe), cast.recipe.power_of_two, x._version)
+    found = getattr(x, "_fp8_rows", None)
+    if found is None or found[0] != key:
+        flat = x.detach().reshape(-1, x.shape[-1])
+        found = (key, *cast.recipe.rows(flat))
+        x._fp8_rows = found  # type: ignore[attr-defined]
+    if cast.seen is not None:
+        cast.note("input", x.detach().reshape(-1, x.shape[-1]))
+    return found[1], found[2]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, cast, operand, kept):  # type: ignore[no-untyped-def]
+        out = torch.empty(x.shape[:-1].numel(), weight.shape[0], dtype=x.dtype, device=x.device)
+        product(operand, take(cast.weight(0, x.dtype, weight), 0), cuts(x.shape[-1]), out)
+        ctx.save_for_backward(weight, *([x] if cast.wide_input else kept))
+        ctx.cast, ctx.shape = cast, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        weight, *kept = ctx.saved_tensors
+        cast, dtype, columns = ctx.cast, grad.dtype, ctx.shape[-1]
+        grad = grad.reshape(-1, weight.shape[0]).contiguous()
+        cast.note("gradient", grad)
+        bands = row_bands([grad.shape[0]], grad.device)
+        g = cast.recipe.both(grad, bands)
+        dx = torch.empty(grad.shape[0], columns, dtype=dtype, device=grad.device)
+        product(g.rows, take(cast.weight(0, dtype, weight), 0).t(), cuts(weight.shape[0]), dx)
+        x = kept[0].reshape(-1, columns) if cast.wide_input else Kept(*kept)
+        turned = cast.recipe.turn(x, bands, dtype)
+        dweight = torch.empty(1, *weight.shape, dtype=weight.dtype, device=grad.device)
+        grouped_gradient(g.turned, turned, [grad.shape[0]], bands, dweight)
+        return dx.view(ctx.shape), dweight[0], None, None, None
+
+
+class _FeedForward(torch.autograd.Function):
+    """Of routed experts, or of one that every token takes (indices None). `ups` is gate_up, or gate and up.
+
+    A row is a (token, choice) pair, sorted by expert. The gate's weight multiplies the activation, as in ops/experts.py.
+    """
+
+    @staticmethod
+    def forward(ctx, x, indices, weights, cast, operand, kept, down, *ups):  # type: ignore[no-untyped-def]
+        d, i = down.shape[-2:]
+        flat = x.reshape(-1, d)
+        w_up, w_down = _weights(cast, x.dtype, down, ups)
+        token = place = order = row_weight = None
+        ends = [flat.shape[0]]
+        if indices is not None:
+            order, place, edges = route_order(indices, down.shape[0])
+            token, ends = order // indices.shape[1], edges.tolist()
+            row_weight = weights.float().flatten()[order]
+            operand = take(operand, token)
+        hidden = torch.empty(ends[-1], 2 * i, dtype=x.dtype, device=x.device)
+        grouped_product(operand, w_up, ends, cuts(d), hidden)
+        act, kept_hidden = cast.recipe.swiglu(hidden, row_weight)
+        out = torch.empty(ends[-1], d, dtype=x.dtype, device=x.device)
+        grouped_product(act, w_down, ends, cuts(i), out)
+        ctx.save_for_backward(*kept, *kept_hidden, row_weight, token, place, down, *ups)
+        ctx.cast, ctx.ends, ctx.shape = cast, ends, x.shape
+        return _combine(out, place, flat.shape[0]).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        codes, scales, hidden_codes, hidden_scales, row_weight, token, place, down, *ups = ctx.saved_tensors
+        cast, recipe, ends, dtype = ctx.cast, ctx.cast.recipe, ctx.ends, grad.dtype
+        d, i = down.shape[-2:]
+        grad = grad.reshape(-1, d).contiguous()
+        cast.note("gradient", grad)
+        w_up, w_down = _weights(cast, dtype, down, ups)
+        bands = row_bands(ends, grad.device)
+        g_turned = recipe.turn(grad, bands, dtype, token)
+        g, _ = recipe.rows(grad)
+        dact = torch.empty(ends[-1], i, dtype=dtype, device=grad.device)
+        grouped_product(g if token is None else take(g, token), w_down.transpose(1, 2), ends, cuts(d), dact)
+        found = recipe.swiglu_backward(dact, Kept(hidden_codes, hidden_scales), row_weight, bands)
+        ddown = torch.empty(len(ends), d, i, dtype=down.dtype, device=grad.device)
+        grouped_gradient(g_turned, found.act, ends, bands, ddown)
+        x_turned = recipe.turn(Kept(codes, scales), bands, dtype, token)
+        dups = torch.empty(len(ends), 2 * i, d, dtype=down.dtype, device=grad.device)
+        grouped_gradient(found.hidden.turned, x_turned, ends, bands, dups)
+        dx = torch.empty(ends[-1], d, dtype=dtype, device=grad.device)
+        grouped_product(found.hidden.rows, w_up.transpose(1, 2), ends, cuts(2 * i, halves=2), dx)
+        dx = _combine(dx, place, grad.shape[0]).view(ctx.shape)
+        dweights = None if place is None else found.weight[place].view(grad.shape[0], -1)
+        split = dups[0].chunk(2) if len(ups) == 2 else [dups]
+        return dx, None, dweights, None, None, None, ddown.view(down.shape), *split
+
+
+def _weights(cast: Cast, dtype: torch.dtype, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Operand, Operand]:
+    """As [E, 2I, D] and [E, D, I]. Gate and up are cut into blocks apart, as they are published."""
+    d, i = down.shape[-2:]
+    halves = ups if len(ups) == 2 else (ups[0].view(-1, i, d),)
+    return cast.weight(0, dtype, *halves).view(-1, 2 * i, d), cast.weight(1, dtype, down)
+
+
+def _combine(rows: Tensor, place: Tensor | None, tokens: int) -> Tensor:
+    """[M, D] sorted by expert -> [N, D], the sum of each token's rows."""
+    return rows if place is None else rows.index_select(0, place).view(tokens, -1, rows.shape[1]).sum(1)

@@ -1,0 +1,60 @@
+"""What a step keeps for backward: computing it again instead of keeping it, and measuring what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class _Recipe(NamedTuple):
+    """In place of a kept tensor: how to make what it is a view of, and which view."""
+
+    make: Callable[[], Tensor]
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Recomputed(saved_tensors_hooks):
+    """Within it, whatever autograd would keep of the given tensors is made again in backward (3.2.3).
+
+    A pair is a tensor and what makes it again, bit for bit, without gradients; that must itself hold only what is kept
+    anyway. What is no view of these tensors is kept as ever.
+    """
+
+    def __init__(self, *pairs: tuple[Tensor, Callable[[], Tensor]]):
+        makers = {tensor.untyped_storage().data_ptr(): make for tensor, make in pairs}
+
+        def pack(t: Tensor) -> Tensor | _Recipe:
+            make = makers.get(t.untyped_storage().data_ptr())
+            return t if make is None else _Recipe(make, t.size(), t.stride(), t.storage_offset())
+
+        def unpack(kept: Tensor | _Recipe) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            with torch.no_grad():
+                made = kept.make()
+            return made.as_strided(kept.size, kept.stride, kept.offset)
+
+        super().__init__(pack, unpack)
+
+
+def live_bytes(forward: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a forward leaves allocated while its result is held: what autograd keeps, in whatever form.
+
+    Counted by the allocator, so nothing hides: neither what hooks put elsewhere nor what a closure holds.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        held = forward()
+        left = torch.cuda.memory_allocated(device) - before
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+            held = forward()
+        left = sum(event.self_cpu_memory_usage for event in found.key_averages())
+    del held
+    return left

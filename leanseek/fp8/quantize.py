@@ -1,0 +1,217 @@
+"""What FP8 products are fed with: operands, and what is kept of an activation for backward.
+
+Each function has a native form (ops/cpu/fp8.py) and this torch form. The native ones write q · scale in the compute
+type, and products are ordinary ones: with power-of-two scales BF16 holds q · scale exactly, so every single product is
+that of the codes. The torch ones hand on codes and scales, for products in the exact arithmetic (products.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leanseek.fp8.formats import E5M6, TILE, quantize, spread
+from leanseek.ops.dispatch import pick
+
+FP8 = torch.float8_e4m3fn
+
+
+class Coded(NamedTuple):
+    """An operand of the exact arithmetic: codes and the scale of each."""
+
+    codes: Tensor  # [rows, columns] float32, on the grid of E4M3; weights have a dimension of experts before
+    scale: Tensor  # of the same shape, float32
+
+    def t(self) -> Coded:
+        return Coded(self.codes.t(), self.scale.t())
+
+    def view(self, *shape: int) -> Coded:
+        return Coded(self.codes.view(shape), self.scale.view(shape))
+
+    def transpose(self, a: int, b: int) -> Coded:
+        return Coded(self.codes.transpose(a, b), self.scale.transpose(a, b))
+
+    def take(self, rows: int | slice | Tensor) -> Coded:
+        return Coded(self.codes[rows], self.scale[rows])
+
+
+Operand = Tensor | Coded  # a tensor holds q · scale
+
+
+class Kept(NamedTuple):
+    """An activation as backward finds it: one byte a value."""
+
+    codes: Tensor  # [rows, columns] E4M3
+    scales: Tensor  # [rows, ceil(columns / 128)] float32
+
+    def wide(self) -> Tensor:
+        """[rows, columns] float32"""
+        return self.codes.float() * spread(self.scales, (1, TILE), self.codes.shape)
+
+
+def take(a: Operand, rows: int | slice | Tensor) -> Operand:
+    if isinstance(a, Coded):
+        return a.take(rows)
+    return a.index_select(0, rows) if isinstance(rows, Tensor) else a[rows]
+
+
+class Both(NamedTuple):
+    rows: Operand  # in 1×128 tiles
+    turned: Operand  # in 128×1 tiles, the 128 being the rows of a band
+
+
+class SwiGLUBackward(NamedTuple):
+    hidden: Both  # gradient of the pre-activation [M, 2I]
+    act: Operand  # the activation computed again, turned [M, I]
+    weight: Tensor | None  # gradient of the rows' weights [M] float32
+
+
+def rows(x: Tensor, power_of_two: bool, fixed: Tensor | None = None) -> tuple[Operand, Kept]:
+    """x [M, K] in 1×128 tiles: the operand, and what is kept. `fixed` is one scale for all of it."""
+    operand, kept = pick("fp8_rows", _rows, x)(x, power_of_two, fixed)
+    return operand, Kept(*kept)
+
+
+def turn(
+    x: Tensor | Kept, bands: Tensor, power_of_two: bool, dtype: torch.dtype, index: Tensor | None = None
+) -> Operand:
+    """Rows `index` (all when None) of x [.., C] in 128×1 tiles: [M, C].
+
+    bands [n + 1] int64 cuts the M rows into runs of at most 128, which share a scale in each column. `dtype` is that
+    of the compute.
+    """
+    return pick("fp8_turn", _turn, x if isinstance(x, Tensor) else x.codes)(x, bands, power_of_two, dtype, index)
+
+
+def both(x: Tensor, bands: Tensor, power_of_two: bool) -> Both:
+    """`rows` and `turn` of x [M, C] in one pass."""
+    return Both(*pick("fp8_both", _both, x)(x, bands, power_of_two))
+
+
+def blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: Tensor | None = None) -> Operand:
+    """weight [E, rows, columns] in 128×128 blocks, as [E, rows, columns]. `dtype` is that of the compute."""
+    return pick("fp8_blocks", _blocks, weight)(weight, power_of_two, dtype, fixed)
+
+
+def swiglu(hidden: Tensor, weight: Tensor | None, power_of_two: bool) -> tuple[Operand, Kept]:
+    """hidden [M, 2I], gate then up -> (w · silu(gate) · up in 1×128 tiles [M, I], hidden as it is kept).
+
+    weight [M] float32. Gate and up have tiles of their own.
+    """
+    act, kept = pick("fp8_swiglu", _swiglu, hidden)(hidden, weight, power_of_two)
+    return act, Kept(*kept)
+
+
+def swiglu_backward(
+    grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor, power_of_two: bool
+) -> SwiGLUBackward:
+    """grad [M, I] of the activation, and the hidden that was kept, as the four products of backward take them."""
+    run = pick("fp8_swiglu_backward", _swiglu_backward, grad)
+    by_rows, turned, act, dweight = run(grad, hidden, weight, bands, power_of_two)
+    return SwiGLUBackward(Both(by_rows, turned), act, dweight)
+
+
+def round_e5m6(x: Tensor) -> Tensor:
+    """x [..., C] as E5M6 with power-of-two scales holds it, in x's dtype: BF16 holds all of them exactly."""
+    return pick("fp8_e5m6", _round_e5m6, x)(x)
+
+
+def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [rows, columns] -> q E4M3, scale_inv [ceil(rows/128), ceil(columns/128)] float32: as published."""
+    return pick("fp8_stored_blocks", _quantize_blocks, weight)(weight)
+
+
+def row_bands(ends: list[int], device: torch.device) -> Tensor:
+    """Runs of at most 128 rows, none of which crosses an end in `ends` (ascending; the last is the number of rows)."""
+    cuts, start = [0], 0
+    for end in ends:
+        cuts += [*range(start + TILE, end, TILE), end] if end > start else []
+        start = end
+    return torch.tensor(cuts, device=device)
+
+
+# ---- in torch ----
+
+
+def _rows(x: Tensor, power_of_two: bool, fixed: Tensor | None) -> tuple[Coded, Kept]:
+    q, scales = quantize(x, (1, TILE), power_of_two, fixed)
+    return Coded(q, spread(scales, (1, TILE), x.shape)), Kept(q.to(FP8), scales)
+
+
+def _turn(x: Tensor | Kept, bands: Tensor, power_of_two: bool, dtype: torch.dtype, index: Tensor | None) -> Coded:
+    wide = x.wide() if isinstance(x, Kept) else x
+    if index is not None:
+        wide = wide[index]
+    codes, scale = torch.empty(wide.shape, device=wide.device), torch.empty(wide.shape, device=wide.device)
+    cuts = bands.tolist()
+    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        q, scales = quantize(wide[start:stop], (TILE, 1), power_of_two)
+        codes[start:stop], scale[start:stop] = q, scales
+    return Coded(codes, scale)
+
+
+def _both(x: Tensor, bands: Tensor, power_of_two: bool) -> tuple[Coded, Coded]:
+    return _rows(x, power_of_two, None)[0], _turn(x, bands, power_of_two, x.dtype, None)
+
+
+def _blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: Tensor | None) -> Coded:
+    q, scales = quantize(weight, (TILE, TILE), power_of_two, fixed)
+    return Coded(q, spread(scales, (TILE, TILE), q.shape))
+
+
+def _swiglu(hidden: Tensor, weight: Tensor | None, power_of_two: bool) -> tuple[Coded, Kept]:
+    gate, up = hidden.float().chunk(2, dim=-1)
+    act = F.silu(gate) * up
+    return _rows(act if weight is None else act * weight[:, None], power_of_two, None)[0], _halves(hidden, power_of_two)
+
+
+def _halves(hidden: Tensor, power_of_two: bool) -> Kept:
+    kept = [_rows(half, power_of_two, None)[1] for half in hidden.chunk(2, dim=-1)]
+    return Kept(torch.cat([k.codes for k in kept], dim=-1), torch.cat([k.scales for k in kept], dim=-1))
+
+
+def hidden_halves(hidden: Kept) -> tuple[Tensor, Tensor]:
+    """gate and up [M, I] float32 of a kept pre-activation."""
+    codes, scales = hidden.codes.chunk(2, dim=-1), hidden.scales.chunk(2, dim=-1)
+    return Kept(codes[0], scales[0]).wide(), Kept(codes[1], scales[1]).wide()
+
+
+def swiglu_gradient(
+    grad: Tensor, hidden: Kept, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Before any rounding, float32: gradients of gate and up [M, I], the weighted activation, the weights' gradient."""
+    gate, up = hidden_halves(hidden)
+    sig, grad = torch.sigmoid(gate), grad.float()
+    silu = gate * sig
+    act = silu * up
+    dweight = None
+    if weight is not None:
+        dweight = (grad * act).sum(-1)
+        act, grad = act * weight[:, None], grad * weight[:, None]
+    return grad * up * (sig + silu * (1 - sig)), grad * silu, act, dweight
+
+
+def _swiglu_backward(
+    grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor, power_of_two: bool
+) -> tuple[Coded, Coded, Coded, Tensor | None]:
+    dgate, dup, act, dweight = swiglu_gradient(grad, hidden, weight)
+    halves = [_rows(d, power_of_two, None)[0] for d in (dgate, dup)]
+    by_rows = Coded(*(torch.cat(parts, dim=-1) for parts in zip(*halves, strict=True)))
+    turned = _turn(torch.cat((dgate, dup), dim=-1), bands, power_of_two, grad.dtype, None)
+    return by_rows, turned, _turn(act, bands, power_of_two, grad.dtype, None), dweight
+
+
+def _round_e5m6(x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    q, scales = quantize(flat, (1, TILE), True, fmt=E5M6)
+    return (q * spread(scales, (1, TILE), flat.shape)).to(x.dtype).view(x.shape)
+
+
+def _quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    q, scales = quantize(weight, (TILE, TILE), power_of_two=False)
+    return q.to(FP8), scales
+
+

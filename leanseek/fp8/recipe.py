@@ -1,0 +1,143 @@
+"""Which scales a run uses, and the weights as its products read them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanseek.fp8 import quantize as q
+from leanseek.fp8.formats import TILE, Counts, counts, quantize, spread, tile_scale
+from leanseek.fp8.quantize import Both, Kept, Operand, SwiGLUBackward
+
+PRECISIONS = ("bf16", "fp8", "fp8-tensorwise")
+
+
+class Tilewise:
+    """The paper's: 1×128 tiles of activations and gradients, 128×128 blocks of weights.
+
+    With power-of-two scales (V3.1's ue8m0) BF16 holds every operand exactly, and turning what was kept from 1×128 to
+    128×1 tiles loses only what is too small beside its new neighbours. Else scales are float32 (amax / 448).
+    """
+
+    def __init__(self, power_of_two: bool = True):
+        self.power_of_two = power_of_two
+
+    def rows(self, x: Tensor) -> tuple[Operand, Kept]:
+        return q.rows(x, self.power_of_two)
+
+    def turn(self, x: Tensor | Kept, bands: Tensor, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
+        return q.turn(x, bands, self.power_of_two, dtype, index)
+
+    def both(self, x: Tensor, bands: Tensor) -> Both:
+        return q.both(x, bands, self.power_of_two)
+
+    def blocks(self, weight: Tensor, dtype: torch.dtype) -> Operand:
+        return q.blocks(weight, self.power_of_two, dtype)
+
+    def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Operand, Kept]:
+        return q.swiglu(hidden, weight, self.power_of_two)
+
+    def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor) -> SwiGLUBackward:
+        return q.swiglu_backward(grad, hidden, weight, bands, self.power_of_two)
+
+
+class Tensorwise(Tilewise):
+    """One scale for a whole tensor (for each expert's weight): here to show why tiles matter."""
+
+    def rows(self, x: Tensor) -> tuple[Operand, Kept]:
+        return q.rows(x, self.power_of_two, self._scale(x))
+
+    def turn(self, x: Tensor | Kept, bands: Tensor, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
+        if isinstance(x, Kept):  # on the grid of its one scale: the same codes again
+            operand, _ = q.rows(x.wide().to(dtype), self.power_of_two, x.scales.flatten()[:1])
+        else:
+            operand, _ = self.rows(x)
+        return operand if index is None else q.take(operand, index)
+
+    def both(self, x: Tensor, bands: Tensor) -> Both:
+        operand, _ = self.rows(x)
+        return Both(operand, operand)
+
+    def blocks(self, weight: Tensor, dtype: torch.dtype) -> Operand:
+        each = [q.blocks(w[None], self.power_of_two, dtype, self._scale(w)) for w in weight]
+        if isinstance(each[0], Tensor):
+            return torch.cat([w for w in each if isinstance(w, Tensor)])
+        return q.Coded(*(torch.cat(parts) for parts in zip(*each, strict=True)))
+
+    def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Operand, Kept]:
+        gate, up = hidden.float().chunk(2, dim=-1)
+        act = F.silu(gate) * up
+        scale = self._scale(hidden)
+        halves = [q.rows(half, self.power_of_two, scale)[1] for half in hidden.chunk(2, dim=-1)]
+        kept = Kept(torch.cat([k.codes for k in halves], -1), torch.cat([k.scales for k in halves], -1))
+        return self.rows((act if weight is None else act * weight[:, None]).to(hidden.dtype))[0], kept
+
+    def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor) -> SwiGLUBackward:
+        dgate, dup, act, dweight = q.swiglu_gradient(grad, hidden, weight)
+        dhidden = self.both(torch.cat((dgate, dup), dim=-1).to(grad.dtype), bands)
+        return SwiGLUBackward(dhidden, self.rows(act.to(grad.dtype))[0], dweight)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        """[1] float32. An empty tensor has the scale of zeros."""
+        amax = torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else x.new_zeros(())
+        return tile_scale(amax, self.power_of_two).view(1)
+
+
+class Cast:
+    """What one module needs to run in FP8: the recipe, and its weights as operands, cast once per optimizer step.
+
+    `wide_input`: the input is kept as it is, because something else keeps it anyway (the attention its output).
+    `seen`: set to {} to count what quantisation loses, by "input", "weight" and "gradient" of the latest pass.
+    """
+
+    def __init__(self, recipe: Tilewise, wide_input: bool = False):
+        self.recipe, self.wide_input = recipe, wide_input
+        self.seen: dict[str, Counts] | None = None
+        self._casts: dict[int, tuple[object, Operand]] = {}
+
+    def weight(self, place: int, dtype: torch.dtype, *parameters: Tensor) -> Operand:
+        """Equal parameters [.., rows, columns], stacked, in blocks: [n, rows, columns]. Cast anew when one has changed.
+
+        `place` tells a module's weights apart.
+        """
+        key = (dtype, *((p._version, p.data_ptr()) for p in parameters))
+        found = self._casts.get(place)
+        if found is None or found[0] != key:
+            found_at = [p.detach() for p in parameters]
+            stacked = found_at[0] if len(found_at) == 1 else torch.stack(found_at)
+            stacked = stacked.view(-1, *stacked.shape[-2:])
+            found = (key, self.recipe.blocks(stacked, dtype))
+            self._casts[place] = found
+            self.note("weight", stacked, (TILE, TILE))
+        return found[1]
+
+    def note(self, what: str, x: Tensor, tile: tuple[int, int] = (1, TILE)) -> None:
+        """Count what is lost of x, where somebody asked for it."""
+        if self.seen is not None:
+            fixed = self.recipe._scale(x) if isinstance(self.recipe, Tensorwise) else None
+            _, scales = quantize(x, tile, self.recipe.power_of_two, fixed)
+            self.seen[what] = counts(x, spread(scales, tile, x.shape))
+
+
+def apply(model: nn.Module, precision: str) -> None:
+    """Set the precision of every linear and expert of `model` that trains in FP8; "bf16" takes it away again.
+
+    Those are the modules with an attribute `fp8`. The output head stays as it is, and so does MTP's `eh_proj`, which
+    the published checkpoints do not quantise either.
+    """
+    recipe = {"bf16": None, "fp8": Tilewise(), "fp8-tensorwise": Tensorwise()}[precision]
+    for name, module in model.named_modules():
+        if hasattr(module, "fp8"):
+            stays = recipe is None or name.endswith(("lm_head", "eh_proj"))
+            module.fp8 = None if stays else Cast(recipe, wide_input=name.endswith("o_proj"))  # type: ignore[assignment]
+
+
+def observe(model: nn.Module) -> dict[str, dict[str, Counts]]:
+    """Start counting what quantisation loses; the answer fills in as the model runs: module -> tensor -> counts."""
+    found: dict[str, dict[str, Counts]] = {}
+    for name, module in model.named_modules():
+        cast = getattr(module, "fp8", None)
+        if isinstance(cast, Cast):
+            cast.seen = found[name] = {}
+    return found

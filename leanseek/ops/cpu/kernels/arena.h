@@ -1,0 +1,52 @@
+// Memory for the duration of one kernel call, kept from call to call: what a step needs is allocated once.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+class Arena {
+  public:
+    // The calling thread's, emptied. One kernel at a time uses it.
+    static Arena& start() {
+        thread_local Arena arena;
+        arena.reset();
+        return arena;
+    }
+    template <class T>
+    T* take(long count) {  // 64-byte aligned, contents undefined
+        const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64 + 64;
+        if (blocks_.empty() || used_ + bytes > sizes_.back()) grow(bytes);
+        char* place = blocks_.back() + used_;
+        used_ += bytes;
+        return reinterpret_cast<T*>(place);
+    }
+    ~Arena() { release(); }
+
+  private:
+    void grow(size_t bytes) {
+        const size_t size = std::max(bytes, size_t(1) << 20);
+        void* block = std::aligned_alloc(64, size);
+        if (!block) throw std::bad_alloc();
+        blocks_.push_back(static_cast<char*>(block));
+        sizes_.push_back(size / 64 * 64);
+        used_ = 0;
+    }
+    void reset() {  // several blocks become one that holds as much
+        size_t total = 0;
+        for (size_t size : sizes_) total += size;
+        if (blocks_.size() > 1) {
+            release();
+            grow(total);
+        }
+        used_ = 0;
+    }
+    void release() {
+        for (char* block : blocks_) std::free(block);
+        blocks_.clear();
+        sizes_.clear();
+    }
+    std::vector<char*> blocks_;
+    std::vector<size_t> sizes_;
+    size_t used_ = 0;
+};

@@ -1,0 +1,26 @@
+"""Tokens from rows of logits, without sorting a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leanseek.ops.cpu.library import accepts, kernel, pointers
+from leanseek.ops.dispatch import register
+from leanseek.ops.sampling import Choice
+
+_sample_rows = kernel("sample_rows", "pnnn pppp pp")
+
+
+def _takes(logits: Tensor) -> bool:
+    return accepts(logits) and logits.dtype == torch.float32
+
+
+@register("sample", "cpu", _takes)
+@register("sample", "cpu", _takes, row_invariant=True)
+def sample(logits: Tensor, choice: Choice) -> Tensor:
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    c = choice
+    inputs = [t.contiguous() for t in (c.temperature, c.top_k, c.top_p, c.min_p, c.keys)]
+    _sample_rows(logits.data_ptr(), logits.stride(0), *logits.shape, *pointers(*inputs), tokens.data_ptr())
+    return tokens

