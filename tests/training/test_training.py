@@ -322,7 +322,7 @@ def test_every_preset_is_a_run(preset: str) -> None:
         ("nowhere.x=1", "unknown table"),
         ("model.n_group=3", "multiple of n_group"),
         ("train.steps", "not section.key=value"),
-        ("optimizer.moments=fp8", "not one of float32, bfloat16"),
+        ("optimizer.moments=fp8", "is not one of auto, float32, bfloat16"),
         ("optimizer.lr=nan", "must be positive"),
         ("optimizer.betas=[0.9]", "two numbers"),
         ("schedule.decay_start=1.5", r"must lie in \[0, 1\]"),
