@@ -24,6 +24,8 @@ struct Rows {
 
 constexpr long STEP = 64;  // columns decoded at a time
 inline long padded(long K) { return (K + STEP - 1) / STEP * STEP; }
+// BF16 values from one row to the next: an odd number of steps, so that rows do not fall into the same cache sets.
+inline long apart(long K) { return padded(K) / STEP % 2 ? padded(K) : padded(K) + STEP; }
 
 // Which weights x in BF16 may meet in the narrow arithmetic.
 inline bool narrows([[maybe_unused]] int64_t kind) {
@@ -153,17 +155,30 @@ struct WideSource {  // BF16 as stored, or a panel of decoded codes
     const bf16* data;
     long stride;
 
-    void decode(const bf16* p, long columns, pairs& a, pairs& b) const {
-        if (columns >= STEP) {
-            a = pairs(_mm512_loadu_si512(p));
-            b = pairs(_mm512_loadu_si512(p + 32));
-        } else {
-            const uint64_t mask = (uint64_t(1) << columns) - 1;
-            a = pairs(_mm512_maskz_loadu_epi16(__mmask32(mask), p));
-            b = pairs(_mm512_maskz_loadu_epi16(__mmask32(mask >> 32), p + 32));
-        }
+    pairs decode(const bf16* p, long columns) const {
+        if (columns >= 32) return pairs(_mm512_loadu_si512(p));
+        return pairs(_mm512_maskz_loadu_epi16(columns > 0 ? (1u << columns) - 1 : 0, p));
     }
 };
+
+// The sums of four vectors' lanes side by side, each added in one fixed order; the first n are stored.
+inline void store_sums(float* out, vec a, vec b, vec c, vec d, int n) {
+    const vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    const vec cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const vec four = _mm512_castpd_ps(low) + _mm512_castpd_ps(high);  // [a, b, c, d] in each 128 bits
+    const __m256 half = _mm512_castps512_ps256(four) + _mm512_extractf32x8_ps(four, 1);
+    const __m128 sums = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    if (n == 4) _mm_storeu_ps(out, sums);
+    else _mm_mask_storeu_ps(out, __mmask8((1 << n) - 1), sums);
+}
+
+template <int M>
+inline __attribute__((always_inline)) void narrow_add(vec (&to)[M], pairs w, const bf16* x, long ldx) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) to[m] = _mm512_dpbf16_ps(to[m], w, pairs(_mm512_loadu_si512(x + m * ldx)));
+}
 
 // R weight rows from `row` times M rows of x. SCALED: a block of 128 columns is summed by itself, then scaled and added.
 template <bool SCALED, int R, int M, class Source>
@@ -176,19 +191,28 @@ inline __attribute__((always_inline)) void narrow_tile(const Source& source, lon
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) sum[r][m] = zero();
     const auto step = [&](long k, vec (&to)[R][M]) __attribute__((always_inline)) {
-        pairs xa[M], xb[M];
+        pairs a[R], b[R];
+        if constexpr (sizeof(*w) == 1) {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            xa[m] = pairs(_mm512_loadu_si512(x + m * ldx + k));
-            xb[m] = pairs(_mm512_loadu_si512(x + m * ldx + k + 32));
-        }
+            for (int r = 0; r < R; r++) {
+                __builtin_prefetch(w + (r + R) * source.stride + k, 0, 2);
+                source.decode(w + r * source.stride + k, K - k, a[r], b[r]);
+                narrow_add<M>(to[r], a[r], x + k, ldx);
+                narrow_add<M>(to[r], b[r], x + k + 32, ldx);
+            }
+        } else {
+#pragma GCC unroll 2
+            for (int half = 0; half < 64; half += 32) {
+                pairs xs[M];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            pairs a, b;
-            if constexpr (sizeof(*w) == 1) __builtin_prefetch(w + (r + R) * source.stride + k, 0, 2);
-            source.decode(w + r * source.stride + k, K - k, a, b);
+                for (int m = 0; m < M; m++) xs[m] = pairs(_mm512_loadu_si512(x + m * ldx + k + half));
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) to[r][m] = _mm512_dpbf16_ps(_mm512_dpbf16_ps(to[r][m], a, xa[m]), b, xb[m]);
+                for (int r = 0; r < R; r++) {
+                    a[r] = source.decode(w + r * source.stride + k + half, K - k - half);
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; m++) to[r][m] = _mm512_dpbf16_ps(to[r][m], a[r], xs[m]);
+                }
+            }
         }
     };
     if constexpr (SCALED) {
@@ -208,8 +232,13 @@ inline __attribute__((always_inline)) void narrow_tile(const Source& source, lon
     } else {
         for (long k = 0; k < K; k += STEP) step(k, sum);
     }
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) out[m * ldo + r] = reduce_add(sum[r][m]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r += 4) {
+            const auto at = [&](int i) { return r + i < R ? sum[std::min(r + i, R - 1)][m] : zero(); };
+            store_sums(out + m * ldo + r, at(0), at(1), at(2), at(3), std::min(4, R - r));
+        }
 }
 
 template <bool SCALED, int R, int M, class Source>
@@ -223,17 +252,19 @@ void narrow_strip(const Source& source, long n, long K, const bf16* x, long ldx,
 template <bool SCALED, class Source>
 void narrow_strips(const Source& source, long n, long K, const bf16* x, long ldx, long m, const float* scale, float* out,
                    long ldo) {
-    constexpr int MOST = SCALED ? 3 : 6;  // of 32 registers a scaled tile needs two a sum
+    constexpr bool codes = std::is_same_v<Source, CodeSource>;
+    constexpr int MOST = SCALED || codes ? 3 : 6;  // of 32 registers a scaled tile needs two a sum, tables need four
     for (; m >= MOST; m -= MOST, x += MOST * ldx, out += MOST * ldo)
         narrow_strip<SCALED, 4, MOST>(source, n, K, x, ldx, scale, out, ldo);
-    if constexpr (!SCALED)
+    if constexpr (MOST > 3)
         for (; m >= 3; m -= 3, x += 3 * ldx, out += 3 * ldo)
             narrow_strip<SCALED, 4, 3>(source, n, K, x, ldx, scale, out, ldo);
     if (m == 2) narrow_strip<SCALED, 4, 2>(source, n, K, x, ldx, scale, out, ldo);
     if (m == 1) narrow_strip<SCALED, 8, 1>(source, n, K, x, ldx, scale, out, ldo);
 }
 
-constexpr long PANEL_ROWS = 32;    // weight rows decoded at a time: 32 x 1536 BF16 values, in L2
+constexpr long PANEL_BYTES = 96 << 10;  // weights decoded to BF16 at a time, in L2
+constexpr long DIRECT_ROWS = 6;        // rows of x up to which decoding again beats a panel
 constexpr long ACTIVE_ROWS = 128;  // rows of x that stay in L2 beside them
 
 // Many rows of x: four weight rows at a time stay in L1 while x comes from L2.
@@ -250,22 +281,23 @@ void narrow_panel(const WideSource& panel, long n, long K, const bf16* x, long l
 template <bool SCALED>
 void narrow_codes(const Matrix& w, long row, long n, const bf16* x, long ldx, long m, const float* scale, float* out,
                   long ldo) {
-    const long K = w.columns, width = padded(K);
+    const long K = w.columns, width = padded(K), stride = apart(K);
+    const long rows = std::max(4L, PANEL_BYTES / (2 * stride) / 4 * 4);
     const CodeSource codes(w, row);
-    if (m <= 3) return narrow_strips<SCALED>(codes, n, K, x, ldx, m, scale, out, ldo);
-    bf16* panel = reinterpret_cast<bf16*>(scratch(6, PANEL_ROWS * width / 2));
-    for (long first = 0; first < n; first += PANEL_ROWS) {
-        const long some = std::min(PANEL_ROWS, n - first);
+    if (m <= DIRECT_ROWS) return narrow_strips<SCALED>(codes, n, K, x, ldx, m, scale, out, ldo);
+    bf16* panel = reinterpret_cast<bf16*>(scratch(6, rows * stride / 2));
+    for (long first = 0; first < n; first += rows) {
+        const long some = std::min(rows, n - first);
         for (long r = 0; r < some; r++)
             for (long k = 0; k < K; k += STEP) {
                 const uint8_t* p = codes.data + (first + r) * K + k;
-                __builtin_prefetch(p + PANEL_ROWS * K, 0, 2);  // the next panel
+                __builtin_prefetch(p + rows * K, 0, 2);  // the next panel
                 pairs a, b;
                 codes.decode(p, K - k, a, b);
-                _mm512_storeu_si512(panel + r * width + k, __m512i(a));
-                _mm512_storeu_si512(panel + r * width + k + 32, __m512i(b));
+                _mm512_storeu_si512(panel + r * stride + k, __m512i(a));
+                _mm512_storeu_si512(panel + r * stride + k + 32, __m512i(b));
             }
-        narrow_panel<SCALED>({panel, width}, some, width, x, ldx, m, scale, out + first, ldo);
+        narrow_panel<SCALED>({panel, stride}, some, width, x, ldx, m, scale, out + first, ldo);
     }
 }
 
@@ -326,7 +358,7 @@ void prepare_row(const T* x, long K, int64_t kind, bool narrow, void* to) {
 class PreparedRows {
   public:
     PreparedRows(Arena& arena, long count, const Matrix& w, bool x_is_bf16)
-        : kind_(w.kind), narrow_(x_is_bf16 && narrows(w.kind)), width_(narrow_ ? padded(w.columns) : w.columns),
+        : kind_(w.kind), narrow_(x_is_bf16 && narrows(w.kind)), width_(narrow_ ? apart(w.columns) : w.columns),
           data_(arena.take<char>(count * width_ * size())) {}
 
     // n columns of row `row` from column k, a multiple of STEP.
