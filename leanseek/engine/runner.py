@@ -75,6 +75,7 @@ class Runner:
         c = model.config
         weight = model.embed_tokens.weight
         self.model = model
+        model.freeze()
         self.page_size = page_size
         self.device = weight.device
         self._drafts = drafts

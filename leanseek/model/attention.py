@@ -38,7 +38,7 @@ class MLA(nn.Module):
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, device, dtype)
 
     def _query_latent(self, x: Tensor) -> Tensor:
-        """x [..., D] -> W_DQ x before its norm [..., q_lora_rank] (eq. 6); x itself where queries are not compressed."""
+        """x [..., D] -> W_DQ x before its norm [..., q_lora_rank] (eq. 6); x itself where there is none."""
         return x if self.config.q_lora_rank is None else self.q_a_proj(x)
 
     def _query(self, latent: Tensor, recompute: bool = False) -> Tensor:

@@ -23,6 +23,7 @@ class Block(nn.Module):
             self.mlp = MoE(config, layer, device, dtype)
         else:
             self.mlp = MLP(config, config.intermediate_size, device, dtype)
+        self._frozen: ops.BlockWeights | None = None
 
     def _feed_forward(self, x: Tensor, replay: Tensor | None) -> tuple[Tensor, Route | None]:
         normed = self.post_attention_layernorm(x)
@@ -43,7 +44,37 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, recompute)
         return self._feed_forward(x, replay)
 
+    def freeze(self) -> None:
+        """From now on a step may run as one planned call: the weights may change in place, not be replaced."""
+        attention, mlp = self.self_attn, self.mlp
+        if isinstance(attention, GQA):
+            return
+        c = attention.config
+        self._frozen = ops.BlockWeights(
+            q_a=None if c.q_lora_rank is None else attention.q_a_proj.stored(),
+            q_b=(attention.q_proj if c.q_lora_rank is None else attention.q_b_proj).stored(),
+            kv_a=attention.kv_a_proj_with_mqa.stored(),
+            kv_b=attention.kv_b_proj.stored(),
+            o=attention.o_proj.stored(),
+            input_norm=self.input_layernorm.stored(),
+            q_norm=None if c.q_lora_rank is None else attention.q_a_layernorm.stored(),
+            kv_norm=attention.kv_a_layernorm.stored(),
+            post_norm=self.post_attention_layernorm.stored(),
+            router=mlp.stored() if isinstance(mlp, MoE) else None,
+            mlp=mlp.stored() if isinstance(mlp, MLP) else mlp.shared_experts and mlp.shared_experts.stored(),
+            heads=c.num_attention_heads,
+            nope=c.qk_nope_head_dim,
+            rope=c.qk_rope_head_dim,
+            v=c.v_head_dim,
+            softmax_scale=c.softmax_scale,
+            interleave=c.rope_interleave,
+        )
+
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """x [N, D] of a step's new tokens, cache [slots, W] of this layer -> [N, D]."""
+        if self._frozen is not None:
+            planned = ops.block_step(self._frozen, x, cos, sin, cache, index)
+            if planned is not None:
+                return planned
         x = x + self.self_attn.step(self.input_layernorm(x), cos, sin, cache, index)
         return self._feed_forward(x, None)[0]

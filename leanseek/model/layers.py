@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from leanseek import fp8, ops
 from leanseek.config import ModelConfig
+from leanseek.ops.block import Norm, Weight
 
 
 class Embedding(nn.Module):
@@ -35,6 +36,9 @@ class Linear(nn.Module):
             return fp8.linear(x, self.weight, self.fp8)
         return ops.linear(x, self.weight, self.weight_scale_inv)
 
+    def stored(self) -> Weight:
+        return Weight(self.weight.data, self.weight_scale_inv)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`, dequantised if need be."""
         if self.weight_scale_inv is not None:
@@ -51,6 +55,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def stored(self) -> Norm:
+        return Norm(self.weight.data, self.eps)
+
 
 class MLP(nn.Module):
     """SwiGLU feed-forward: down(silu(gate x) · up x)."""
@@ -66,3 +73,6 @@ class MLP(nn.Module):
         if self.fp8 is not None:
             return fp8.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.fp8)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    def stored(self) -> tuple[Weight, Weight, Weight]:
+        return self.gate_proj.stored(), self.up_proj.stored(), self.down_proj.stored()

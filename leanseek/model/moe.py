@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import MLP
+from leanseek.ops.block import Router, Weight
 
 
 class Route(NamedTuple):
@@ -122,6 +123,23 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat).view(x.shape)
         return out, route
+
+
+    def stored(self) -> Router:
+        c, experts = self.gate.config, self.experts
+        return Router(
+            Weight(self.gate.weight.data),
+            self.gate.e_score_correction_bias,
+            Weight(experts.gate_up_proj.data, experts.gate_up_proj_scale_inv),
+            Weight(experts.down_proj.data, experts.down_proj_scale_inv),
+            top_k=c.num_experts_per_tok,
+            n_group=c.n_group if c.grouped_routing else 1,
+            topk_group=c.topk_group if c.grouped_routing else 1,
+            group_best=2 if c.selection_bias else 1,
+            scoring_func=c.scoring_func,
+            norm_topk_prob=c.norm_topk_prob,
+            routed_scaling_factor=c.routed_scaling_factor,
+        )
 
 
 # ---- balance: functions of routes ----

@@ -116,6 +116,12 @@ class Transformer(nn.Module):
                 routes.append(route)
         return states, routes
 
+    def freeze(self) -> None:
+        """For serving: plan each block's step once. The weights may change in place from now on, not be replaced."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.freeze()
+
     def step(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """New tokens of several sequences at once: tokens [N] -> hidden [N, D] after the final norm.
 

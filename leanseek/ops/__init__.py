@@ -1,6 +1,7 @@
 """Everything with more than one implementation. Each op is one function with a torch reference beside it."""
 
 from leanseek.ops.attention import causal_attention, mla_attention
+from leanseek.ops.block import BlockWeights, block_step
 from leanseek.ops.cross_entropy import linear_cross_entropy
 from leanseek.ops.dispatch import row_invariant, table, use
 from leanseek.ops.experts import experts, route_order
@@ -16,8 +17,10 @@ from leanseek.ops.swiglu import swiglu
 from leanseek.ops import cpu, invariant, triton  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
 
 __all__ = [
+    "BlockWeights",
     "CacheIndex",
     "Choice",
+    "block_step",
     "causal_attention",
     "dequantize_blocks",
     "expert_scores",

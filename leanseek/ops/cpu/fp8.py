@@ -34,7 +34,8 @@ def _tiles(columns: int) -> int:
 @register("fp8_rows", "cpu", accepts)
 def rows(x: Tensor, power_of_two: bool, fixed: Tensor | None) -> tuple[Tensor, Kept]:
     m, k = x.shape
-    codes, scales, values = torch.empty(m, k, dtype=FP8), torch.empty(m, _tiles(k)), _values((m, k), x.dtype, power_of_two)
+    codes, scales = torch.empty(m, k, dtype=FP8), torch.empty(m, _tiles(k))
+    values = _values((m, k), x.dtype, power_of_two)
     _rows(
         DTYPES[x.dtype], DTYPES[values.dtype], E4M3, int(power_of_two), x.data_ptr(), x.stride(0), m, k,
         *pointers(fixed, codes, scales, values),

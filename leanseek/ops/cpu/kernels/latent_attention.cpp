@@ -8,22 +8,9 @@
 #include <cmath>
 #include <vector>
 
-#include "stored.h"
+#include "latent_attention.h"
 
 namespace {
-
-// One layer's cache [slots, width]; the value of a row is its first value_width columns.
-struct LatentCache {
-    int64_t kind;
-    const void* data;
-    long width, value_width, page_size;
-};
-
-// New tokens of several sequences: rows row_offsets[s] .. row_offsets[s + 1] belong to sequence s.
-struct Batch {
-    const int64_t *positions, *row_offsets, *pages;
-    long tokens, sequences, pages_per_sequence;
-};
 
 constexpr long CHUNK = 512;  // keys that share a softmax maximum before chunks are merged
 constexpr long KEYS = 64;    // keys held in FP32 at a time (64 x 576 floats: in L2)
@@ -143,6 +130,7 @@ void transpose_heads(const float* q, long first, long heads, long W, float* out)
     for (long w = 0; w < W; w++)
         for (long h = 0; h < LANES; h++) out[w * LANES + h] = h < heads ? q[(first + h) * W + w] : 0.0f;
 }
+}  // namespace
 
 // out[N][H][V] = softmax(q[N][H][W] . rows * scale) rows[:, :V], each query over its own past.
 void attend(const LatentCache& cache, const Batch& batch, const float* q, long H, float scale, float* out) {
@@ -175,7 +163,6 @@ void attend(const LatentCache& cache, const Batch& batch, const float* q, long H
             for (long v = 0; v < V; v++) out[(n * H + head + h) * V + v] = state.values[h * V + v] / state.sum[h];
     });
 }
-}  // namespace
 
 KERNEL latent_attention(int64_t kind, const void* cache, int64_t width, int64_t value_width, int64_t page_size,
                         const int64_t* positions, const int64_t* row_offsets, const int64_t* pages, int64_t tokens,

@@ -1,0 +1,284 @@
+// A Transformer block over a step's new tokens, planned once and run as one call: absorbed MLA over the latent cache
+// (2.1.1), then the experts the gate chose and the shared ones, or a dense layer (2.1.2). Between products everything is
+// FP32; x is rounded to BF16 where it meets weights that are multiplied in BF16.
+#include <cmath>
+
+#include "feed_forward.h"
+#include "gemm.h"
+#include "latent_attention.h"
+
+namespace {
+
+struct Norm {
+    int64_t type;
+    const void* weight;
+    double eps;
+};
+
+// leanseek/ops/cpu/block.py fills it in, field by field. A matrix without data is not there.
+struct BlockPlan {
+    Matrix q_a, q_b, kv_a, kv_b, o;
+    Matrix gate, gate_up, down;
+    Matrix mlp_gate, mlp_up, mlp_down;  // the shared experts, or the dense layer
+    Norm input_norm, q_norm, kv_norm, post_norm;
+    const float* bias;
+    int64_t heads, nope, rope, v, interleave;
+    int64_t experts, top_k, groups, topk_group, group_best, softmax, norm_topk;
+    double softmax_scale, routed_scaling_factor;
+};
+
+// out = x / rms(x) * weight
+void rms_norm(const float* x, long n, const Norm& norm, float* out) {
+    vec squares = zero();
+    lanes_of(n, [&](int64_t i, int lanes) {
+        const vec v = load(x + i, lanes);
+        squares = fma(v, v, squares);
+    });
+    const vec factor = set1(1.0f / std::sqrt(reduce_add(squares) / float(n) + float(norm.eps)));
+    with_type(norm.type, [&](auto* type) {
+        const auto* weight = static_cast<const ELEMENT(type)*>(norm.weight);
+        lanes_of(n, [&](int64_t i, int lanes) { store(out + i, load(x + i, lanes) * factor * load(weight + i, lanes), lanes); });
+    });
+}
+
+// As ops.rotate: pairs (2i, 2i + 1) with `interleave`, else (i, i + n / 2); first halves, then second halves.
+void rotate(const float* x, long n, const float* cos, const float* sin, bool interleave, float* out) {
+    const long half = n / 2, step = interleave ? 2 : 1, other = interleave ? 1 : half;
+    for (long i = 0; i < half; i++) {
+        const float a = x[i * step], b = x[i * step + other];
+        out[i] = a * cos[i] - b * sin[i];
+        out[half + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+struct Product {
+    Matrix w;
+    Rows x;
+    float* y;
+};
+
+// Several linears over the same number of rows, in one parallel region.
+void linears(std::initializer_list<Product> products, long M) {
+    int64_t tasks = 0;
+    for (const Product& p : products) tasks += (p.w.rows + TASK_ROWS - 1) / TASK_ROWS;
+    parallel_for(tasks, [&](int64_t task) {
+        for (const Product& p : products) {
+            const int64_t own = (p.w.rows + TASK_ROWS - 1) / TASK_ROWS;
+            if (task < own) {
+                const int64_t n = task * TASK_ROWS;
+                return multiply_rows(p.w, p.x, M, p.y + n, p.w.rows, n, std::min(p.w.rows, n + TASK_ROWS));
+            }
+            task -= own;
+        }
+    });
+}
+
+PreparedRows prepared(Arena& arena, const Matrix& w, bool narrow, const float* x, long M) {
+    PreparedRows rows(arena, M, w, narrow);
+    parallel_for(M, [&](int64_t m) { rows.set(m, x + m * w.columns, 0, w.columns); });
+    return rows;
+}
+
+// ---- attention ----
+
+// q[n][h][:C] = W_UK of head h transposed times q_C, [nope] at q_nope + (n H + h) ldq. A block of weights is decoded to
+// FP32 and serves every row; C is kv_lora_rank.
+template <class T>
+void absorb_head(const BlockPlan& p, const float* q_nope, long ldq, long N, long h, long c0, float* q, long W) {
+    const Matrix& w = p.kv_b;
+    const long C = w.columns, H = p.heads, columns = std::min(BLOCK, C - c0), blocks = (C + BLOCK - 1) / BLOCK;
+    const long row = h * (p.nope + p.v), width = whole_vectors(columns);
+    float* weight = scratch(0, p.nope * width);   // [nope][width]
+    float* factor = scratch(1, p.nope);           // what FP8 leaves to the query
+    float* scaled = scratch(2, N * p.nope);
+    float* out = scratch(3, N * width);
+    for (long d = 0; d < p.nope; d++) {
+        const T* from = static_cast<const T*>(w.data) + (row + d) * C + c0;
+        factor[d] = w.kind == FP8 ? w.scale[(row + d) / BLOCK * blocks + c0 / BLOCK] * 256.0f : w.kind == INT8 ? w.scale[row + d] : 1.0f;
+        long c = 0;
+        for (; c + 2 * LANES <= columns; c += 2 * LANES) {
+            vec a, b;
+            decode(from + c, a, b);
+            store(weight + d * width + c, a), store(weight + d * width + c + LANES, b);
+        }
+        for (; c < width; c++) weight[d * width + c] = c < columns ? decode(from[c]) : 0.0f;
+    }
+    for (long n = 0; n < N; n++)
+        for (long d = 0; d < p.nope; d++) scaled[n * p.nope + d] = q_nope[(n * H + h) * ldq + d] * factor[d];
+    multiply(N, width, p.nope, scaled, p.nope, 1, weight, width, out, width, false);
+    for (long n = 0; n < N; n++) std::copy_n(out + n * width, columns, q + (n * H + h) * W + c0);
+}
+
+void absorb(const BlockPlan& p, const float* q_nope, long ldq, long N, float* q, long W) {
+    const long blocks = (p.kv_b.columns + BLOCK - 1) / BLOCK;
+    parallel_for(p.heads * blocks, [&](int64_t task) {
+        const long h = task / blocks, c0 = task % blocks * BLOCK;
+        if (p.kv_b.kind == FP8) absorb_head<uint8_t>(p, q_nope, ldq, N, h, c0, q, W);
+        else if (p.kv_b.kind == INT8) absorb_head<signed_byte>(p, q_nope, ldq, N, h, c0, q, W);
+        else if (p.kv_b.kind == BF16) absorb_head<bf16>(p, q_nope, ldq, N, h, c0, q, W);
+        else absorb_head<float>(p, q_nope, ldq, N, h, c0, q, W);
+    });
+}
+
+// out[n][h][v] = W_UV of head h times what it read from the cache, [N][H][C] at x.
+void values(Arena& arena, const BlockPlan& p, bool narrow, const float* x, long N, float* out) {
+    const long H = p.heads, C = p.kv_b.columns;
+    PreparedRows rows(arena, H * N, p.kv_b, narrow);  // a head's rows together
+    parallel_for(N * H, [&](int64_t i) { rows.set(i % H * N + i / H, x + i * C, 0, C); });
+    parallel_for(H, [&](int64_t h) {
+        const long first = h * (p.nope + p.v) + p.nope;
+        multiply_rows(p.kv_b, rows.rows(h * N), N, out + h * p.v, H * p.v, first, first + p.v);
+    });
+}
+
+struct Step {  // a step's tokens and the cache they are written to
+    Batch batch;
+    const int64_t* slots;
+    const float *cos, *sin;
+    LatentCache cache;
+};
+
+// h += attention of its norm, h [N][D].
+void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, float* normed, float* h) {
+    const long N = step.batch.tokens, D = p.kv_a.columns, H = p.heads, C = p.kv_b.columns, W = C + p.rope;
+    const long head = p.nope + p.rope, half = p.rope / 2;
+    const bool compressed = p.q_a.data != nullptr;
+    parallel_for(N, [&](int64_t n) { rms_norm(h + n * D, D, p.input_norm, normed + n * D); });
+    float* query = arena.take<float>(N * H * head);
+    float* latent = arena.take<float>(N * W);
+    const PreparedRows for_kv = prepared(arena, p.kv_a, narrow, normed, N);
+    if (compressed) {
+        float* small = arena.take<float>(N * p.q_a.rows);
+        linears({{p.q_a, prepared(arena, p.q_a, narrow, normed, N).rows(), small}, {p.kv_a, for_kv.rows(), latent}}, N);
+        parallel_for(N, [&](int64_t n) { rms_norm(small + n * p.q_a.rows, p.q_a.rows, p.q_norm, small + n * p.q_a.rows); });
+        linear(p.q_b, prepared(arena, p.q_b, narrow, small, N).rows(), N, query);
+    } else {
+        linears({{p.q_b, prepared(arena, p.q_b, narrow, normed, N).rows(), query}, {p.kv_a, for_kv.rows(), latent}}, N);
+    }
+    float* q = arena.take<float>(N * H * W);
+    parallel_for(N, [&](int64_t n) {
+        const float *cos = step.cos + n * half, *sin = step.sin + n * half;
+        for (long i = n * H; i < (n + 1) * H; i++)
+            rotate(query + i * head + p.nope, p.rope, cos, sin, p.interleave, q + i * W + C);
+        float* row = scratch(0, W);
+        rms_norm(latent + n * W, C, p.kv_norm, row);
+        rotate(latent + n * W + C, p.rope, cos, sin, p.interleave, row + C);
+        with_type(step.cache.kind, [&](auto* type) {
+            auto* to = static_cast<ELEMENT(type)*>(const_cast<void*>(step.cache.data)) + step.slots[n] * W;
+            lanes_of(W, [&](int64_t i, int lanes) { store(to + i, load(row + i, lanes), lanes); });
+        });
+    });
+    absorb(p, query, head, N, q, W);
+    float* read = arena.take<float>(N * H * C);
+    attend(step.cache, step.batch, q, H, float(p.softmax_scale), read);
+    float* heads = arena.take<float>(N * H * p.v);
+    values(arena, p, narrow, read, N, heads);
+    linear(p.o, prepared(arena, p.o, narrow, heads, N).rows(), N, normed);
+    parallel_for(N, [&](int64_t n) {
+        lanes_of(D, [&](int64_t d, int lanes) { store(h + n * D + d, load(h + n * D + d, lanes) + load(normed + n * D + d, lanes), lanes); });
+    });
+}
+
+// ---- gate ----
+
+// The largest value's index, the first among equals; `taken` is put in its place.
+long take_largest(float* values, long n) {
+    const long best = std::max_element(values, values + n) - values;
+    values[best] = -INFINITY;
+    return best;
+}
+
+// Groups that are not among the topk_group best lose their experts (eq. 16 as node-limited in 2.1.2).
+void mask_groups(const BlockPlan& p, float* choice) {
+    const long size = p.experts / p.groups;
+    std::vector<float> score(p.groups), copy(size);
+    for (long g = 0; g < p.groups; g++) {
+        std::copy_n(choice + g * size, size, copy.begin());
+        for (long i = 0; i < p.group_best; i++) {
+            const float best = *std::max_element(copy.begin(), copy.end());
+            score[g] += best;
+            take_largest(copy.data(), size);
+        }
+    }
+    std::vector<bool> kept(p.groups, false);
+    for (long i = 0; i < p.topk_group; i++) kept[take_largest(score.data(), p.groups)] = true;
+    for (long g = 0; g < p.groups; g++)
+        if (!kept[g]) std::fill_n(choice + g * size, size, -INFINITY);
+}
+
+// eq. 13 to 16 for one token: its experts and their weights from the gate's logits.
+void choose(const BlockPlan& p, float* logits, int64_t* indices, float* weights) {
+    if (p.softmax) {
+        const float top = *std::max_element(logits, logits + p.experts);
+        float sum = 0;
+        for (long e = 0; e < p.experts; e++) sum += logits[e] = std::exp(logits[e] - top);
+        for (long e = 0; e < p.experts; e++) logits[e] /= sum;
+    } else {
+        for (long e = 0; e < p.experts; e++) logits[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+    }
+    std::vector<float> choice(logits, logits + p.experts);
+    if (p.bias)
+        for (long e = 0; e < p.experts; e++) choice[e] += p.bias[e];
+    if (p.groups > 1) mask_groups(p, choice.data());
+    float sum = 1e-20f;
+    for (long k = 0; k < p.top_k; k++) {
+        indices[k] = take_largest(choice.data(), p.experts);
+        sum += weights[k] = logits[indices[k]];
+    }
+    for (long k = 0; k < p.top_k; k++) weights[k] *= (p.norm_topk ? 1.0f / sum : 1.0f) * float(p.routed_scaling_factor);
+}
+
+// ---- feed-forward ----
+
+// h += the block's feed-forward of its norm; `normed` [N][D] is space.
+void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, float* normed, float* h) {
+    const long D = p.kv_a.columns;
+    parallel_for(N, [&](int64_t n) { rms_norm(h + n * D, D, p.post_norm, normed + n * D); });
+    std::vector<Group> groups;
+    long* place = nullptr;
+    if (p.gate.data) {
+        const RoutedExperts experts{p.gate_up, p.down, p.experts};
+        float* logits = arena.take<float>(N * p.experts);
+        linear(p.gate, {normed, D, false}, N, logits);
+        auto* indices = arena.take<int64_t>(N * p.top_k);
+        auto* weights = arena.take<float>(N * p.top_k);
+        parallel_for(N, [&](int64_t n) { choose(p, logits + n * p.experts, indices + n * p.top_k, weights + n * p.top_k); });
+        const PreparedRows rows = prepared(arena, p.gate_up, narrow, normed, N);
+        groups.push_back(experts.group(arena, rows, narrow, {indices, weights, N, p.top_k}, place));
+    }
+    PreparedRows rows = prepared(arena, p.mlp_gate.data ? p.mlp_gate : p.gate_up, narrow, normed, N);
+    PreparedRows act(arena, N, p.mlp_gate.data ? p.mlp_down : p.down, narrow);
+    if (p.mlp_gate.data)
+        groups.push_back({{{p.mlp_gate, p.mlp_up, p.mlp_down, 0, N}}, &rows, nullptr, &act, arena.take<float>(N * D)});
+    feed_forward(groups);
+    parallel_for(N, [&](int64_t n) {  // a token's experts add in the order of its choices
+        lanes_of(D, [&](int64_t d, int lanes) {
+            vec sum = zero();
+            if (place)
+                for (long k = 0; k < p.top_k; k++) sum = sum + load(groups[0].out + place[n * p.top_k + k] * D + d, lanes);
+            if (p.mlp_gate.data) sum = sum + load(groups.back().out + n * D + d, lanes);
+            store(h + n * D + d, load(h + n * D + d, lanes) + sum, lanes);
+        });
+    });
+}
+}  // namespace
+
+KERNEL block_step(const void* plan, int64_t x_type, const void* x, const float* cos, const float* sin, int64_t cache_type,
+                  void* cache, int64_t page_size, const int64_t* positions, const int64_t* slots, const int64_t* row_offsets,
+                  const int64_t* pages, int64_t N, int64_t sequences, int64_t pages_per_sequence, void* out) {
+    const BlockPlan& p = *static_cast<const BlockPlan*>(plan);
+    const long D = p.kv_a.columns, C = p.kv_b.columns;
+    const Step step{{positions, row_offsets, pages, N, sequences, pages_per_sequence}, slots, cos, sin,
+                    {cache_type, cache, C + p.rope, C, page_size}};
+    Arena& arena = Arena::start();
+    float *h = arena.take<float>(N * D), *normed = arena.take<float>(N * D);
+    const bool narrow = x_type == BF16;
+    with_type(x_type, [&](auto* type) {
+        lanes_of(N * D, [&](int64_t i, int lanes) { store(h + i, load(static_cast<const ELEMENT(type)*>(x) + i, lanes), lanes); });
+    });
+    attention(arena, p, narrow, step, normed, h);
+    feed_forward_of(arena, p, narrow, N, normed, h);
+    with_type(x_type, [&](auto* type) {
+        lanes_of(N * D, [&](int64_t i, int lanes) { store(static_cast<ELEMENT(type)*>(out) + i, load(h + i, lanes), lanes); });
+    });
+}

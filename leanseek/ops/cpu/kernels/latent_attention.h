@@ -1,0 +1,19 @@
+// Absorbed MLA attention over the paged cache of latents, as one call.
+#pragma once
+#include "stored.h"
+
+// One layer's cache [slots, width]; the value of a row is its first value_width columns.
+struct LatentCache {
+    int64_t kind;
+    const void* data;
+    long width, value_width, page_size;
+};
+
+// New tokens of several sequences: rows row_offsets[s] .. row_offsets[s + 1] belong to sequence s.
+struct Batch {
+    const int64_t *positions, *row_offsets, *pages;
+    long tokens, sequences, pages_per_sequence;
+};
+
+// out[N][H][V] = softmax(q[N][H][W] . rows * scale) rows[:, :V], each query over its own past.
+void attend(const LatentCache& cache, const Batch& batch, const float* q, long H, float scale, float* out);
