@@ -4,8 +4,8 @@
 
 Planted: at the inputs of attention's projections, the first token of every sequence is 2^14 times as large, as in the
 "massive activations" of published language models (arXiv 2402.17762), and each output is divided by as much. BF16 is
-not touched by that, powers of two being exact (tests/fp8/test_training.py), so its curve is the reference twice. A scale
-for each tile is not touched either; one scale for the whole tensor leaves the other tokens few of E4M3's values.
+not touched by that, powers of two being exact (tests/fp8/test_training.py), so its curve is the reference twice. With
+a scale for each tile the other tokens keep theirs; one scale for the whole tensor leaves them few of E4M3's values.
 
 Writes results.json, curves.csv and curves.png beside this file.
 """
@@ -115,8 +115,10 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=Path("shards/shakespeare"))
     arguments = parser.parse_args()
     if not arguments.shards.exists():
-        corpus = fetch("shakespeare", Path("corpora/shakespeare"))
-        prepare([corpus], arguments.shards, train_vocab=4096)
+        texts = Path("corpora/shakespeare")
+        if not texts.exists():
+            fetch("shakespeare", texts)
+        prepare([texts], arguments.shards, train_vocab=4096)
     curves: dict[str, list[float]] = {}
     for name, run in configs(arguments.shards, arguments.steps).items():
         folder = arguments.runs / run.name

@@ -25,7 +25,7 @@ def machine() -> dict[str, Any]:
     """What this machine is and what it can do, measured now."""
     device = default_device()
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "preferred_dtype": str(preferred_dtype(device)).removeprefix("torch."),
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

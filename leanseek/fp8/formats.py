@@ -1,4 +1,4 @@
-"""The number formats of FP8 training and how a tensor is put into one: a scale for each tile, a code for each value (3.3).
+"""The number formats of FP8 training and how a tensor is put into one: a scale a tile, a code a value (3.3).
 
 Plain torch, for any device; what the native kernels do is held to this, bit for bit.
 """
@@ -45,7 +45,7 @@ def tile_scale(amax: Tensor, power_of_two: bool, fmt: Format = E4M3) -> Tensor:
 
 
 def encode(x: Tensor, scale: Tensor, fmt: Format = E4M3) -> Tensor:
-    """x / scale rounded to the format (to nearest, ties to even), saturated; float32. What is not finite becomes NaN."""
+    """x / scale rounded to the format (nearest, ties to even), saturated; float32. What is not finite becomes NaN."""
     q = (x.float() / scale).clamp(-fmt.largest, fmt.largest)
     power = (q.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(fmt.smallest_normal)
     magic = power * (1.5 * 2.0 ** (23 - fmt.mantissa_bits))  # its last bit is the step between neighbours at q

@@ -32,13 +32,17 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: 
 
 
 def _input(x: Tensor, cast: Cast) -> tuple[Operand, Kept]:
-    """x [..., K] in 1×128 tiles. Modules that read the same tensor share its codes: they travel with it."""
+    """x [..., K] in 1×128 tiles. Modules that read the same tensor share its codes: they travel with it.
+
+    Not with an input that is kept wide, which would hold on to them until backward.
+    """
     key = (type(cast.recipe), cast.recipe.power_of_two, x._version)
     found = getattr(x, "_fp8_rows", None)
     if found is None or found[0] != key:
         flat = x.detach().reshape(-1, x.shape[-1])
         found = (key, *cast.recipe.rows(flat))
-        x._fp8_rows = found  # type: ignore[attr-defined]
+        if not cast.wide_input:
+            x._fp8_rows = found  # type: ignore[attr-defined]
     if cast.seen is not None:
         cast.note("input", x.detach().reshape(-1, x.shape[-1]))
     return found[1], found[2]
@@ -73,7 +77,7 @@ class _Linear(torch.autograd.Function):
 class _FeedForward(torch.autograd.Function):
     """Of routed experts, or of one that every token takes (indices None). `ups` is gate_up, or gate and up.
 
-    A row is a (token, choice) pair, sorted by expert. The gate's weight multiplies the activation, as in ops/experts.py.
+    A row is a (token, choice) pair, sorted by expert. The gate's weight multiplies the activation (ops/experts.py).
     """
 
     @staticmethod

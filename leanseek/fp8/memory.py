@@ -16,7 +16,7 @@ class _Recipe(NamedTuple):
     make: Callable[[], Tensor]
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class Recomputed(saved_tensors_hooks):

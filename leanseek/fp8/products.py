@@ -16,7 +16,7 @@ Cuts = list[int]  # where K is cut: a scale is that of a whole piece
 def cuts(length: int, halves: int = 1) -> Cuts:
     """Pieces of 128 of each of `halves` equal parts of a side."""
     part = length // halves
-    return [0, *(at + min(start + TILE, part) for at in range(0, length, max(part, 1)) for start in range(0, part, TILE))]
+    return [0, *(half * part + min(start + TILE, part) for half in range(halves) for start in range(0, part, TILE))]
 
 
 def product(a: Operand, b: Operand, k_cuts: Cuts, out: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def grouped_product(a: Operand, b: Operand, ends: list[int], k_cuts: Cuts, out: 
 
 
 def grouped_gradient(a: Operand, b: Operand, ends: list[int], bands: Tensor, out: Tensor) -> Tensor:
-    """aᵀ · b over each expert's own rows of a [M, N], b [M, K] (turned) -> out [E, N, K]; zero for an expert without."""
+    """aᵀ · b over each expert's own rows of a [M, N], b [M, K] (turned) -> out [E, N, K]; zero where there are none."""
     edges = bands.tolist()
     for expert, (start, stop) in enumerate(pairwise([0, *ends])):
         if stop == start:
@@ -56,4 +56,3 @@ def grouped_gradient(a: Operand, b: Operand, ends: list[int], bands: Tensor, out
         inner = [edge - start for edge in edges if start <= edge <= stop]
         product(take(a, rows).t(), take(b, rows).t(), inner, out[expert])
     return out
-

@@ -7,6 +7,7 @@ that of the codes. The torch ones hand on codes and scales, for products in the 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -146,8 +147,7 @@ def _turn(x: Tensor | Kept, bands: Tensor, power_of_two: bool, dtype: torch.dtyp
     if index is not None:
         wide = wide[index]
     codes, scale = torch.empty(wide.shape, device=wide.device), torch.empty(wide.shape, device=wide.device)
-    cuts = bands.tolist()
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in pairwise(bands.tolist()):
         q, scales = quantize(wide[start:stop], (TILE, 1), power_of_two)
         codes[start:stop], scale[start:stop] = q, scales
     return Coded(codes, scale)
@@ -179,9 +179,7 @@ def hidden_halves(hidden: Kept) -> tuple[Tensor, Tensor]:
     return Kept(codes[0], scales[0]).wide(), Kept(codes[1], scales[1]).wide()
 
 
-def swiglu_gradient(
-    grad: Tensor, hidden: Kept, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def swiglu_gradient(grad: Tensor, hidden: Kept, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Before any rounding, float32: gradients of gate and up [M, I], the weighted activation, the weights' gradient."""
     gate, up = hidden_halves(hidden)
     sig, grad = torch.sigmoid(gate), grad.float()
@@ -213,5 +211,3 @@ def _round_e5m6(x: Tensor) -> Tensor:
 def _quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     q, scales = quantize(weight, (TILE, TILE), power_of_two=False)
     return q.to(FP8), scales
-
-

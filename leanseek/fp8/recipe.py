@@ -38,6 +38,10 @@ class Tilewise:
     def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Operand, Kept]:
         return q.swiglu(hidden, weight, self.power_of_two)
 
+    def whole_scale(self, x: Tensor) -> Tensor | None:
+        """The one scale [1] of all of x; None where each tile has its own."""
+        return None
+
     def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor) -> SwiGLUBackward:
         return q.swiglu_backward(grad, hidden, weight, bands, self.power_of_two)
 
@@ -46,7 +50,7 @@ class Tensorwise(Tilewise):
     """One scale for a whole tensor (for each expert's weight): here to show why tiles matter."""
 
     def rows(self, x: Tensor) -> tuple[Operand, Kept]:
-        return q.rows(x, self.power_of_two, self._scale(x))
+        return q.rows(x, self.power_of_two, self.whole_scale(x))
 
     def turn(self, x: Tensor | Kept, bands: Tensor, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
         if isinstance(x, Kept):  # on the grid of its one scale: the same codes again
@@ -60,7 +64,7 @@ class Tensorwise(Tilewise):
         return Both(operand, operand)
 
     def blocks(self, weight: Tensor, dtype: torch.dtype) -> Operand:
-        each = [q.blocks(w[None], self.power_of_two, dtype, self._scale(w)) for w in weight]
+        each = [q.blocks(w[None], self.power_of_two, dtype, self.whole_scale(w)) for w in weight]
         if isinstance(each[0], Tensor):
             return torch.cat([w for w in each if isinstance(w, Tensor)])
         return q.Coded(*(torch.cat(parts) for parts in zip(*each, strict=True)))
@@ -68,7 +72,7 @@ class Tensorwise(Tilewise):
     def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Operand, Kept]:
         gate, up = hidden.float().chunk(2, dim=-1)
         act = F.silu(gate) * up
-        scale = self._scale(hidden)
+        scale = self.whole_scale(hidden)
         halves = [q.rows(half, self.power_of_two, scale)[1] for half in hidden.chunk(2, dim=-1)]
         kept = Kept(torch.cat([k.codes for k in halves], -1), torch.cat([k.scales for k in halves], -1))
         return self.rows((act if weight is None else act * weight[:, None]).to(hidden.dtype))[0], kept
@@ -78,8 +82,7 @@ class Tensorwise(Tilewise):
         dhidden = self.both(torch.cat((dgate, dup), dim=-1).to(grad.dtype), bands)
         return SwiGLUBackward(dhidden, self.rows(act.to(grad.dtype))[0], dweight)
 
-    def _scale(self, x: Tensor) -> Tensor:
-        """[1] float32. An empty tensor has the scale of zeros."""
+    def whole_scale(self, x: Tensor) -> Tensor:
         amax = torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else x.new_zeros(())
         return tile_scale(amax, self.power_of_two).view(1)
 
@@ -115,8 +118,7 @@ class Cast:
     def note(self, what: str, x: Tensor, tile: tuple[int, int] = (1, TILE)) -> None:
         """Count what is lost of x, where somebody asked for it."""
         if self.seen is not None:
-            fixed = self.recipe._scale(x) if isinstance(self.recipe, Tensorwise) else None
-            _, scales = quantize(x, tile, self.recipe.power_of_two, fixed)
+            _, scales = quantize(x, tile, self.recipe.power_of_two, self.recipe.whole_scale(x))
             self.seen[what] = counts(x, spread(scales, tile, x.shape))
 
 
@@ -126,11 +128,14 @@ def apply(model: nn.Module, precision: str) -> None:
     Those are the modules with an attribute `fp8`. The output head stays as it is, and so does MTP's `eh_proj`, which
     the published checkpoints do not quantise either.
     """
-    recipe = {"bf16": None, "fp8": Tilewise(), "fp8-tensorwise": Tensorwise()}[precision]
+    recipes: dict[str, Tilewise | None] = {"bf16": None, "fp8": Tilewise(), "fp8-tensorwise": Tensorwise()}
+    recipe = recipes[precision]
     for name, module in model.named_modules():
         if hasattr(module, "fp8"):
-            stays = recipe is None or name.endswith(("lm_head", "eh_proj"))
-            module.fp8 = None if stays else Cast(recipe, wide_input=name.endswith("o_proj"))  # type: ignore[assignment]
+            cast = None
+            if recipe is not None and not name.endswith(("lm_head", "eh_proj")):
+                cast = Cast(recipe, wide_input=name.endswith("o_proj"))
+            module.fp8 = cast  # type: ignore[assignment]
 
 
 def observe(model: nn.Module) -> dict[str, dict[str, Counts]]:

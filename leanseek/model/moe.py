@@ -124,7 +124,6 @@ class MoE(nn.Module):
             out = out + self.shared_experts(flat).view(x.shape)
         return out, route
 
-
     def stored(self) -> Router:
         c, experts = self.gate.config, self.experts
         return Router(

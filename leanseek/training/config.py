@@ -152,7 +152,7 @@ class RunConfig:
 
     @property
     def moments(self) -> str:
-        """"float32" or "bfloat16": what `optimizer.moments` comes to."""
+        """ "float32" or "bfloat16": what `optimizer.moments` comes to."""
         if self.optimizer.moments != "auto":
             return self.optimizer.moments
         return "float32" if self.train.precision == "bf16" else "bfloat16"
@@ -175,7 +175,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "train.batch_size_start train.micro_batch_size train.seed schedule.warmup_steps checkpoint.keep_every "
-        "train.spike_limit optimizer.weight_decay balance.bias_update_speed balance.sequence_alpha balance.switch_alpha "
+        "train.spike_limit optimizer.weight_decay "
+        "balance.bias_update_speed balance.sequence_alpha balance.switch_alpha "
         "mtp.weight mtp.weight_late schedule.final_lr schedule.last_lr",
         lambda v: v >= 0,
         "must not be negative",

@@ -35,7 +35,7 @@ class SpikeGuard:
             self.losses.clear()
             self.losses.append(loss)
             return ""
-        return f"the loss, {loss:.4g}, is {z:.1f} deviations above {median:.4g}, the median of the last {len(self.losses)}"
+        return f"the loss is {z:.1f} deviations above {median:.4g}, the median of the last {len(self.losses)}"
 
     def _z(self, loss: float) -> tuple[float, float]:
         if len(self.losses) < LEAST:

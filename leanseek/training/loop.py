@@ -156,8 +156,9 @@ def _mount_point(path: Path) -> Path:
     return next(p for p in (whole, *whole.parents) if p.is_mount())
 
 
-def _products(run: RunConfig) -> str:
-    return "" if run.train.precision == "bf16" else f", linears in {run.train.precision}"
+def _arithmetic(run: RunConfig, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if run.train.precision == "bf16" else f"{name}, linears in {run.train.precision}"
 
 
 class _Signals:
@@ -200,7 +201,7 @@ class _Loop:
             start.step,
             what,
             f"{folder} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
-            f"{str(dtype).removeprefix('torch.')}{_products(run)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here",
+            f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here",
         )
 
     def step(self, step: int) -> None:
@@ -237,8 +238,12 @@ class _Loop:
                 f"step {step}: weight {culprit} is not finite, so no checkpoint was written; the last good one is "
                 "intact: lower optimizer.lr and go on with --resume"
             )
-        state: dict[str, Any] = {"samples": samples_before(self.run, step), "tokens": self._tokens(step), "skipped": self.skipped}
-        state["guard"] = self.trainer.guard.state()
+        state = {
+            "samples": samples_before(self.run, step),
+            "tokens": self._tokens(step),
+            "skipped": self.skipped,
+            "guard": self.trainer.guard.state(),
+        }
         tensors = self.trainer.state_tensors()
         self.metrics.sync()  # whoever finds the checkpoint finds the rows up to it
         write_checkpoint(self.folder, step, self.trainer.model, tensors, state, self.data.folder)

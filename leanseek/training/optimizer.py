@@ -51,9 +51,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, moments: str) -> 
     for name, parameter in model.named_parameters():
         (keep if parameter.ndim < 2 or name == "embed_tokens.weight" else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    optimizer: torch.optim.Optimizer
     if moments == "bfloat16":
-        return BF16AdamW(groups, config.lr, config.betas, config.eps)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        optimizer = BF16AdamW(groups, config.lr, config.betas, config.eps)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer.register_step_post_hook(_changed)
+    return optimizer
+
+
+def _changed(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """torch's fused AdamW writes weights without moving their version, by which FP8 knows that a cast is out of date."""
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 class EMA:

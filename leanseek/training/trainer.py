@@ -70,7 +70,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = tokens.split(run.train.micro_batch_size or tokens.shape[0])
         for part in parts:
-            found = self._losses(part, step)
+            found = self.forward(part, step)
             share = part.shape[0] / tokens.shape[0]  # the mean over micro-batches, whatever their sizes
             (found.total * share).backward()
             add_counts(counts, found.routes)
@@ -84,7 +84,7 @@ class Trainer:
         lr = learning_rate(run, step)
         wrong, reason = Finding("", ""), ""
         if not math.isfinite(loss + mtp_loss + balance_loss + grad_norm):
-            wrong = find_nonfinite(self.model, lambda: [self._losses(part, step) for part in parts])
+            wrong = find_nonfinite(self.model, lambda: [self.forward(part, step) for part in parts])
             reason = f"{wrong.culprit} is not finite ({wrong.statistics})"
         elif spike := self.guard.spike(loss):
             wrong = largest_gradient(self.model)
@@ -101,9 +101,12 @@ class Trainer:
         loads = loads.cpu()
         violation = dict(zip(counts, max_violation(loads).tolist(), strict=True))
         by_layer = dict(zip(counts, loads, strict=True))
-        return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, not reason, wrong.culprit, reason, by_layer, violation)
+        return StepResult(
+            loss, mtp_loss, balance_loss, grad_norm, lr, not reason, wrong.culprit, reason, by_layer, violation
+        )
 
-    def _losses(self, tokens: Tensor, step: int) -> Losses:
+    def forward(self, tokens: Tensor, step: int = 0) -> Losses:
+        """The losses that step `step` would differentiate, of tokens [B, T + 1 + D] on the device."""
         return losses(
             self.model,
             tokens,

@@ -14,7 +14,7 @@ from leanseek.ops.latent_attention import CacheIndex
 
 _linear = kernel("stored_linear", "npp nn np n p")
 _experts = kernel("stored_experts", "npppp nnn np pp nn p")
-_attention = kernel("latent_attention", "np nnn ppp nnn p n f p")
+_attention = kernel("latent_attention", "np nnn ppp nnn np n f p")
 
 KINDS = DTYPES | {torch.float8_e4m3fn: 2}  # stored.h
 
@@ -75,7 +75,7 @@ def latent_attention(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, 
     pages = index.pages.contiguous()
     _attention(
         DTYPES[cache.dtype], cache.data_ptr(), width, value_width, index.page_size, index.positions.data_ptr(),
-        index.row_offsets.data_ptr(), pages.data_ptr(), tokens, *pages.shape, rows.data_ptr(), heads, scale,
+        index.row_offsets.data_ptr(), pages.data_ptr(), tokens, *pages.shape, q.dtype == torch.bfloat16, rows.data_ptr(), heads, scale,
         out.data_ptr(),
     )  # fmt: skip
     return out.to(q.dtype)

@@ -170,7 +170,7 @@ void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, 
     });
     absorb(p, query, head, N, q, W);
     float* read = arena.take<float>(N * H * C);
-    attend(step.cache, step.batch, q, H, float(p.softmax_scale), read);
+    attend(arena, step.cache, step.batch, narrow, q, H, float(p.softmax_scale), read);
     float* heads = arena.take<float>(N * H * p.v);
     values(arena, p, narrow, read, N, heads);
     linear(p.o, prepared(arena, p.o, narrow, heads, N).rows(), N, normed);

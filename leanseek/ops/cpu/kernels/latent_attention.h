@@ -1,5 +1,6 @@
 // Absorbed MLA attention over the paged cache of latents, as one call.
 #pragma once
+#include "arena.h"
 #include "stored.h"
 
 // One layer's cache [slots, width]; the value of a row is its first value_width columns.
@@ -15,5 +16,7 @@ struct Batch {
     long tokens, sequences, pages_per_sequence;
 };
 
-// out[N][H][V] = softmax(q[N][H][W] . rows * scale) rows[:, :V], each query over its own past.
-void attend(const LatentCache& cache, const Batch& batch, const float* q, long H, float scale, float* out);
+// out[N][H][V] = softmax(q[N][H][W] . rows * scale) rows[:, :V], each query over its own past. `narrow`: q may be rounded to
+// BF16 where the cache is BF16 and the CPU multiplies it.
+void attend(Arena& arena, const LatentCache& cache, const Batch& batch, bool narrow, const float* q, long H, float scale,
+            float* out);

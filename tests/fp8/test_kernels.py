@@ -1,0 +1,105 @@
+"""The native kernels against torch, bit for bit: rounding leaves no room for "close"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from leanseek import ops
+from leanseek.fp8 import quantize as q
+from leanseek.fp8.quantize import Coded, Kept, Operand, row_bands
+from leanseek.ops.cpu import usable_variants, use_variant
+
+if not usable_variants():
+    pytest.skip("no native kernels", allow_module_level=True)
+
+SHAPES = [(1, 1), (5, 127), (130, 128), (200, 300)]
+
+
+@pytest.fixture(params=usable_variants(), autouse=True)
+def variant(request: pytest.FixtureRequest) -> Iterator[None]:
+    with use_variant(request.param):
+        yield
+
+
+def hard(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows of very different sizes, zeros, subnormals and values that are not finite."""
+    x = torch.randn(rows, columns) * torch.randn(rows, 1).mul(8).exp()
+    x[rows // 2] = 0
+    x[rows // 3] *= 1e-38
+    x[0, 0], x[-1, -1] = float("nan"), -float("inf")
+    return x.to(dtype)
+
+
+def same(fast: Operand, exact: Operand) -> None:
+    assert isinstance(fast, Tensor) and isinstance(exact, Coded)
+    value = (exact.codes * exact.scale).to(fast.dtype)
+    assert torch.equal(fast.isnan(), value.isnan())
+    assert torch.equal(fast.nan_to_num(), value.nan_to_num())
+
+
+def same_kept(fast: Kept, exact: Kept) -> None:
+    assert torch.equal(fast.codes.view(torch.uint8) & 0x7F, exact.codes.view(torch.uint8) & 0x7F)
+    finite = ~exact.codes.float().isnan()  # torch's NaN keeps a sign
+    assert torch.equal(fast.codes.view(torch.uint8)[finite], exact.codes.view(torch.uint8)[finite])
+    assert torch.equal(fast.scales, exact.scales)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_turned_and_blocks(shape: tuple[int, int], dtype: torch.dtype, power_of_two: bool) -> None:
+    x = hard(*shape, dtype)
+    index = torch.randint(0, shape[0], (shape[0] + 3,))
+    bands = row_bands([2, 2, shape[0] + 3], x.device)
+    operand, kept = q.rows(x, power_of_two)
+    found = (
+        operand, q.turn(x, bands, power_of_two, dtype, index), q.turn(kept, bands, power_of_two, dtype, index),
+        *q.both(x, row_bands([shape[0]], x.device), power_of_two), q.blocks(x[None], power_of_two, dtype),
+    )  # fmt: skip
+    with ops.use("torch"):
+        operand, exact = q.rows(x, power_of_two)
+        expected = (
+            operand, q.turn(x, bands, power_of_two, dtype, index), q.turn(exact, bands, power_of_two, dtype, index),
+            *q.both(x, row_bands([shape[0]], x.device), power_of_two), q.blocks(x[None], power_of_two, dtype),
+        )  # fmt: skip
+    same_kept(kept, exact)
+    for a, b in zip(found, expected, strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stored_blocks_and_e5m6(shape: tuple[int, int]) -> None:
+    x = hard(*shape, torch.float32)
+    codes, scales = q.quantize_blocks(x)
+    rounded = q.round_e5m6(x.bfloat16())
+    with ops.use("torch"):
+        same_kept(Kept(codes, scales), Kept(*q.quantize_blocks(x)))
+        assert torch.equal(rounded.nan_to_num(), q.round_e5m6(x.bfloat16()).nan_to_num())
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("size", [20, 128, 200])
+def test_swiglu_forward_and_backward(size: int, weighted: bool) -> None:
+    """The exponential differs by a few last bits: a value may fall on the other side of a rounding, rarely."""
+    hidden, grad = torch.randn(150, 2 * size).bfloat16(), torch.randn(150, size).bfloat16()
+    weight = torch.rand(150) if weighted else None
+    bands = row_bands([100, 100, 150], hidden.device)
+    act, kept = q.swiglu(hidden, weight, True)
+    back = q.swiglu_backward(grad, kept, weight, bands, True)
+    with ops.use("torch"):
+        exact_act, exact_kept = q.swiglu(hidden, weight, True)
+        exact = q.swiglu_backward(grad, kept, weight, bands, True)
+    same_kept(kept, exact_kept)
+    for a, b in ((act, exact_act), (back.hidden.rows, exact.hidden.rows), (back.hidden.turned, exact.hidden.turned),
+                 (back.act, exact.act)):  # fmt: skip
+        assert isinstance(a, Tensor) and isinstance(b, Coded)
+        value = b.codes * b.scale
+        assert float((a.float() != value).float().mean()) < 1e-3
+        assert torch.allclose(a.float(), value, rtol=2**-3, atol=float(b.scale.max()) * 2**-9)  # one step of E4M3
+    if weighted:
+        assert back.weight is not None and exact.weight is not None
+        assert torch.allclose(back.weight, exact.weight, rtol=1e-5, atol=1e-5)
