@@ -49,7 +49,7 @@ class Block(nn.Module):
         attention, mlp = self.self_attn, self.mlp
         if isinstance(attention, GQA):
             return
-        c = attention.config
+        c, dense = attention.config, mlp.shared_experts if isinstance(mlp, MoE) else mlp
         self._frozen = ops.BlockWeights(
             q_a=None if c.q_lora_rank is None else attention.q_a_proj.stored(),
             q_b=(attention.q_proj if c.q_lora_rank is None else attention.q_b_proj).stored(),
@@ -61,7 +61,7 @@ class Block(nn.Module):
             kv_norm=attention.kv_a_layernorm.stored(),
             post_norm=self.post_attention_layernorm.stored(),
             router=mlp.stored() if isinstance(mlp, MoE) else None,
-            mlp=mlp.stored() if isinstance(mlp, MLP) else mlp.shared_experts and mlp.shared_experts.stored(),
+            mlp=None if dense is None else dense.stored(),
             heads=c.num_attention_heads,
             nope=c.qk_nope_head_dim,
             rope=c.qk_rope_head_dim,

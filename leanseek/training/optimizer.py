@@ -61,7 +61,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, moments: str) -> 
 
 
 def _changed(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """torch's fused AdamW writes weights without moving their version, by which FP8 knows that a cast is out of date."""
+    """torch's fused AdamW leaves the weights' version, by which FP8 knows that a cast is out of date, as it was."""
     torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 

@@ -75,7 +75,7 @@ def latent_attention(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, 
     pages = index.pages.contiguous()
     _attention(
         DTYPES[cache.dtype], cache.data_ptr(), width, value_width, index.page_size, index.positions.data_ptr(),
-        index.row_offsets.data_ptr(), pages.data_ptr(), tokens, *pages.shape, q.dtype == torch.bfloat16, rows.data_ptr(), heads, scale,
-        out.data_ptr(),
+        index.row_offsets.data_ptr(), pages.data_ptr(), tokens, *pages.shape, q.dtype == torch.bfloat16,
+        rows.data_ptr(), heads, scale, out.data_ptr(),
     )  # fmt: skip
     return out.to(q.dtype)
