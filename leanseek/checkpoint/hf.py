@@ -32,6 +32,7 @@ from leanseek.checkpoint.names import hf_parts, iter_hf_tensors
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.model import Transformer
+from leanseek.ops.machine import empty
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OWN_CONFIG = "leanseek_model"  # key of config.json under which a baseline, which no Hugging Face class holds, is kept
@@ -122,7 +123,7 @@ def load(
         parts = [tensors[part.name] for part in hf_parts(name, meta, config.num_hidden_layers)]
         keep = keep_fp8 and all(part.dtype == blocks.FP8 for part in parts) and _takes_scales(model, name)
         kind = blocks.FP8 if keep else _dtype(name, parts, wanted)
-        state[name] = _fill(torch.empty(meta.shape, dtype=kind, device=device), name, tensors, config, keep)
+        state[name] = _fill(empty(meta.shape, kind, device), name, tensors, config, keep)
         if keep:
             scale = torch.empty(blocks.scale_shape(tuple(meta.shape)), dtype=torch.float32, device=device)
             state[name + blocks.SCALE] = _fill(scale, name + blocks.SCALE, tensors, config)

@@ -22,6 +22,9 @@ def serve(
     cache_gib: Annotated[float, typer.Option(help="memory of the latent cache, never exceeded")] = 1.0,
     max_queue: Annotated[int, typer.Option(help="requests that may wait; further ones are answered 429")] = 256,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    int8_head: Annotated[
+        bool, typer.Option("--int8-head", help="hold the output head in 8 bits, a scale a row")
+    ] = False,
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="another site whose pages may call this server (CORS); may be repeated")
     ] = None,
@@ -32,4 +35,5 @@ def serve(
 
     access = Access(api_key, allowed_origin or ())
     options = {"max_model_len": max_model_len, "cache_gib": cache_gib, "max_queue": max_queue, "device": device}
+    options["int8_head"] = int8_head
     run(model, host, port, served_model_name, access, **options)

@@ -30,17 +30,25 @@ _DEFAULTS = {
 
 
 def load_engine(
-    path: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto", **options: Any
+    path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    int8_head: bool = False,
+    **options: Any,
 ) -> Engine:
     """An engine over a Hugging Face folder or a run.
 
     device: the GPU if there is one, when None. dtype: with "auto" weights stay as they are stored, FP8 included.
+    int8_head: the output head in 8 bits with a scale a row, whatever it is stored in.
 
     Raises:
         InputError: the folder, or an option of the engine, is not right.
     """
     folder = checkpoint.resolve(path)
     model = checkpoint.load(folder, device or default_device(), dtype, keep_fp8=dtype == "auto").requires_grad_(False)
+    if int8_head:
+        model.quantize_head()
     found = checkpoint.find_tokenizer(folder)
     config = folder / "generation_config.json"
     generation = read_json(config) if config.is_file() else {}

@@ -21,7 +21,7 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """Linear without bias. The weight may be FP8 blocks with their scales, then it serves inference only."""
+    """Linear without bias. The weight may be FP8 blocks or 8-bit rows with their scales, for inference only."""
 
     weight_scale_inv: Tensor | None
 
@@ -41,9 +41,7 @@ class Linear(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`, dequantised if need be."""
-        if self.weight_scale_inv is not None:
-            return ops.dequantize_blocks(self.weight, self.weight_scale_inv, dtype)
-        return self.weight.to(dtype)
+        return ops.dense(self.weight, self.weight_scale_inv, dtype)
 
 
 class RMSNorm(nn.Module):

@@ -116,6 +116,13 @@ class Transformer(nn.Module):
                 routes.append(route)
         return states, routes
 
+    def quantize_head(self) -> None:
+        """The head in 8 bits with a scale a row, for serving: most of what a small model reads for a token."""
+        codes, scale = ops.quantize_rows(self.head_weight.data)
+        self.lm_head = Linear(codes.shape[1], codes.shape[0], "meta", self.embed_tokens.weight.dtype)
+        self.lm_head.weight = torch.nn.Parameter(codes, requires_grad=False)
+        self.lm_head.weight_scale_inv = scale
+
     def freeze(self) -> None:
         """For serving: plan each block's step once. The weights may change in place from now on, not be replaced."""
         for module in self.modules():

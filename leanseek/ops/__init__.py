@@ -7,7 +7,7 @@ from leanseek.ops.dispatch import row_invariant, table, use
 from leanseek.ops.experts import experts, route_order
 from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
-from leanseek.ops.linear import dequantize_blocks, linear
+from leanseek.ops.linear import dense, dequantize_blocks, linear, quantize_rows
 from leanseek.ops.norm import rms_norm
 from leanseek.ops.rotary import rotate
 from leanseek.ops.sampling import Choice, sample
@@ -22,6 +22,7 @@ __all__ = [
     "Choice",
     "block_step",
     "causal_attention",
+    "dense",
     "dequantize_blocks",
     "expert_scores",
     "experts",
@@ -30,6 +31,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mla_attention",
+    "quantize_rows",
     "rms_norm",
     "rotate",
     "route_order",

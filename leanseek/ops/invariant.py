@@ -22,7 +22,7 @@ from torch import Tensor
 from leanseek.ops.dispatch import register
 from leanseek.ops.experts import route_order
 from leanseek.ops.latent_attention import CacheIndex
-from leanseek.ops.linear import dequantize_blocks
+from leanseek.ops.linear import dense
 
 BLOCK_ROWS = 64  # rows of a product where oneDNN is not there: the only number ever asked for
 MIN_ROWS = 16  # rows of a batched product
@@ -46,8 +46,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 @register("linear", "torch", _always, row_invariant=True)
 def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    weight = weight.to(x.dtype) if scale_inv is None else dequantize_blocks(weight, scale_inv, x.dtype)
-    return _product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    return _product(x.reshape(-1, x.shape[-1]), dense(weight, scale_inv, x.dtype)).view(*x.shape[:-1], weight.shape[0])
 
 
 @register("head_linear", "torch", _always, row_invariant=True)

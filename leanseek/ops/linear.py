@@ -15,15 +15,41 @@ def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor
     """x · weightᵀ in x's dtype.
 
     x [..., in]; weight [out, in], of any floating dtype (cast to x's: master weights stay float32 under BF16 compute),
-    or float8_e4m3fn with scale_inv [ceil(out/128), ceil(in/128)] float32.
+    or float8_e4m3fn with scale_inv [ceil(out/128), ceil(in/128)] float32, or what `quantize_rows` returns.
     """
     return pick("linear", reference, x, weight, scale_inv)(x, weight, scale_inv)
 
 
 def reference(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    if scale_inv is not None:
-        weight = dequantize_blocks(weight, scale_inv, x.dtype)
-    return F.linear(x, weight.to(x.dtype))
+    return F.linear(x, dense(weight, scale_inv, x.dtype))
+
+
+def dense(weight: Tensor, scale_inv: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A stored weight in `dtype`."""
+    if scale_inv is None:
+        return weight.to(dtype)
+    return (dequantize_rows if weight.dtype == torch.uint8 else dequantize_blocks)(weight, scale_inv, dtype)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """8 bits a value, one scale a row: weight [out, in] -> codes [out, in] uint8, scale_inv [out] float32.
+
+    A code is a sign bit and 7 bits of magnitude, so that BF16 holds every code exactly and -0 is as good as 0.
+    """
+    codes, scales = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), []
+    for part, out in zip(weight.split(4096), codes.split(4096), strict=True):  # a part at a time: heads are large
+        wide = part.float()
+        scale = wide.abs().amax(-1) / 127
+        wide /= torch.where(scale > 0, scale, 1.0)[:, None]
+        out.copy_(wide.abs().round() + 128 * (wide < 0))
+        scales.append(scale)
+    return codes, torch.cat(scales)
+
+
+def dequantize_rows(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of `quantize_rows`."""
+    magnitude = (codes & 127).float() * scale_inv[:, None]
+    return torch.where(codes > 127, -magnitude, magnitude).to(dtype)
 
 
 def dequantize_blocks(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

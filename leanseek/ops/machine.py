@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
+HUGE_PAGE = 2**21  # bytes
 
 
 def default_device() -> torch.device:
@@ -18,6 +24,17 @@ def preferred_dtype(device: torch.device | str) -> torch.dtype:
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """As torch.empty, asking Linux for huge pages on the CPU: weights read once a token miss fewer address lookups."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "cpu" and sys.platform == "linux" and size >= HUGE_PAGE:
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = tensor.data_ptr() + size - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)  # advice only
+    return tensor
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device | str, size: int = 2048, repeats: int = 5) -> float:

@@ -16,7 +16,7 @@ _linear = kernel("stored_linear", "npp nn np n p")
 _experts = kernel("stored_experts", "npppp nnn np pp nn p")
 _attention = kernel("latent_attention", "np nnn ppp nnn np n f p")
 
-KINDS = DTYPES | {torch.float8_e4m3fn: 2}  # stored.h
+KINDS = DTYPES | {torch.float8_e4m3fn: 2, torch.uint8: 3}  # stored.h
 
 
 def _stored(x: Tensor, weight: Tensor, *scales: Tensor | None) -> bool:

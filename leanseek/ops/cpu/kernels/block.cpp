@@ -81,6 +81,34 @@ PreparedRows prepared(Arena& arena, const Matrix& w, bool narrow, const float* x
 
 // ---- attention ----
 
+// out[columns] = Σ_d q[d] w[d][columns], decoding as it reads: for one row the fastest, and the same sum as gemm.h's.
+template <class T>
+void absorb_row(const float* q, const T* w, long ldw, long depth, long columns, float* out) {
+    constexpr int VECS = 8;
+    long c = 0;
+    for (; c + VECS * LANES <= columns; c += VECS * LANES) {
+        vec sum[VECS];
+#pragma GCC unroll 8
+        for (int i = 0; i < VECS; i++) sum[i] = zero();
+        for (long d = 0; d < depth; d++) {
+            const vec factor = set1(q[d]);
+#pragma GCC unroll 4
+            for (int i = 0; i < VECS; i += 2) {
+                vec a, b;
+                decode(w + d * ldw + c + i * LANES, a, b);
+                sum[i] = fma(factor, a, sum[i]), sum[i + 1] = fma(factor, b, sum[i + 1]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < VECS; i++) store(out + c + i * LANES, sum[i]);
+    }
+    for (; c < columns; c++) {
+        float sum = 0;
+        for (long d = 0; d < depth; d++) sum = __builtin_fmaf(q[d], decode(w[d * ldw + c]), sum);
+        out[c] = sum;
+    }
+}
+
 // q[n][h][:C] = W_UK of head h transposed times q_C, [nope] at q_nope + (n H + h) ldq. A block of weights is decoded to
 // FP32 and serves every row; C is kv_lora_rank.
 template <class T>
@@ -88,13 +116,22 @@ void absorb_head(const BlockPlan& p, const float* q_nope, long ldq, long N, long
     const Matrix& w = p.kv_b;
     const long C = w.columns, H = p.heads, columns = std::min(BLOCK, C - c0), blocks = (C + BLOCK - 1) / BLOCK;
     const long row = h * (p.nope + p.v), width = whole_vectors(columns);
-    float* weight = scratch(0, p.nope * width);   // [nope][width]
-    float* factor = scratch(1, p.nope);           // what FP8 leaves to the query
+    float* factor = scratch(1, p.nope);  // what FP8 leaves to the query
     float* scaled = scratch(2, N * p.nope);
+    const T* data = static_cast<const T*>(w.data) + row * C + c0;
+    for (long d = 0; d < p.nope; d++)
+        factor[d] = w.kind == FP8 ? w.scale[(row + d) / BLOCK * blocks + c0 / BLOCK] * 256.0f : w.kind == INT8 ? w.scale[row + d] : 1.0f;
+    for (long n = 0; n < N; n++)
+        for (long d = 0; d < p.nope; d++) scaled[n * p.nope + d] = q_nope[(n * H + h) * ldq + d] * factor[d];
+    if (N <= 3) {
+        for (long n = 0; n < N; n++)
+            absorb_row(scaled + n * p.nope, data, C, p.nope, columns, q + (n * H + h) * W + c0);
+        return;
+    }
+    float* weight = scratch(0, p.nope * width);  // [nope][width]
     float* out = scratch(3, N * width);
     for (long d = 0; d < p.nope; d++) {
-        const T* from = static_cast<const T*>(w.data) + (row + d) * C + c0;
-        factor[d] = w.kind == FP8 ? w.scale[(row + d) / BLOCK * blocks + c0 / BLOCK] * 256.0f : w.kind == INT8 ? w.scale[row + d] : 1.0f;
+        const T* from = data + d * C;
         long c = 0;
         for (; c + 2 * LANES <= columns; c += 2 * LANES) {
             vec a, b;
@@ -103,8 +140,6 @@ void absorb_head(const BlockPlan& p, const float* q_nope, long ldq, long N, long
         }
         for (; c < width; c++) weight[d * width + c] = c < columns ? decode(from[c]) : 0.0f;
     }
-    for (long n = 0; n < N; n++)
-        for (long d = 0; d < p.nope; d++) scaled[n * p.nope + d] = q_nope[(n * H + h) * ldq + d] * factor[d];
     multiply(N, width, p.nope, scaled, p.nope, 1, weight, width, out, width, false);
     for (long n = 0; n < N; n++) std::copy_n(out + n * width, columns, q + (n * H + h) * W + c0);
 }
