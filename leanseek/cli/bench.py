@@ -95,6 +95,30 @@ def serve(
         print(line)
 
 
+@app.command()
+def decode(
+    preset: Annotated[str, typer.Option(help="a network; its weights are random")] = "bench-3b",
+    context: Annotated[list[int] | None, typer.Option(min=1, help="tokens before; may be repeated  [512]")] = None,
+    peers: Annotated[str, typer.Option(help="llama.cpp, transformers, or both with a comma")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """One request: prefill and decode, against the read bandwidth and the GEMM rate."""
+    from leanseek.bench.generate import PEERS, bench_generate
+
+    wanted = [p for p in peers.split(",") if p]
+    if unknown := [p for p in wanted if p not in PEERS]:
+        raise InputError(f"no peer {unknown[0]!r} for decoding; there are {', '.join(PEERS)}")
+    found = bench_generate(preset, wanted, context or [512])
+    if as_json:
+        print(json.dumps(found))
+        return
+    for line in _lines(found):
+        print(line)
+
+
+app.command(name="prefill")(decode)  # both are measured of the same request
+
+
 def _lines(found: dict[str, Any], name: str = "") -> Iterator[str]:
     """Nested figures, one a line."""
     for key, value in found.items():

@@ -11,7 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from leanseek.ops import cpu
+from leanseek.ops.cpu.library import kernel
+
 HUGE_PAGE = 2**21  # bytes
+_read = kernel("read_memory", "pnp")
 
 
 def default_device() -> torch.device:
@@ -44,9 +48,12 @@ def gemm_rate(dtype: torch.dtype, device: torch.device | str, size: int = 2048, 
 
 
 def read_bandwidth(device: torch.device | str, size: int = 2**28, repeats: int = 5) -> float:
-    """Measured bytes/s of summing `size` bytes, the median of `repeats`."""
-    a = torch.ones(size // 4, device=device)
-    return size / _median_seconds(lambda: a.sum(), torch.device(device), repeats)
+    """Measured bytes/s of reading `size` bytes with all threads, the median of `repeats`."""
+    a = empty((size // 4,), torch.float32, device).fill_(1.0)
+    if torch.device(device).type == "cpu" and cpu.usable_variants():
+        found = torch.empty(1, dtype=torch.int64)
+        return size / _median_seconds(lambda: _read(a.data_ptr(), size, found.data_ptr()), a.device, repeats)
+    return size / _median_seconds(lambda: a.sum(), a.device, repeats)
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
