@@ -73,7 +73,8 @@ def bench_generate(preset: str, peers: list[str], contexts: list[int]) -> dict[s
             {"context": contexts[0], "ours": ours, "peer": theirs, "results": found} | _ratios(found, ours, theirs)
         )
     return {
-        "benchmark": "generate", "preset": preset, "machine": limits, "results": results, "peers": pairs, "notes": notes,
+        "benchmark": "generate", "preset": preset, "machine": limits,
+        "results": results, "peers": pairs, "notes": notes,
     }  # fmt: skip
 
 

@@ -90,8 +90,9 @@ def _tokenizer(config: ModelConfig) -> tokenizers.Tokenizer:
     """Every id spells something: the two ends, the bytes, then words that no text is split into."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     spelled = ["<begin>", "<end>", *alphabet]
-    spelled += [f"Ġ{number}" for number in range(len(spelled), config.vocab_size)]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(spelled)}, []))
+    spelled += [f"Ġ{number}" for number in range(len(spelled), config.vocab_size - 1)] + ["Ġ!"]
+    merges = [("Ġ", "!")]  # llama.cpp takes no vocabulary without one
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(spelled)}, merges))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.add_special_tokens(spelled[:2])
