@@ -30,7 +30,6 @@ from leanseek.model import Transformer
 log = logging.getLogger(__name__)
 
 PRIORITY_SECONDS = 30.0  # one priority level is worth as much as having come that much earlier
-STEP_SECONDS = 0.1  # what a step with prompts in it should take, so that newcomers are heard
 MIN_STEP_ROWS = 64
 GIB = 2**30
 
@@ -39,8 +38,9 @@ class Engine:
     """Continuous batching over one model.
 
     cache_gib: of the latent cache, never exceeded. max_model_len: prompt and output of a request together; as much as
-    the model and the cache allow when None. step_tokens: the most rows in a step. speculate: MTP drafts per step, None
-    for 1 if the model has an MTP module. seed: of the requests that bring none.
+    the model and the cache allow when None. step_tokens: the most rows in a step. step_seconds: how long a step with
+    prompts in it should last, so that newcomers are heard. speculate: MTP drafts per step, None for 1 if the model has
+    an MTP module. seed: of the requests that bring none.
 
     Raises:
         EngineError: options that cannot be.
@@ -58,6 +58,7 @@ class Engine:
         max_model_len: int | None = None,
         max_batch: int = 64,
         step_tokens: int = 512,
+        step_seconds: float = 0.1,
         speculate: int | None = None,
         prefix_cache: bool = True,
         seed: int | None = None,
@@ -84,6 +85,7 @@ class Engine:
         self._speculation = Speculation(drafts)
         self._grammars = Grammars(tokenizer, config.vocab_size, sorted(self.eos_token_ids)) if tokenizer else None
         self._step_tokens = step_tokens
+        self._step_goal = step_seconds
         self._row_seconds = 0.0  # running mean, of steps with prompts in them
         self._fresh = random.Random(seed)
         self._sequences: dict[str, list[Sequence]] = {}  # unfinished, by request
@@ -327,10 +329,10 @@ class Engine:
     # ---- measures ----
 
     def _budget(self) -> int:
-        """Rows that a step should have: as many as take STEP_SECONDS."""
+        """Rows that a step should have: as many as take `step_seconds`."""
         if not self._row_seconds:
             return min(self._step_tokens, 2 * MIN_STEP_ROWS)
-        return min(self._step_tokens, max(MIN_STEP_ROWS, int(STEP_SECONDS / self._row_seconds)))
+        return min(self._step_tokens, max(MIN_STEP_ROWS, int(self._step_goal / self._row_seconds)))
 
     def _measure(self, works: list[Work], rows: Rows, result: StepResult, decoding: bool, seconds: float) -> None:
         self._forward_seconds += result.main_seconds + result.draft_seconds

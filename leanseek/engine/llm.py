@@ -74,7 +74,8 @@ class LLM:
     """
 
     def __init__(self, path: str | Path | Engine, **options: Any):
-        self.engine = path if isinstance(path, Engine) else load_engine(path, **options)
+        # nobody comes while a prompt is read: steps may last
+        self.engine = path if isinstance(path, Engine) else load_engine(path, **{"step_seconds": 60.0} | options)
         self._requests = 0
         self._open: set[str] = set()  # requests that somebody reads
         self._others: list[Delta] = []  # of those, deltas that came while another one was read

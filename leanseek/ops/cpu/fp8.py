@@ -98,10 +98,11 @@ def blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: Tensor
 
 @register("fp8_stored_blocks", "cpu", accepts)
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
     weight = weight.contiguous()
-    codes, scales = torch.empty(weight.shape, dtype=FP8), torch.empty([_tiles(n) for n in weight.shape])
+    codes, scales = torch.empty(weight.shape, dtype=FP8), torch.empty(_tiles(rows), _tiles(columns))
     _blocks(
-        DTYPES[weight.dtype], DTYPES[torch.float32], 0, weight.data_ptr(), 1, *weight.shape,
+        DTYPES[weight.dtype], DTYPES[torch.float32], 0, weight.data_ptr(), 1, rows, columns,
         *pointers(None, codes, scales, None),
     )  # fmt: skip
     return codes, scales

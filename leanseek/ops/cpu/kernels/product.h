@@ -125,7 +125,10 @@ void exact_rows(const Matrix& w, const float* x, long ldx, long m, float* out, l
 using pairs = __m512bh;  // 32 BF16 values
 
 // 64 columns of one row as two vectors, those past `columns` zero.
-struct CodeSource {  // 8-bit codes: the two bytes of each one's BF16 are looked up by its low 7 bits, the sign is put on
+struct CodeSource {
+    using Element = uint8_t;
+    static constexpr bool CODES = true;
+    // 8-bit codes: the two bytes of each one's BF16 are looked up by its low 7 bits, the sign is put on
     const uint8_t* data;
     long stride;
     __m512i high[2], low[2];
@@ -139,9 +142,9 @@ struct CodeSource {  // 8-bit codes: the two bytes of each one's BF16 are looked
             low[i] = _mm512_load_si512(bytes[1] + 64 * i);
         }
     }
-    void decode(const uint8_t* p, long columns, pairs& a, pairs& b) const {
-        const __m512i code =
-            columns >= STEP ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t(1) << columns) - 1, p);
+    template <bool FULL>
+    inline __attribute__((always_inline)) void decode(const uint8_t* p, long columns, pairs& a, pairs& b) const {
+        const __m512i code = FULL ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t(1) << columns) - 1, p);
         const __m512i sign = _mm512_set1_epi8(char(0x80));
         __m512i upper = _mm512_permutex2var_epi8(high[0], code, high[1]);
         upper = _mm512_ternarylogic_epi32(upper, code, sign, 0xf8);  // upper | (code & sign)
@@ -152,12 +155,15 @@ struct CodeSource {  // 8-bit codes: the two bytes of each one's BF16 are looked
 };
 
 struct WideSource {  // BF16 as stored, or a panel of decoded codes
+    using Element = bf16;
+    static constexpr bool CODES = false;
     const bf16* data;
     long stride;
 
-    pairs decode(const bf16* p, long columns) const {
-        if (columns >= 32) return pairs(_mm512_loadu_si512(p));
-        return pairs(_mm512_maskz_loadu_epi16(columns > 0 ? (1u << columns) - 1 : 0, p));
+    template <bool FULL>
+    inline __attribute__((always_inline)) pairs decode(const bf16* p, long columns) const {
+        if (FULL) return pairs(_mm512_loadu_si512(p));
+        return pairs(_mm512_maskz_loadu_epi16(columns >= 32 ? ~0u : columns > 0 ? (1u << columns) - 1 : 0, p));
     }
 };
 
@@ -174,55 +180,68 @@ inline void store_sums(float* out, vec a, vec b, vec c, vec d, int n) {
     else _mm_mask_storeu_ps(out, __mmask8((1 << n) - 1), sums);
 }
 
-template <int M>
-inline __attribute__((always_inline)) void narrow_add(vec (&to)[M], pairs w, const bf16* x, long ldx) {
+// to[r][m] += 64 columns from k of R weight rows times M rows of x; FULL: none of them lies past K.
+template <bool FULL, int R, int M, class Source, class T>
+inline __attribute__((always_inline)) void narrow_step(const Source& source, const T* const (&w)[R], const bf16* const (&x)[M],
+                                                       long k, long K, vec (&to)[R][M]) {
+    if constexpr (Source::CODES) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) to[m] = _mm512_dpbf16_ps(to[m], w, pairs(_mm512_loadu_si512(x + m * ldx)));
+        for (int r = 0; r < R; r++) {
+            pairs a, b;
+            __builtin_prefetch(w[r] + R * source.stride + k, 0, 2);  // the next tile's rows
+            source.template decode<FULL>(w[r] + k, K - k, a, b);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) to[r][m] = _mm512_dpbf16_ps(to[r][m], a, pairs(_mm512_loadu_si512(x[m] + k)));
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) to[r][m] = _mm512_dpbf16_ps(to[r][m], b, pairs(_mm512_loadu_si512(x[m] + k + 32)));
+        }
+    } else {
+#pragma GCC unroll 2
+        for (int half = 0; half < STEP; half += 32) {
+            pairs xs[M];
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) xs[m] = pairs(_mm512_loadu_si512(x[m] + k + half));
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                if constexpr (M == 1) __builtin_prefetch(w[r] + R * source.stride + k + half, 0, 2);
+                const pairs a = source.template decode<FULL>(w[r] + k + half, K - k - half);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) to[r][m] = _mm512_dpbf16_ps(to[r][m], a, xs[m]);
+            }
+        }
+    }
 }
 
 // R weight rows from `row` times M rows of x. SCALED: a block of 128 columns is summed by itself, then scaled and added.
 template <bool SCALED, int R, int M, class Source>
 inline __attribute__((always_inline)) void narrow_tile(const Source& source, long row, long K, const bf16* x, long ldx,
                                                        const float* scale, float* out, long ldo) {
-    const auto* w = source.data + row * source.stride;
-    vec sum[R][M], part[R][M];
+    const typename Source::Element* w[R];
+    const bf16* rows[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) w[r] = source.data + (row + r) * source.stride;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) rows[m] = x + m * ldx;
+    vec sum[R][M];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) sum[r][m] = zero();
-    const auto step = [&](long k, vec (&to)[R][M]) __attribute__((always_inline)) {
-        pairs a[R], b[R];
-        if constexpr (sizeof(*w) == 1) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                __builtin_prefetch(w + (r + R) * source.stride + k, 0, 2);
-                source.decode(w + r * source.stride + k, K - k, a[r], b[r]);
-                narrow_add<M>(to[r], a[r], x + k, ldx);
-                narrow_add<M>(to[r], b[r], x + k + 32, ldx);
-            }
-        } else {
-#pragma GCC unroll 2
-            for (int half = 0; half < 64; half += 32) {
-                pairs xs[M];
-#pragma GCC unroll 8
-                for (int m = 0; m < M; m++) xs[m] = pairs(_mm512_loadu_si512(x + m * ldx + k + half));
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    a[r] = source.decode(w + r * source.stride + k + half, K - k - half);
-#pragma GCC unroll 8
-                    for (int m = 0; m < M; m++) to[r][m] = _mm512_dpbf16_ps(to[r][m], a[r], xs[m]);
-                }
-            }
-        }
-    };
+    long k = 0;
     if constexpr (SCALED) {
-        for (long k = 0; k < K; k += BLOCK, scale++) {
+        for (; k < K; k += BLOCK, scale++) {
+            vec part[R][M];
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) part[r][m] = zero();
-            step(k, part);
-            if (k + STEP < K) step(k + STEP, part);
+            if (k + BLOCK <= K) {
+                narrow_step<true>(source, w, rows, k, K, part);
+                narrow_step<true>(source, w, rows, k + STEP, K, part);
+            } else {
+                narrow_step<false>(source, w, rows, k, std::min(K, k + STEP), part);
+                if (k + STEP < K) narrow_step<false>(source, w, rows, k + STEP, K, part);
+            }
             const vec factor = set1(*scale);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
@@ -230,7 +249,8 @@ inline __attribute__((always_inline)) void narrow_tile(const Source& source, lon
                 for (int m = 0; m < M; m++) sum[r][m] = fma(part[r][m], factor, sum[r][m]);
         }
     } else {
-        for (long k = 0; k < K; k += STEP) step(k, sum);
+        for (; k + STEP <= K; k += STEP) narrow_step<true>(source, w, rows, k, K, sum);
+        if (k < K) narrow_step<false>(source, w, rows, k, K, sum);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
@@ -252,8 +272,7 @@ void narrow_strip(const Source& source, long n, long K, const bf16* x, long ldx,
 template <bool SCALED, class Source>
 void narrow_strips(const Source& source, long n, long K, const bf16* x, long ldx, long m, const float* scale, float* out,
                    long ldo) {
-    constexpr bool codes = std::is_same_v<Source, CodeSource>;
-    constexpr int MOST = SCALED || codes ? 3 : 6;  // of 32 registers a scaled tile needs two a sum, tables need four
+    constexpr int MOST = SCALED || Source::CODES ? 3 : 6;  // of 32 registers a scaled tile needs two a sum, tables need four
     for (; m >= MOST; m -= MOST, x += MOST * ldx, out += MOST * ldo)
         narrow_strip<SCALED, 4, MOST>(source, n, K, x, ldx, scale, out, ldo);
     if constexpr (MOST > 3)
@@ -293,7 +312,8 @@ void narrow_codes(const Matrix& w, long row, long n, const bf16* x, long ldx, lo
                 const uint8_t* p = codes.data + (first + r) * K + k;
                 __builtin_prefetch(p + rows * K, 0, 2);  // the next panel
                 pairs a, b;
-                codes.decode(p, K - k, a, b);
+                if (K - k >= STEP) codes.decode<true>(p, STEP, a, b);
+                else codes.decode<false>(p, K - k, a, b);
                 _mm512_storeu_si512(panel + r * stride + k, __m512i(a));
                 _mm512_storeu_si512(panel + r * stride + k + 32, __m512i(b));
             }
