@@ -24,6 +24,7 @@ from leanseek.config import ModelConfig
 from leanseek.engine import LLM, SamplingParams
 from leanseek.errors import RunError
 from leanseek.model import Transformer
+from leanseek.ops.machine import read_bandwidth
 
 NEW = 32  # tokens decoded a round
 TURNS = 3
@@ -52,9 +53,9 @@ def bench_generate(preset: str, peers: list[str], contexts: list[int]) -> dict[s
             name: _turns({name: command}, context)[name] for name, command in alone.items()
         }
         for name, side in by_side.items():
-            floor = decode_bytes(config, *SIDES[name], context) / limits["read_bytes_per_second"]
             side["bytes_per_token"] = decode_bytes(config, *SIDES[name], context)
-            side["share_of_read_bandwidth"] = floor * side["decode_tokens_per_second"]
+            read = side["bytes_per_token"] * side["decode_tokens_per_second"]
+            side["share_of_read_bandwidth"] = read / side["read_bytes_per_second"]
             rate = side["prefill_tokens_per_second"] * prefill_flops(config, context)
             side["share_of_bfloat16_gemm"] = rate / limits["gemm_flops_bfloat16"]
     pairs: list[dict[str, Any]] = []
@@ -156,6 +157,7 @@ def _worker(folder: str, head: str, context: str) -> None:
         return {
             "prefill_tokens_per_second": int(context) / (times[1] - times[0]),
             "decode_tokens_per_second": 1 / statistics.median(steps),
+            "read_bytes_per_second": read_bandwidth("cpu"),  # now: on shared machines it comes and goes
         }
 
     work(1)

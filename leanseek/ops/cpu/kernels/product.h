@@ -262,24 +262,28 @@ inline __attribute__((always_inline)) void narrow_tile(const Source& source, lon
 }
 
 template <bool SCALED, int R, int M, class Source>
-void narrow_strip(const Source& source, long n, long K, const bf16* x, long ldx, const float* scale, float* out, long ldo) {
-    long r = 0;
+void narrow_strip(const Source& source, long first, long n, long K, const bf16* x, long ldx, const float* scale, float* out,
+                  long ldo) {
+    long r = first;
     for (; r + R <= n; r += R) narrow_tile<SCALED, R, M>(source, r, K, x, ldx, scale, out + r, ldo);
-    for (; r < n; r++) narrow_tile<SCALED, 1, M>(source, r, K, x, ldx, scale, out + r, ldo);
+    if constexpr (R > 1) narrow_strip<SCALED, R == 8 ? 4 : 1, M>(source, r, n, K, x, ldx, scale, out, ldo);
 }
 
 // n weight rows that share their scales times m rows of x.
 template <bool SCALED, class Source>
 void narrow_strips(const Source& source, long n, long K, const bf16* x, long ldx, long m, const float* scale, float* out,
                    long ldo) {
-    constexpr int MOST = SCALED || Source::CODES ? 3 : 6;  // of 32 registers a scaled tile needs two a sum, tables need four
-    for (; m >= MOST; m -= MOST, x += MOST * ldx, out += MOST * ldo)
-        narrow_strip<SCALED, 4, MOST>(source, n, K, x, ldx, scale, out, ldo);
-    if constexpr (MOST > 3)
-        for (; m >= 3; m -= 3, x += 3 * ldx, out += 3 * ldo)
-            narrow_strip<SCALED, 4, 3>(source, n, K, x, ldx, scale, out, ldo);
-    if (m == 2) narrow_strip<SCALED, 4, 2>(source, n, K, x, ldx, scale, out, ldo);
-    if (m == 1) narrow_strip<SCALED, 8, 1>(source, n, K, x, ldx, scale, out, ldo);
+    const auto rows = [&](auto count, auto tile) __attribute__((always_inline)) {
+        narrow_strip<SCALED, decltype(tile)::value, decltype(count)::value>(source, 0, n, K, x, ldx, scale, out, ldo);
+        m -= count, x += count * ldx, out += count * ldo;
+    };
+    using std::integral_constant;
+    // of 32 registers a scaled tile needs two a sum, tables need four
+    if constexpr (!SCALED && !Source::CODES)
+        while (m >= 6) rows(integral_constant<int, 6>(), integral_constant<int, 4>());
+    while (m >= 3 && m != 4) rows(integral_constant<int, 3>(), integral_constant<int, 4>());
+    while (m >= 2) rows(integral_constant<int, 2>(), integral_constant<int, 4>());
+    if (m == 1) rows(integral_constant<int, 1>(), integral_constant<int, 8>());
 }
 
 constexpr long PANEL_BYTES = 96 << 10;  // weights decoded to BF16 at a time, in L2
