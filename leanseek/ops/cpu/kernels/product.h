@@ -278,16 +278,24 @@ void narrow_strips(const Source& source, long n, long K, const bf16* x, long ldx
         m -= count, x += count * ldx, out += count * ldo;
     };
     using std::integral_constant;
-    // of 32 registers a scaled tile needs two a sum, tables need four
-    if constexpr (!SCALED && !Source::CODES)
-        while (m >= 6) rows(integral_constant<int, 6>(), integral_constant<int, 4>());
-    while (m >= 3 && m != 4) rows(integral_constant<int, 3>(), integral_constant<int, 4>());
+    // of 32 registers a scaled tile needs two a sum, and the tables of codes four
+    if constexpr (Source::CODES) {
+        while (m > 6) rows(integral_constant<int, 4>(), integral_constant<int, 2>());
+        if (m == 6) rows(integral_constant<int, 6>(), integral_constant<int, 2>());
+        if (m == 5) rows(integral_constant<int, 5>(), integral_constant<int, 2>());
+        if (m == 4) rows(integral_constant<int, 4>(), integral_constant<int, 2>());
+        if (m == 3) rows(integral_constant<int, 3>(), integral_constant<int, 2>());
+    } else {
+        if constexpr (!SCALED)
+            while (m >= 6) rows(integral_constant<int, 6>(), integral_constant<int, 4>());
+        while (m >= 3 && m != 4) rows(integral_constant<int, 3>(), integral_constant<int, 4>());
+    }
     while (m >= 2) rows(integral_constant<int, 2>(), integral_constant<int, 4>());
     if (m == 1) rows(integral_constant<int, 1>(), integral_constant<int, 8>());
 }
 
 constexpr long PANEL_BYTES = 96 << 10;  // weights decoded to BF16 at a time, in L2
-constexpr long DIRECT_ROWS = 6;        // rows of x up to which decoding again beats a panel
+constexpr long DIRECT_ROWS = 16;       // rows of x up to which decoding again beats a panel
 constexpr long ACTIVE_ROWS = 128;  // rows of x that stay in L2 beside them
 
 // Many rows of x: four weight rows at a time stay in L1 while x comes from L2.
