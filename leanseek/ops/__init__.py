@@ -9,6 +9,7 @@ from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
 from leanseek.ops.linear import dense, dequantize_blocks, linear, quantize_rows
 from leanseek.ops.norm import rms_norm
+from leanseek.ops.packed import Packed, can_pack, pack, pack_gated, pack_heads, packed_experts, packed_linear, unpack
 from leanseek.ops.rotary import rotate
 from leanseek.ops.sampling import Choice, sample
 from leanseek.ops.select import expert_scores, select_experts
@@ -20,7 +21,9 @@ __all__ = [
     "BlockWeights",
     "CacheIndex",
     "Choice",
+    "Packed",
     "block_step",
+    "can_pack",
     "causal_attention",
     "dense",
     "dequantize_blocks",
@@ -31,6 +34,11 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mla_attention",
+    "pack",
+    "pack_gated",
+    "pack_heads",
+    "packed_experts",
+    "packed_linear",
     "quantize_rows",
     "rms_norm",
     "rotate",
@@ -40,5 +48,6 @@ __all__ = [
     "select_experts",
     "swiglu",
     "table",
+    "unpack",
     "use",
 ]
