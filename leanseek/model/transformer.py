@@ -129,8 +129,8 @@ class Transformer(nn.Module):
     def freeze(self, release: bool = False) -> None:
         """For serving: from now on a step multiplies packed copies of the weights, each block as one planned call.
 
-        The weights must not change any more. With `release` the originals give their memory back, one block at a time,
-        and only `step`, `step_ahead` and `head` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
+        The weights must not change any more. With `release` the originals' memory is theirs, and
+        only `step`, `step_ahead` and `head` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
         """
         if self._packed_head is not None:
             return
@@ -141,8 +141,9 @@ class Transformer(nn.Module):
                 module.eh_proj.freeze(release)
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if ops.can_pack(head.weight):
-            self._packed_head = ops.pack(head.weight.data, getattr(head, "weight_scale_inv", None))
-            if release and self.lm_head is not None:
+            own = release and self.lm_head is not None
+            self._packed_head = ops.pack(head.weight.data, getattr(head, "weight_scale_inv", None), own)
+            if own and self.lm_head is not None:
                 release_weights(self.lm_head)
 
     def step(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:

@@ -31,8 +31,11 @@ class Packed:
     columns: int
 
 
-def pack(weight: Tensor, scale_inv: Tensor | None = None) -> Packed:
-    """weight [rows, columns] or [E, rows, columns] of any stored kind, its scales as in `linear`."""
+def pack(weight: Tensor, scale_inv: Tensor | None = None, in_place: bool = False) -> Packed:
+    """weight [rows, columns] or [E, rows, columns] of any stored kind, its scales as in `linear`.
+
+    in_place: the weight's own memory is put into the new order, where that has the same size.
+    """
     rows, columns = weight.shape[-2:]
     order = torch.arange(-(-rows // PANEL) * PANEL)
     order[rows:] = -1
@@ -45,11 +48,15 @@ def pack(weight: Tensor, scale_inv: Tensor | None = None) -> Packed:
         scale = (
             None if scale_inv is None else _half_scales(scale_inv.reshape(len(stack), -1, scale_inv.shape[-1]), order)
         )
-    return _packed(stack, _addresses(stack, order), scale, rows)
+    in_place = in_place and rows % PANEL == 0 and columns % 2 == 0
+    return _packed(stack, _addresses(stack, order), scale, rows, group=int(in_place))
 
 
-def pack_gated(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> Packed:
-    """gate, up [I, D] or [E, I, D], panel by panel 32 rows of gate and the same rows of up; [E, 2I, D] as a weight."""
+def pack_gated(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor] | None = None, in_place: bool = False) -> Packed:
+    """gate, up [I, D] or [E, I, D], panel by panel 32 rows of gate and the same rows of up; [E, 2I, D] as a weight.
+
+    in_place as in `pack`, for halves of one stack.
+    """
     size = gate.shape[-2]
     gates, ups = (w.reshape(-1, *w.shape[-2:]) for w in (gate, up))
     order = torch.arange(-(-size // HALF) * HALF)
@@ -60,7 +67,9 @@ def pack_gated(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor] | None = 
         halves = [_half_scales(s.reshape(len(gates), -1, s.shape[-1]), F.pad(order.view(-1, HALF), (0, HALF)).flatten())
                   for s in scales]  # fmt: skip
         scale = torch.stack((halves[0][..., 0], halves[1][..., 0]), -1).contiguous()
-    return _packed(gates, torch.cat(rows, 1).flatten(), scale, 2 * size)
+    one = up.data_ptr() == gate.data_ptr() + size * gate.shape[-1] * gate.element_size()
+    in_place = in_place and one and size % HALF == 0 and gate.shape[-1] % 2 == 0
+    return _packed(gates, torch.cat(rows, 1).flatten(), scale, 2 * size, group=size // HALF if in_place else 0)
 
 
 def pack_heads(weight: Tensor, scale_inv: Tensor | None, heads: int, nope: int) -> tuple[Packed, Packed]:
@@ -98,12 +107,17 @@ def _addresses(stack: Tensor, order: Tensor) -> Tensor:
 
 
 def _packed(
-    stack: Tensor, addresses: Tensor, scale: Tensor | None, rows: int, columns: int | None = None, stride: int = 1
+    stack: Tensor,
+    addresses: Tensor,
+    scale: Tensor | None,
+    rows: int,
+    columns: int | None = None,
+    stride: int = 1,
+    group: int = 0,
 ) -> Packed:
+    """group: in place, `group` panels at a time; else 0."""
     columns = stack.shape[2] if columns is None else columns
-    run = pick("pack_panels", _no_kernels, stack)
-    # `next` matrix of the stack begins a whole matrix later, also where only some of its rows are taken
-    data = run(stack, addresses, columns, stride, stack.stride(0))
+    data = pick("pack_panels", _no_kernels, stack)(stack, addresses, columns, stride, group)
     return Packed(data, scale, len(stack), rows, columns)
 
 

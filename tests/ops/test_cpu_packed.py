@@ -64,6 +64,24 @@ def test_unpacking_gives_the_weight_back(kind: str, rows: int, columns: int) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_in_place(kind: str) -> None:
+    """The same order in the weight's own memory, for a matrix, a stack and a stack of gates and ups."""
+    for shape in ((192, 130), (3, 128, 256)):
+        weight, scale, _ = stored(shape, kind)
+        apart, own = ops.pack(weight, scale), weight.clone()
+        within = ops.pack(own, scale, in_place=True)
+        assert within.data.data_ptr() == own.data_ptr()
+        assert torch.equal(within.data.float(), apart.data.float())
+    scales = None if scale is None else (scale[:, :1], scale[:, :1])
+    apart = ops.pack_gated(*weight.chunk(2, 1), scales)
+    own = weight.clone()
+    within = ops.pack_gated(*own.chunk(2, 1), scales, in_place=True)
+    assert within.data.data_ptr() == own.data_ptr()
+    assert torch.equal(within.data.float(), apart.data.float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("nope", "v", "rank"), [(64, 64, 128), (128, 128, 160), (8, 12, 24), (96, 64, 128)])
 @torch.no_grad()
 def test_heads_unpack_as_absorbed(kind: str, nope: int, v: int, rank: int) -> None:

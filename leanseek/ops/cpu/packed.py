@@ -16,7 +16,8 @@ from leanseek.ops.latent_attention import CacheIndex
 from leanseek.ops.machine import empty
 from leanseek.ops.packed import PANEL, Packed
 
-_pack = kernel("pack_panels", "np nnnnn p")
+_pack = kernel("pack_panels", "np nnnnnn p")
+_quantize_rows = kernel("quantize_rows", "np nn pp")
 _linear = kernel("packed_linear", "p np n p")
 _experts = kernel("packed_experts", "pp n np pp nn p")
 _attention = kernel("latent_attention", "np nnn ppp nnn np n f p")
@@ -46,11 +47,21 @@ def _packs(weight: Tensor) -> bool:
 
 @register("pack_panels", "cpu", _packs)
 @register("pack_panels", "cpu", _packs, row_invariant=True)
-def pack_panels(stack: Tensor, addresses: Tensor, columns: int, stride: int, step: int) -> Tensor:
-    panels = addresses.numel() // PANEL
-    out = empty((len(stack), panels, -(-columns // 2), PANEL, 2), stack.dtype, stack.device)
-    _pack(KINDS[stack.dtype], addresses.data_ptr(), panels, columns, stride, len(stack), step, out.data_ptr())
-    return out
+def pack_panels(stack: Tensor, addresses: Tensor, columns: int, stride: int, group: int) -> Tensor:
+    shape = (len(stack), addresses.numel() // PANEL, -(-columns // 2), PANEL, 2)
+    out = stack if group else empty(shape, stack.dtype, stack.device)
+    _pack(
+        KINDS[stack.dtype], addresses.data_ptr(), shape[1], columns, stride, len(stack), stack.stride(0), group,
+        out.data_ptr(),
+    )  # fmt: skip
+    return torch.as_strided(out, shape, torch.empty(shape, device="meta").stride()) if group else out
+
+
+@register("quantize_rows", "cpu", lambda weight: weight.dtype in DTYPES and _packs(weight))
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(len(weight))
+    _quantize_rows(DTYPES[weight.dtype], weight.data_ptr(), *weight.shape, *pointers(codes, scale))
+    return codes, scale
 
 
 def _multiplies(x: Tensor, weight: Tensor) -> bool:

@@ -41,16 +41,49 @@ void combine(const Routing& route, const long* place, const float* parts, long D
 }  // namespace
 
 // `count` matrices of K columns whose padded rows [panels * 64] start at the addresses `rows`; the next matrix is `next`
-// values on, the next column k_stride.
+// values on, the next column k_stride. Where `group` is not 0, `out` is the weight itself, each `group` panels of which
+// hold the rows that they are made of.
 KERNEL pack_panels(int64_t kind, const int64_t* rows, int64_t panels, int64_t K, int64_t k_stride, int64_t count, int64_t next,
-                   void* out) {
-    const int64_t size = (K + 1) / 2 * 2 * PANEL_ROWS;
-    parallel_for(count * panels, [&](int64_t i) {
-        const int64_t* own = rows + i % panels * PANEL_ROWS;
-        const int64_t offset = i / panels * next;
-        if (value_bytes(kind) == 1) pack_panel(own, offset, k_stride, kind, K, static_cast<uint8_t*>(out) + i * size);
-        else if (kind == BF16) pack_panel(own, offset, k_stride, kind, K, static_cast<uint16_t*>(out) + i * size);
-        else pack_panel(own, offset, k_stride, kind, K, static_cast<float*>(out) + i * size);
+                   int64_t group, void* out) {
+    const int64_t size = (K + 1) / 2 * 2 * PANEL_ROWS, some = group ? group : 1, groups = panels / some;
+    const auto pack = [&](auto* type) {
+        using T = ELEMENT(type);
+        parallel_for(count * groups, [&](int64_t i) {
+            T* to = static_cast<T*>(out) + i * some * size;
+            int64_t offset = i / groups * next;
+            if (group) {  // read from a copy
+                T* copy = reinterpret_cast<T*>(scratch(0, some * size));
+                std::copy_n(to, some * size, copy);
+                offset += copy - to;
+            }
+            for (int64_t p = 0; p < some; p++)
+                pack_panel(rows + (i % groups * some + p) * PANEL_ROWS, offset, k_stride, kind, K, to + p * size);
+        });
+    };
+    if (value_bytes(kind) == 1) pack(static_cast<uint8_t*>(nullptr));
+    else if (kind == BF16) pack(static_cast<uint16_t*>(nullptr));
+    else pack(static_cast<float*>(nullptr));
+}
+
+// codes [rows][K] with a sign bit and 7 bits of magnitude, and a scale a row.
+KERNEL quantize_rows(int64_t dtype, const void* weight, int64_t rows, int64_t K, uint8_t* codes, float* scales) {
+    with_type(dtype, [&](auto* type) {
+        const auto* data = static_cast<const ELEMENT(type)*>(weight);
+        parallel_for(rows, [&](int64_t r) {
+            float* row = scratch(0, K);
+            vec most = zero();
+            lanes_of(K, [&](int64_t k, int lanes) {
+                const vec v = load(data + r * K + k, lanes);
+                store(row + k, v, lanes);
+                most = max(most, max(v, zero() - v));
+            });
+            scales[r] = reduce_max(most) / 127.0f;
+            const float divisor = scales[r] > 0 ? scales[r] : 1.0f;
+            for (int64_t k = 0; k < K; k++) {
+                const float q = row[k] / divisor;
+                codes[r * K + k] = uint8_t(uint8_t(__builtin_rintf(q < 0 ? -q : q)) | (q < 0 ? 0x80 : 0));
+            }
+        });
     });
 }
 
