@@ -76,7 +76,7 @@ class Stored(NamedTuple):
         return out
 
     def _read_into(self, flat: Tensor, offset: int) -> None:
-        """Fill flat, of our dtype, from a byte offset. A read: the pages of a mapping would be faulted in one by one."""
+        """Fill flat, of our dtype, from a byte offset. A read: a mapping would fault its pages in one by one."""
         left = memoryview(flat.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]
         while left:
             count = os.preadv(self.file.fileno(), [left], offset)
