@@ -72,10 +72,11 @@ void exact_tile(const T* w, long step, const float* x, long pairs, bool scaled, 
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) factor[m] = set1_pair(x + m * BLOCK + 2 * p);
 #pragma GCC unroll 4
-        for (int v = 0; v < VECS; v++) {
-            const vec a = widen_lanes(w + p * step + v * LANES);
+        for (int v = 0; v < VECS; v += 2) {
+            vec a, b;
+            widen(w + p * step + v * LANES, a, b);
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) sum[m][v] = fma(a, factor[m], sum[m][v]);
+            for (int m = 0; m < M; m++) sum[m][v] = fma(a, factor[m], sum[m][v]), sum[m][v + 1] = fma(b, factor[m], sum[m][v + 1]);
         }
     }
 #pragma GCC unroll 8
@@ -99,8 +100,11 @@ void exact_panel(const Matrix& w, const T* panel, const float* scale, const Rows
             const bool decode_once = m > EXACT_ROWS && !std::is_same_v<T, float>;
             if (decode_once)
                 for (long p = 0; p < pairs; p++)
-                    for (int v = 0; v < VECS; v++)
-                        store(wide + (p * VECS + v) * LANES, widen_lanes(from + p * EXACT_WIDTH + v * LANES));
+                    for (int v = 0; v < VECS; v += 2) {
+                        vec a, b;
+                        widen(from + p * EXACT_WIDTH + v * LANES, a, b);
+                        store(wide + (p * VECS + v) * LANES, a), store(wide + (p * VECS + v + 1) * LANES, b);
+                    }
             row_tiles<EXACT_ROWS>(m, [&](auto tile, long first) {
                 float* to = sums + first * EXACT_WIDTH + part * VECS * LANES;
                 if (decode_once)

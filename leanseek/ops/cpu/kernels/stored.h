@@ -55,14 +55,18 @@ struct signed_byte {
     uint8_t code;
 };
 
-// LANES values from p.
-static inline vec widen_lanes(const uint8_t* p) {  // over 256
+// 2 LANES values from p.
+static inline void widen(const uint8_t* p, vec& a, vec& b) {  // over 256
 #if defined(__AVX512F__)
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(short(0xbfff))));
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(short(0xbfff)));
+    a = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
 #else
-    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(short(0xbfff))));
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(short(0xbfff)));
+    a = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    b = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
 #endif
 }
 static inline vec widen_lanes(const signed_byte* p) {
@@ -78,8 +82,9 @@ static inline vec widen_lanes(const signed_byte* p) {
     return _mm256_or_ps(size, _mm256_castsi256_ps(sign));
 #endif
 }
-static inline vec widen_lanes(const float* p) { return load(p); }
-static inline vec widen_lanes(const bf16* p) { return load(p); }
+static inline void widen(const signed_byte* p, vec& a, vec& b) { a = widen_lanes(p), b = widen_lanes(p + LANES); }
+static inline void widen(const float* p, vec& a, vec& b) { a = load(p), b = load(p + LANES); }
+static inline void widen(const bf16* p, vec& a, vec& b) { a = load(p), b = load(p + LANES); }
 
 // BF16 of the 128 codes without a sign. NaN, 0x7f in e4m3, stays NaN.
 static inline const uint16_t* code_table(int64_t kind) {
