@@ -5,6 +5,7 @@ from leanseek.ops.block import BlockWeights, block_step
 from leanseek.ops.cross_entropy import linear_cross_entropy
 from leanseek.ops.dispatch import row_invariant, table, use
 from leanseek.ops.experts import experts, route_order
+from leanseek.ops.grouped import grouped_gradient, grouped_product
 from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
 from leanseek.ops.linear import dense, dequantize_blocks, linear, quantize_rows
@@ -26,6 +27,8 @@ __all__ = [
     "dequantize_blocks",
     "expert_scores",
     "experts",
+    "grouped_gradient",
+    "grouped_product",
     "head_linear",
     "latent_attention",
     "linear",
