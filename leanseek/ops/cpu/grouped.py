@@ -1,4 +1,4 @@
-"""Grouped BF16 products (grouped.cpp). Results are rounded once, also to float32: torch.mm would round to BF16 first."""
+"""Grouped BF16 products (grouped.cpp), rounded once, also to float32: torch.mm would round to BF16 first."""
 
 from __future__ import annotations
 
