@@ -1,5 +1,6 @@
 """Everything with more than one implementation. Each op is one function with a torch reference beside it."""
 
+from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.block import BlockWeights, block_step
 from leanseek.ops.cross_entropy import linear_cross_entropy
@@ -18,9 +19,11 @@ from leanseek.ops.swiglu import swiglu
 from leanseek.ops import cpu, invariant, triton  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
 
 __all__ = [
+    "AdamW",
     "BlockWeights",
     "CacheIndex",
     "Choice",
+    "adamw",
     "block_step",
     "causal_attention",
     "dense",
