@@ -50,19 +50,19 @@ def bench_train(preset: str, batch: int, seq_len: int, steps: int, peers: list[s
     """Alternate our steps, in both precisions, and the peer's, five turns each, and quote medians and ratios."""
     run = _run(preset, batch, seq_len)
     limits = machine()
-    own = [sys.executable, "-m", "leanseek.bench.train", preset, str(batch), str(seq_len)]
-    sides = {"leanseek": [*own, "bf16"], "leanseek fp8": [*own, "fp8"]}
+    command = [sys.executable, "-m", "leanseek.bench.train", preset, str(batch), str(seq_len)]
+    sides = {"leanseek": [*command, "bf16"], "leanseek fp8": [*command, "fp8"]}
     notes = []
     if "transformers" in peers:
         config = json.dumps(run.model.to_hf())
         for mode in PEER_MODES:
-            command = peer_command("transformers_train", mode, str(batch), str(seq_len), config)
-            if command is None:
+            peer = peer_command("transformers_train", mode, str(batch), str(seq_len), config)
+            if peer is None:
                 notes.append(
                     "transformers: its script is in a checkout's benchmarks/peers, not in the installed package"
                 )
                 break
-            sides[f"transformers {mode}"] = command
+            sides[f"transformers {mode}"] = peer
     results = _alternate(sides, steps, batch * seq_len, notes)
     flops = train_flops_per_token(run.model, seq_len)
     own, fp8 = results["leanseek"], results["leanseek fp8"]

@@ -21,7 +21,8 @@ class BF16AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            rule = ops.AdamW(group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            beta1, beta2 = group["betas"]
+            rule = ops.AdamW(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
             for p in group["params"]:
                 if p.grad is None:
                     continue
