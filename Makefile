@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= 2.13.0
 DEMO   := runs/demo
 
-.PHONY: demo test test-slow test-peers test-browser test-gpu check format clean
+.PHONY: demo test test-slow test-peers test-browser test-gpu sanitize check format clean
 
 # ---- set-up ----
 
@@ -56,6 +56,15 @@ test-browser: $(BIN)/leanseek.stamp
 
 test-gpu: $(BIN)/leanseek.stamp
 	$(BIN)/pytest -m gpu
+
+# The kernels' tests under AddressSanitizer and UBSan; the plain libraries come back afterwards.
+sanitize: $(BIN)/leanseek.stamp
+	mkdir -p build/plain && cp leanseek/ops/cpu/*.so build/plain/
+	cmake -S . -B build/sanitize -DLEANSEEK_SANITIZE=ON && cmake --build build/sanitize
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/pytest -p no:cacheprovider tests/ops/test_cpu_packed.py tests/ops/test_block_step.py \
+		tests/ops/test_cpu_training.py tests/ops/test_cpu_rowwise.py tests/ops/test_sampling.py tests/fp8/test_kernels.py; \
+		status=$$?; cp build/plain/*.so leanseek/ops/cpu/; exit $$status
 
 check: $(BIN)/leanseek.stamp
 	$(BIN)/ruff format --check .

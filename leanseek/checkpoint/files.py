@@ -1,18 +1,17 @@
-"""Safetensors folders: memory-mapped reading with every offset checked, and streamed, sharded, atomic writing."""
+"""Safetensors folders: reading in pieces with every offset checked, and streamed, sharded, atomic writing."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import mmap
 import os
 import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +21,7 @@ from leanseek.errors import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MTP_FILE = "mtp.safetensors"  # MTP layers of a folder whose index may not name them, see `hf.save`
-CHUNK = 8 * 2**20  # values copied at a time: no more than these are mapped beside the weights
-_MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
-_AROUND = 64 * 1024  # Linux maps this much around a page that is touched
+CHUNK = 8 * 2**20  # values converted at a time: no more than these are in memory beside the weights
 
 
 class CheckpointError(InputError):
@@ -50,9 +47,9 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class Stored(NamedTuple):
-    """A tensor in a mapped file: nothing of it is in memory until it is read."""
+    """A tensor in an open file: nothing of it is in memory until it is read."""
 
-    pages: mmap.mmap
+    file: BinaryIO
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # byte offset in the file
@@ -62,21 +59,30 @@ class Stored(NamedTuple):
         return self.copy_to(torch.empty(self.shape, dtype=self.dtype))
 
     def copy_to(self, out: Tensor) -> Tensor:
-        """Fill contiguous `out`, converting to its dtype and device; pages of the file are given back as it goes."""
-        flat, item = out.view(-1), self.dtype.itemsize
+        """Fill contiguous `out`, converting to its dtype and device.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        flat = out.view(-1)
+        if out.dtype == self.dtype and out.device.type == "cpu":
+            self._read_into(flat, self.start)
+            return out
+        buffer = torch.empty(min(CHUNK, flat.numel()), dtype=self.dtype)
         for first in range(0, flat.numel(), CHUNK):
             count = min(CHUNK, flat.numel() - first)
-            offset = self.start + first * item
-            low = offset - offset % mmap.PAGESIZE
-            high = offset + count * item
-            with contextlib.suppress(OSError):  # an older kernel faults the pages in one by one
-                self.pages.madvise(_MADV_POPULATE_READ, low, high - low)
-            flat[first : first + count].copy_(
-                torch.frombuffer(self.pages, dtype=self.dtype, count=count, offset=offset)
-            )
-            low, high = max(0, low - _AROUND), min(len(self.pages), high + _AROUND)
-            self.pages.madvise(mmap.MADV_DONTNEED, low, high - low)
+            self._read_into(buffer[:count], self.start + first * self.dtype.itemsize)
+            flat[first : first + count].copy_(buffer[:count])
         return out
+
+    def _read_into(self, flat: Tensor, offset: int) -> None:
+        """Fill flat, of our dtype, from a byte offset. A read: a mapping would fault its pages in one by one."""
+        left = memoryview(flat.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while left:
+            count = os.preadv(self.file.fileno(), [left], offset)
+            if not count:
+                raise CheckpointError(f"{self.file.name} ends before byte {offset + len(left)}; copy it again")
+            left, offset = left[count:], offset + count
 
     def chunk(self, count: int) -> list[Stored]:
         """`count` equal parts along the first dimension, as torch.chunk."""
@@ -86,24 +92,23 @@ class Stored(NamedTuple):
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, mapped.
+    """The tensors of one safetensors file, none of them read yet.
 
     Raises:
         CheckpointError: the file is absent, truncated or corrupt, or holds a dtype we do not know.
     """
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > size - 8:
-                raise CheckpointError(
-                    f"{path} is truncated or no safetensors file: its header does not fit in {size} bytes"
-                )
-            header = json.loads(file.read(length))
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        file = open(path, "rb")  # noqa: SIM115  closed with the last tensor in it
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise CheckpointError(
+                f"{path} is truncated or no safetensors file: its header does not fit in {size} bytes"
+            )
+        header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        return {name: _stored(path, name, entry, pages, 8 + length) for name, entry in header.items()}
+        return {name: _stored(path, name, entry, file, 8 + length, size) for name, entry in header.items()}
     except CheckpointError:
         raise
     except OSError as error:
@@ -112,18 +117,18 @@ def open_file(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{path} is corrupt: its safetensors header cannot be read") from None
 
 
-def _stored(path: Path, name: str, entry: dict[str, Any], pages: mmap.mmap, data: int) -> Stored:
+def _stored(path: Path, name: str, entry: dict[str, Any], file: BinaryIO, data: int, size: int) -> Stored:
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
     dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
     start, stop = (int(n) for n in entry["data_offsets"])
     if min(start, *shape, 0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{path} is corrupt: {name} has offsets that do not fit its shape")
-    if data + stop > len(pages):
+    if data + stop > size:
         raise CheckpointError(
-            f"{path} is truncated: {name} ends at byte {data + stop}, the file has {len(pages)}; copy it again"
+            f"{path} is truncated: {name} ends at byte {data + stop}, the file has {size}; copy it again"
         )
-    return Stored(pages, dtype, shape, data + start)
+    return Stored(file, dtype, shape, data + start)
 
 
 def read_json(path: Path) -> dict[str, Any]:

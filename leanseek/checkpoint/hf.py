@@ -79,7 +79,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def open_checkpoint(folder: Path) -> tuple[Transformer, dict[str, Stored]]:
-    """A folder's network, on meta, and its mapped tensors by published name, checked against each other.
+    """A folder's network, on meta, and its tensors, unread, by published name, checked against each other.
 
     Raises:
         CheckpointError: as `load`.
@@ -105,7 +105,7 @@ def load(
 ) -> Transformer:
     """The model of a Hugging Face folder or of a run's newest checkpoint.
 
-    Streams from mapped files, so peak memory is the loaded weights and one tensor. `dtype` is torch's or its name;
+    Reads tensor by tensor, so peak memory is the loaded weights and one tensor. `dtype` is torch's or its name;
     "auto" keeps what is stored, FP8 blocks becoming BF16; `e_score_correction_bias` is float32 always. `keep_fp8`
     leaves FP8 weights as they are, with their scales, for inference (experts if 128 divides moe_intermediate_size).
     MTP modules that the config promises but the folder lacks are left out with a warning.

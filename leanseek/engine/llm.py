@@ -49,6 +49,7 @@ def load_engine(
     model = checkpoint.load(folder, device or default_device(), dtype, keep_fp8=dtype == "auto").requires_grad_(False)
     if int8_head:
         model.quantize_head()
+    model.freeze(release=True)
     found = checkpoint.find_tokenizer(folder)
     config = folder / "generation_config.json"
     generation = read_json(config) if config.is_file() else {}

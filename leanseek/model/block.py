@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 from leanseek.model.attention import GQA, MLA
-from leanseek.model.layers import MLP, RMSNorm
+from leanseek.model.layers import MLP, RMSNorm, release_weights
 from leanseek.model.moe import MoE, Route
 
 
@@ -44,24 +44,27 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, recompute)
         return self._feed_forward(x, replay)
 
-    def freeze(self) -> None:
-        """From now on a step may run as one planned call: the weights may change in place, not be replaced."""
+    def freeze(self, release: bool) -> None:
+        """As Transformer.freeze."""
         attention, mlp = self.self_attn, self.mlp
-        if isinstance(attention, GQA):
+        if isinstance(attention, GQA) or not ops.can_pack(attention.kv_b_proj.weight):
             return
         c, dense = attention.config, mlp.shared_experts if isinstance(mlp, MoE) else mlp
+        kv_b = attention.kv_b_proj
+        w_uk, w_uv = ops.pack_heads(kv_b.weight.data, kv_b.weight_scale_inv, c.num_attention_heads, c.qk_nope_head_dim)
         self._frozen = ops.BlockWeights(
-            q_a=None if c.q_lora_rank is None else attention.q_a_proj.stored(),
-            q_b=(attention.q_proj if c.q_lora_rank is None else attention.q_b_proj).stored(),
-            kv_a=attention.kv_a_proj_with_mqa.stored(),
-            kv_b=attention.kv_b_proj.stored(),
-            o=attention.o_proj.stored(),
+            q_a=None if c.q_lora_rank is None else attention.q_a_proj.pack(release),
+            q_b=(attention.q_proj if c.q_lora_rank is None else attention.q_b_proj).pack(release),
+            kv_a=attention.kv_a_proj_with_mqa.pack(release),
+            w_uk=w_uk,
+            w_uv=w_uv,
+            o=attention.o_proj.pack(release),
             input_norm=self.input_layernorm.stored(),
             q_norm=None if c.q_lora_rank is None else attention.q_a_layernorm.stored(),
             kv_norm=attention.kv_a_layernorm.stored(),
             post_norm=self.post_attention_layernorm.stored(),
-            router=mlp.stored() if isinstance(mlp, MoE) else None,
-            mlp=None if dense is None else dense.stored(),
+            router=mlp.pack(release) if isinstance(mlp, MoE) else None,
+            mlp=None if dense is None else dense.pack(release),
             heads=c.num_attention_heads,
             nope=c.qk_nope_head_dim,
             rope=c.qk_rope_head_dim,
@@ -69,6 +72,8 @@ class Block(nn.Module):
             softmax_scale=c.softmax_scale,
             interleave=c.rope_interleave,
         )
+        if release:
+            release_weights(self)
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """x [N, D] of a step's new tokens, cache [slots, W] of this layer -> [N, D]."""

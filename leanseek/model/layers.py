@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from leanseek import fp8, ops
 from leanseek.config import ModelConfig
-from leanseek.ops.block import Norm, Weight
+from leanseek.ops.block import Norm
 
 
 class Embedding(nn.Module):
@@ -30,14 +30,24 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_buffer("weight_scale_inv", None)
         self.fp8: fp8.Cast | None = None  # set by fp8.apply for training
+        self.packed: ops.Packed | None = None  # set by freeze for serving
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return ops.packed_linear(x, self.packed)
         if self.fp8 is not None:
             return fp8.linear(x, self.weight, self.fp8)
         return ops.linear(x, self.weight, self.weight_scale_inv)
 
-    def stored(self) -> Weight:
-        return Weight(self.weight.data, self.weight_scale_inv)
+    def pack(self, in_place: bool) -> ops.Packed:
+        return ops.pack(self.weight.data, self.weight_scale_inv, in_place)
+
+    def freeze(self, release: bool) -> None:
+        """As Transformer.freeze."""
+        if ops.can_pack(self.weight):
+            self.packed = self.pack(release)
+            if release:
+                release_weights(self)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`, dequantised if need be."""
@@ -72,5 +82,18 @@ class MLP(nn.Module):
             return fp8.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.fp8)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
-    def stored(self) -> tuple[Weight, Weight, Weight]:
-        return self.gate_proj.stored(), self.up_proj.stored(), self.down_proj.stored()
+    def pack(self, in_place: bool) -> tuple[ops.Packed, ops.Packed]:
+        gate, up = self.gate_proj, self.up_proj
+        scales = (gate.weight_scale_inv, up.weight_scale_inv)
+        both = None if scales[0] is None or scales[1] is None else (scales[0], scales[1])
+        return ops.pack_gated(gate.weight.data, up.weight.data, both), self.down_proj.pack(in_place)
+
+
+def release_weights(module: nn.Module) -> None:
+    """Give the memory of the matrices within `module` back: something else holds their values."""
+    for inner in module.modules():
+        for name, parameter in list(inner.named_parameters(recurse=False)):
+            if parameter.ndim > 1:
+                setattr(inner, name, nn.Parameter(parameter.data.to("meta"), requires_grad=False))
+                if getattr(inner, f"{name}_scale_inv", None) is not None:
+                    setattr(inner, f"{name}_scale_inv", None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import MLP
-from leanseek.ops.block import Router, Weight
+from leanseek.ops.block import Router
 
 
 class Route(NamedTuple):
@@ -124,13 +124,17 @@ class MoE(nn.Module):
             out = out + self.shared_experts(flat).view(x.shape)
         return out, route
 
-    def stored(self) -> Router:
+    def pack(self, in_place: bool) -> Router:
         c, experts = self.gate.config, self.experts
+        scale, scales = experts.gate_up_proj_scale_inv, None
+        if scale is not None:
+            scales = (scale[:, : scale.shape[1] // 2], scale[:, scale.shape[1] // 2 :])
+        gate, up = experts.gate_up_proj.data.chunk(2, 1)
         return Router(
-            Weight(self.gate.weight.data),
+            ops.pack(self.gate.weight.data),
             self.gate.e_score_correction_bias,
-            Weight(experts.gate_up_proj.data, experts.gate_up_proj_scale_inv),
-            Weight(experts.down_proj.data, experts.down_proj_scale_inv),
+            ops.pack_gated(gate, up, scales, in_place),
+            ops.pack(experts.down_proj.data, experts.down_proj_scale_inv, in_place),
             top_k=c.num_experts_per_tok,
             n_group=c.n_group if c.grouped_routing else 1,
             topk_group=c.topk_group if c.grouped_routing else 1,

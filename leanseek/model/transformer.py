@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.block import Block
-from leanseek.model.layers import Embedding, Linear, RMSNorm
+from leanseek.model.layers import Embedding, Linear, RMSNorm, release_weights
 from leanseek.model.moe import Route
 from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import Rotary
@@ -37,6 +37,7 @@ class Transformer(nn.Module):
         )
         self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype) for k in range(config.num_nextn_predict_layers))
         self.rotary = Rotary(config, device)
+        self._packed_head: ops.Packed | None = None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> Transformer:
@@ -58,6 +59,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm -> logits [..., vocab_size]."""
+        if self._packed_head is not None:
+            return ops.packed_linear(hidden, self._packed_head)
         return ops.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -123,11 +126,25 @@ class Transformer(nn.Module):
         self.lm_head.weight = torch.nn.Parameter(codes, requires_grad=False)
         self.lm_head.weight_scale_inv = scale
 
-    def freeze(self) -> None:
-        """For serving: plan each block's step once. The weights may change in place from now on, not be replaced."""
+    def freeze(self, release: bool = False) -> None:
+        """For serving: from now on a step multiplies packed copies of the weights, each block as one planned call.
+
+        The weights must not change any more. With `release` the originals' memory is theirs, and
+        only `step`, `step_ahead` and `head` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
+        """
+        if self._packed_head is not None:
+            return
         for module in self.modules():
             if isinstance(module, Block):
-                module.freeze()
+                module.freeze(release)
+            elif isinstance(module, MTPModule):
+                module.eh_proj.freeze(release)
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        if ops.can_pack(head.weight):
+            own = release and self.lm_head is not None
+            self._packed_head = ops.pack(head.weight.data, getattr(head, "weight_scale_inv", None), own)
+            if own and self.lm_head is not None:
+                release_weights(self.lm_head)
 
     def step(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """New tokens of several sequences at once: tokens [N] -> hidden [N, D] after the final norm.

@@ -11,6 +11,7 @@ from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
 from leanseek.ops.linear import dense, dequantize_blocks, linear, quantize_rows
 from leanseek.ops.norm import rms_norm
+from leanseek.ops.packed import Packed, can_pack, pack, pack_gated, pack_heads, packed_experts, packed_linear, unpack
 from leanseek.ops.rotary import rotate
 from leanseek.ops.sampling import Choice, sample
 from leanseek.ops.select import expert_scores, select_experts
@@ -23,8 +24,10 @@ __all__ = [
     "BlockWeights",
     "CacheIndex",
     "Choice",
+    "Packed",
     "adamw",
     "block_step",
+    "can_pack",
     "causal_attention",
     "dense",
     "dequantize_blocks",
@@ -37,6 +40,11 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mla_attention",
+    "pack",
+    "pack_gated",
+    "pack_heads",
+    "packed_experts",
+    "packed_linear",
     "quantize_rows",
     "rms_norm",
     "rotate",
@@ -46,5 +54,6 @@ __all__ = [
     "select_experts",
     "swiglu",
     "table",
+    "unpack",
     "use",
 ]

@@ -8,14 +8,7 @@ from torch import Tensor
 
 from leanseek.ops.dispatch import pick
 from leanseek.ops.latent_attention import CacheIndex
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A weight [..., out, in] as stored, and its scales if it is FP8 blocks."""
-
-    data: Tensor
-    scale_inv: Tensor | None = None
+from leanseek.ops.packed import Packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +21,10 @@ class Norm:
 class Router:
     """The gate and the routed experts."""
 
-    weight: Weight  # [E, D]
+    weight: Packed  # [E, D]
     bias: Tensor | None  # [E] float32
-    gate_up: Weight  # [E, 2I, D]
-    down: Weight  # [E, D, I]
+    gated: Packed  # of pack_gated, [E, 2I, D]
+    down: Packed  # [E, D, I]
     top_k: int
     n_group: int
     topk_group: int
@@ -43,19 +36,20 @@ class Router:
 
 @dataclass(frozen=True, eq=False)
 class BlockWeights:
-    """What a block of MLA and SwiGLU experts or a dense layer computes with."""
+    """What a block of MLA and SwiGLU experts or a dense layer computes with, packed."""
 
-    q_a: Weight | None  # None: q_b is q_proj
-    q_b: Weight
-    kv_a: Weight
-    kv_b: Weight
-    o: Weight
+    q_a: Packed | None  # None: q_b is q_proj
+    q_b: Packed
+    kv_a: Packed
+    w_uk: Packed  # of pack_heads, [H, kv_lora_rank, nope]
+    w_uv: Packed  # [H, v, kv_lora_rank]
+    o: Packed
     input_norm: Norm
     q_norm: Norm | None
     kv_norm: Norm
     post_norm: Norm
     router: Router | None
-    mlp: tuple[Weight, Weight, Weight] | None  # gate, up, down of the shared experts or of the dense layer
+    mlp: tuple[Packed, Packed] | None  # gate with up, and down, of the shared experts or of the dense layer
     heads: int
     nope: int  # qk_nope_head_dim
     rope: int  # qk_rope_head_dim
@@ -71,7 +65,7 @@ def block_step(
 
     None where nothing computes a block in one call on these tensors: then it goes op by op.
     """
-    return pick("block_step", _op_by_op, x, cache, weights.kv_a.data)(weights, x, cos, sin, cache, index)
+    return pick("block_step", _op_by_op, x, cache)(weights, x, cos, sin, cache, index)
 
 
 def _op_by_op(

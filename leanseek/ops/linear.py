@@ -36,6 +36,10 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     A code is a sign bit and 7 bits of magnitude, so that BF16 holds every code exactly and -0 is as good as 0.
     """
+    return pick("quantize_rows", _quantize_rows, weight)(weight)
+
+
+def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), []
     for part, out in zip(weight.split(4096), codes.split(4096), strict=True):  # a part at a time: heads are large
         wide = part.float()

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from leanseek.ops.block import BlockWeights, Norm, Weight
+from leanseek.ops.block import BlockWeights, Norm
 from leanseek.ops.cpu.library import DTYPES, kernel, pointers
-from leanseek.ops.cpu.stored import KINDS
+from leanseek.ops.cpu.packed import Matrix, matrix
 from leanseek.ops.dispatch import register
 from leanseek.ops.latent_attention import CacheIndex
 
@@ -19,18 +19,14 @@ _step = kernel("block_step", "pnppp npn pppp nnn p")
 _n, _p, _d = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 
 
-class _Matrix(ctypes.Structure):  # stored.h: Matrix
-    _fields_ = [("kind", _n), ("data", _p), ("scale", _p), ("rows", _n), ("columns", _n)]
-
-
 class _Norm(ctypes.Structure):  # block.cpp: Norm
     _fields_ = [("type", _n), ("weight", _p), ("eps", _d)]
 
 
 class _Plan(ctypes.Structure):  # block.cpp: BlockPlan
     _fields_ = [
-        *((name, _Matrix) for name in ("q_a", "q_b", "kv_a", "kv_b", "o", "gate", "gate_up", "down")),
-        *((name, _Matrix) for name in ("mlp_gate", "mlp_up", "mlp_down")),
+        *((name, Matrix) for name in ("q_a", "q_b", "kv_a", "o", "w_uk", "w_uv", "gate", "gated", "down")),
+        *((name, Matrix) for name in ("mlp_gated", "mlp_down")),
         *((name, _Norm) for name in ("input_norm", "q_norm", "kv_norm", "post_norm")),
         ("bias", _p),
         *((name, _n) for name in ("heads", "nope", "rope", "v", "interleave")),
@@ -46,36 +42,30 @@ _PLANS: WeakKeyDictionary[BlockWeights, _Plan] = WeakKeyDictionary()
 def _plan(w: BlockWeights) -> _Plan:
     plan = _Plan(heads=w.heads, nope=w.nope, rope=w.rope, v=w.v, interleave=w.interleave, groups=1)
     plan.softmax_scale = w.softmax_scale
-    for name in ("q_b", "kv_a", "kv_b", "o"):
-        setattr(plan, name, _matrix(getattr(w, name)))
+    for name in ("q_b", "kv_a", "w_uk", "w_uv", "o"):
+        setattr(plan, name, matrix(getattr(w, name)))
     for name in ("input_norm", "kv_norm", "post_norm"):
         setattr(plan, name, _norm(getattr(w, name)))
     if w.q_a is not None and w.q_norm is not None:
-        plan.q_a, plan.q_norm = _matrix(w.q_a), _norm(w.q_norm)
+        plan.q_a, plan.q_norm = matrix(w.q_a), _norm(w.q_norm)
     if w.mlp is not None:
-        plan.mlp_gate, plan.mlp_up, plan.mlp_down = map(_matrix, w.mlp)
+        plan.mlp_gated, plan.mlp_down = map(matrix, w.mlp)
     if w.router is not None:
         r = w.router
-        plan.gate, plan.gate_up, plan.down = _matrix(r.weight), _matrix(r.gate_up), _matrix(r.down)
+        plan.gate, plan.gated, plan.down = matrix(r.weight), matrix(r.gated), matrix(r.down)
         plan.bias = None if r.bias is None else r.bias.data_ptr()
-        plan.experts, plan.top_k = r.weight.data.shape[0], r.top_k
+        plan.experts, plan.top_k = r.weight.rows, r.top_k
         plan.groups, plan.topk_group, plan.group_best = r.n_group, r.topk_group, r.group_best
         plan.softmax, plan.norm_topk = r.scoring_func == "softmax", r.norm_topk_prob
         plan.routed_scaling_factor = r.routed_scaling_factor
     return plan
 
 
-def _matrix(weight: Weight) -> _Matrix:
-    if not weight.data.is_contiguous():
-        raise ValueError("a stored weight is not contiguous")
-    return _Matrix(KINDS[weight.data.dtype], *pointers(weight.data, weight.scale_inv), *weight.data.shape[-2:])
-
-
 def _norm(norm: Norm) -> _Norm:
     return _Norm(DTYPES[norm.weight.dtype], norm.weight.data_ptr(), norm.eps)
 
 
-def _serves(x: Tensor, cache: Tensor, kv_a: Tensor) -> bool:
+def _serves(x: Tensor, cache: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and cache.dtype in DTYPES and not torch.is_grad_enabled()
 
 

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "feed_forward.h"
-#include "gemm.h"
 #include "latent_attention.h"
 
 namespace {
@@ -17,9 +16,10 @@ struct Norm {
 
 // leanseek/ops/cpu/block.py fills it in, field by field. A matrix without data is not there.
 struct BlockPlan {
-    Matrix q_a, q_b, kv_a, kv_b, o;
-    Matrix gate, gate_up, down;
-    Matrix mlp_gate, mlp_up, mlp_down;  // the shared experts, or the dense layer
+    Matrix q_a, q_b, kv_a, o;
+    Matrix w_uk, w_uv;  // stacks of heads: [kv_lora_rank, nope], [v, kv_lora_rank]
+    Matrix gate, gated, down;
+    Matrix mlp_gated, mlp_down;  // the shared experts, or the dense layer
     Norm input_norm, q_norm, kv_norm, post_norm;
     const float* bias;
     int64_t heads, nope, rope, v, interleave;
@@ -51,28 +51,6 @@ void rotate(const float* x, long n, const float* cos, const float* sin, bool int
     }
 }
 
-struct Product {
-    Matrix w;
-    Rows x;
-    float* y;
-};
-
-// Several linears over the same number of rows, in one parallel region.
-void linears(std::initializer_list<Product> products, long M) {
-    int64_t tasks = 0;
-    for (const Product& p : products) tasks += (p.w.rows + TASK_ROWS - 1) / TASK_ROWS;
-    parallel_for(tasks, [&](int64_t task) {
-        for (const Product& p : products) {
-            const int64_t own = (p.w.rows + TASK_ROWS - 1) / TASK_ROWS;
-            if (task < own) {
-                const int64_t n = task * TASK_ROWS;
-                return multiply_rows(p.w, p.x, M, p.y + n, p.w.rows, n, std::min(p.w.rows, n + TASK_ROWS));
-            }
-            task -= own;
-        }
-    });
-}
-
 PreparedRows prepared(Arena& arena, const Matrix& w, bool narrow, const float* x, long M) {
     PreparedRows rows(arena, M, w, narrow);
     parallel_for(M, [&](int64_t m) { rows.set(m, x + m * w.columns, 0, w.columns); });
@@ -81,89 +59,16 @@ PreparedRows prepared(Arena& arena, const Matrix& w, bool narrow, const float* x
 
 // ---- attention ----
 
-// out[columns] = Σ_d q[d] w[d][columns], decoding as it reads: for one row the fastest, and the same sum as gemm.h's.
-template <class T>
-void absorb_row(const float* q, const T* w, long ldw, long depth, long columns, float* out) {
-    constexpr int VECS = 8;
-    long c = 0;
-    for (; c + VECS * LANES <= columns; c += VECS * LANES) {
-        vec sum[VECS];
-#pragma GCC unroll 8
-        for (int i = 0; i < VECS; i++) sum[i] = zero();
-        for (long d = 0; d < depth; d++) {
-            const vec factor = set1(q[d]);
-#pragma GCC unroll 4
-            for (int i = 0; i < VECS; i += 2) {
-                vec a, b;
-                decode(w + d * ldw + c + i * LANES, a, b);
-                sum[i] = fma(factor, a, sum[i]), sum[i + 1] = fma(factor, b, sum[i + 1]);
-            }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < VECS; i++) store(out + c + i * LANES, sum[i]);
-    }
-    for (; c < columns; c++) {
-        float sum = 0;
-        for (long d = 0; d < depth; d++) sum = __builtin_fmaf(q[d], decode(w[d * ldw + c]), sum);
-        out[c] = sum;
-    }
-}
-
-// q[n][h][:C] = W_UK of head h transposed times q_C, [nope] at q_nope + (n H + h) ldq. A block of weights is decoded to
-// FP32 and serves every row; C is kv_lora_rank.
-template <class T>
-void absorb_head(const BlockPlan& p, const float* q_nope, long ldq, long N, long h, long c0, float* q, long W) {
-    const Matrix& w = p.kv_b;
-    const long C = w.columns, H = p.heads, columns = std::min(BLOCK, C - c0), blocks = (C + BLOCK - 1) / BLOCK;
-    const long row = h * (p.nope + p.v), width = whole_vectors(columns);
-    float* factor = scratch(1, p.nope);  // what FP8 leaves to the query
-    float* scaled = scratch(2, N * p.nope);
-    const T* data = static_cast<const T*>(w.data) + row * C + c0;
-    for (long d = 0; d < p.nope; d++)
-        factor[d] = w.kind == FP8 ? w.scale[(row + d) / BLOCK * blocks + c0 / BLOCK] * 256.0f : w.kind == INT8 ? w.scale[row + d] : 1.0f;
-    for (long n = 0; n < N; n++)
-        for (long d = 0; d < p.nope; d++) scaled[n * p.nope + d] = q_nope[(n * H + h) * ldq + d] * factor[d];
-    if (N <= 3) {
-        for (long n = 0; n < N; n++)
-            absorb_row(scaled + n * p.nope, data, C, p.nope, columns, q + (n * H + h) * W + c0);
-        return;
-    }
-    float* weight = scratch(0, p.nope * width);  // [nope][width]
-    float* out = scratch(3, N * width);
-    for (long d = 0; d < p.nope; d++) {
-        const T* from = data + d * C;
-        long c = 0;
-        for (; c + 2 * LANES <= columns; c += 2 * LANES) {
-            vec a, b;
-            decode(from + c, a, b);
-            store(weight + d * width + c, a), store(weight + d * width + c + LANES, b);
-        }
-        for (; c < width; c++) weight[d * width + c] = c < columns ? decode(from[c]) : 0.0f;
-    }
-    multiply(N, width, p.nope, scaled, p.nope, 1, weight, width, out, width, false);
-    for (long n = 0; n < N; n++) std::copy_n(out + n * width, columns, q + (n * H + h) * W + c0);
-}
-
-void absorb(const BlockPlan& p, const float* q_nope, long ldq, long N, float* q, long W) {
-    const long blocks = (p.kv_b.columns + BLOCK - 1) / BLOCK;
-    parallel_for(p.heads * blocks, [&](int64_t task) {
-        const long h = task / blocks, c0 = task % blocks * BLOCK;
-        if (p.kv_b.kind == FP8) absorb_head<uint8_t>(p, q_nope, ldq, N, h, c0, q, W);
-        else if (p.kv_b.kind == INT8) absorb_head<signed_byte>(p, q_nope, ldq, N, h, c0, q, W);
-        else if (p.kv_b.kind == BF16) absorb_head<bf16>(p, q_nope, ldq, N, h, c0, q, W);
-        else absorb_head<float>(p, q_nope, ldq, N, h, c0, q, W);
+// out[n][h][..] = W of head h times x[n][h][..], whose rows are ldx values apart, head h's at ldh * h.
+void heads_linear(Arena& arena, const Matrix& w, long H, bool narrow, const float* x, long ldx, long ldh, long N, float* out,
+                  long ldo) {
+    PreparedRows rows(arena, H * N, w, narrow);  // a head's rows together
+    parallel_ranges(N * H, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) rows.set(i % H * N + i / H, x + i / H * ldx + i % H * ldh, 0, w.columns);
     });
-}
-
-// out[n][h][v] = W_UV of head h times what it read from the cache, [N][H][C] at x.
-void values(Arena& arena, const BlockPlan& p, bool narrow, const float* x, long N, float* out) {
-    const long H = p.heads, C = p.kv_b.columns;
-    PreparedRows rows(arena, H * N, p.kv_b, narrow);  // a head's rows together
-    parallel_for(N * H, [&](int64_t i) { rows.set(i % H * N + i / H, x + i * C, 0, C); });
-    parallel_for(H, [&](int64_t h) {
-        const long first = h * (p.nope + p.v) + p.nope;
-        multiply_rows(p.kv_b, rows.rows(h * N), N, out + h * p.v, H * p.v, first, first + p.v);
-    });
+    std::vector<Product> products;
+    for (long h = 0; h < H; h++) products.push_back({expert_of(w, h), rows.rows(h * N), N, out + h * ldo, H * ldo});
+    multiply(products);
 }
 
 struct Step {  // a step's tokens and the cache they are written to
@@ -175,20 +80,20 @@ struct Step {  // a step's tokens and the cache they are written to
 
 // h += attention of its norm, h [N][D].
 void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, float* normed, float* h) {
-    const long N = step.batch.tokens, D = p.kv_a.columns, H = p.heads, C = p.kv_b.columns, W = C + p.rope;
+    const long N = step.batch.tokens, D = p.kv_a.columns, H = p.heads, C = p.w_uv.columns, W = C + p.rope;
     const long head = p.nope + p.rope, half = p.rope / 2;
     const bool compressed = p.q_a.data != nullptr;
     parallel_for(N, [&](int64_t n) { rms_norm(h + n * D, D, p.input_norm, normed + n * D); });
     float* query = arena.take<float>(N * H * head);
     float* latent = arena.take<float>(N * W);
+    const Matrix& down = compressed ? p.q_a : p.q_b;
     const PreparedRows for_kv = prepared(arena, p.kv_a, narrow, normed, N);
+    const PreparedRows for_q = narrows(down.kind) == narrows(p.kv_a.kind) ? for_kv : prepared(arena, down, narrow, normed, N);
+    float* small = compressed ? arena.take<float>(N * p.q_a.rows) : query;
+    multiply({{down, for_q.rows(), N, small, down.rows}, {p.kv_a, for_kv.rows(), N, latent, W}});
     if (compressed) {
-        float* small = arena.take<float>(N * p.q_a.rows);
-        linears({{p.q_a, prepared(arena, p.q_a, narrow, normed, N).rows(), small}, {p.kv_a, for_kv.rows(), latent}}, N);
         parallel_for(N, [&](int64_t n) { rms_norm(small + n * p.q_a.rows, p.q_a.rows, p.q_norm, small + n * p.q_a.rows); });
         linear(p.q_b, prepared(arena, p.q_b, narrow, small, N).rows(), N, query);
-    } else {
-        linears({{p.q_b, prepared(arena, p.q_b, narrow, normed, N).rows(), query}, {p.kv_a, for_kv.rows(), latent}}, N);
     }
     float* q = arena.take<float>(N * H * W);
     parallel_for(N, [&](int64_t n) {
@@ -203,11 +108,11 @@ void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, 
             lanes_of(W, [&](int64_t i, int lanes) { store(to + i, load(row + i, lanes), lanes); });
         });
     });
-    absorb(p, query, head, N, q, W);
+    heads_linear(arena, p.w_uk, H, narrow, query, H * head, head, N, q, W);  // (W_UKᵀ q_C)
     float* read = arena.take<float>(N * H * C);
     attend(arena, step.cache, step.batch, narrow, q, H, float(p.softmax_scale), read);
     float* heads = arena.take<float>(N * H * p.v);
-    values(arena, p, narrow, read, N, heads);
+    heads_linear(arena, p.w_uv, H, narrow, read, H * C, C, N, heads, p.v);
     linear(p.o, prepared(arena, p.o, narrow, heads, N).rows(), N, normed);
     parallel_for(N, [&](int64_t n) {
         lanes_of(D, [&](int64_t d, int lanes) { store(h + n * D + d, load(h + n * D + d, lanes) + load(normed + n * D + d, lanes), lanes); });
@@ -272,26 +177,26 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
     std::vector<Group> groups;
     long* place = nullptr;
     if (p.gate.data) {
-        const RoutedExperts experts{p.gate_up, p.down, p.experts};
+        const RoutedExperts experts{p.gated, p.down, p.experts};
         float* logits = arena.take<float>(N * p.experts);
-        linear(p.gate, {normed, D, false}, N, logits);
+        linear(p.gate, prepared(arena, p.gate, false, normed, N).rows(), N, logits);  // in FP32
         auto* indices = arena.take<int64_t>(N * p.top_k);
         auto* weights = arena.take<float>(N * p.top_k);
         parallel_for(N, [&](int64_t n) { choose(p, logits + n * p.experts, indices + n * p.top_k, weights + n * p.top_k); });
-        const PreparedRows rows = prepared(arena, p.gate_up, narrow, normed, N);
+        const PreparedRows rows = prepared(arena, p.gated, narrow, normed, N);
         groups.push_back(experts.group(arena, rows, narrow, {indices, weights, N, p.top_k}, place));
     }
-    PreparedRows rows = prepared(arena, p.mlp_gate.data ? p.mlp_gate : p.gate_up, narrow, normed, N);
-    PreparedRows act(arena, N, p.mlp_gate.data ? p.mlp_down : p.down, narrow);
-    if (p.mlp_gate.data)
-        groups.push_back({{{p.mlp_gate, p.mlp_up, p.mlp_down, 0, N}}, &rows, nullptr, &act, arena.take<float>(N * D)});
+    const bool always = p.mlp_gated.data != nullptr;
+    const PreparedRows rows = prepared(arena, always ? p.mlp_gated : p.gated, narrow, normed, N);
+    PreparedRows act(arena, N, always ? p.mlp_down : p.down, narrow);
+    if (always) groups.push_back({{{p.mlp_gated, p.mlp_down, 0, N}}, &rows, nullptr, &act, arena.take<float>(N * D)});
     feed_forward(groups);
     parallel_for(N, [&](int64_t n) {  // a token's experts add in the order of its choices
         lanes_of(D, [&](int64_t d, int lanes) {
             vec sum = zero();
             if (place)
                 for (long k = 0; k < p.top_k; k++) sum = sum + load(groups[0].out + place[n * p.top_k + k] * D + d, lanes);
-            if (p.mlp_gate.data) sum = sum + load(groups.back().out + n * D + d, lanes);
+            if (always) sum = sum + load(groups.back().out + n * D + d, lanes);
             store(h + n * D + d, load(h + n * D + d, lanes) + sum, lanes);
         });
     });
@@ -302,7 +207,7 @@ KERNEL block_step(const void* plan, int64_t x_type, const void* x, const float* 
                   void* cache, int64_t page_size, const int64_t* positions, const int64_t* slots, const int64_t* row_offsets,
                   const int64_t* pages, int64_t N, int64_t sequences, int64_t pages_per_sequence, void* out) {
     const BlockPlan& p = *static_cast<const BlockPlan*>(plan);
-    const long D = p.kv_a.columns, C = p.kv_b.columns;
+    const long D = p.kv_a.columns, C = p.w_uv.columns;
     const Step step{{positions, row_offsets, pages, N, sequences, pages_per_sequence}, slots, cos, sin,
                     {cache_type, cache, C + p.rope, C, page_size}};
     Arena& arena = Arena::start();

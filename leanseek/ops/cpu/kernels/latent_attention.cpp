@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "latent_attention.h"
-#include "product.h"
+#include "panel.h"
 
 namespace {
 
@@ -117,103 +117,132 @@ void attend_chunk(const LatentCache& cache, const int64_t* pages, const float* q
 
 #if defined(__AVX512BF16__)
 
-// Two keys' columns by turns, so that one dot product takes both: pairs [n / 2][V][2] of rows [n][W].
-void pair_keys(const bf16* keys, long n, long W, long V, bf16* out) {
-    alignas(64) int16_t low[32], high[32];
-    for (int i = 0; i < 32; i++) low[i] = int16_t(i / 2 + (i % 2) * 32), high[i] = int16_t(i / 2 + 16 + (i % 2) * 32);
-    const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
-    for (long key = 0; key < n; key += 2)
-        for (long v = 0; v < V; v += 32) {
-            const __m512i a = _mm512_loadu_si512(keys + key * W + v), b = _mm512_loadu_si512(keys + (key + 1) * W + v);
-            _mm512_storeu_si512(out + (key / 2 * V + v) * 2, _mm512_permutex2var_epi16(a, first, b));
-            _mm512_storeu_si512(out + (key / 2 * V + v) * 2 + 32, _mm512_permutex2var_epi16(a, second, b));
-        }
+constexpr long NARROW_KEYS = 128;  // keys scored at a time
+constexpr int SCORE_TILE = 8;      // keys whose scores are in registers
+
+// score[key][lane] = q[lane] . key for `tile` keys; q [pairs of columns][LANES][2]. A key's pair meets all heads at once.
+template <int TILE>
+void score_narrow(const bf16* const* keys, const bf16* q, long pairs, float* score) {
+    vec sum[TILE];
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; i++) sum[i] = zero();
+    for (long p = 0; p < pairs; p++) {
+        const pairs_of_bf16 query = pairs_of_bf16(_mm512_loadu_si512(q + p * 2 * LANES));
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; i++) sum[i] = _mm512_dpbf16_ps(sum[i], query, broadcast_pair(keys[i] + 2 * p));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; i++) store(score + i * LANES, sum[i]);
 }
 
-// values[h][v] = values[h][v] * shrink[h] + sum over key pairs of p[h] * pairs, for HEADS heads and V columns.
-template <int HEADS>
-void add_pairs(const bf16* p, const bf16* pairs_of_keys, long n, long V, const float* shrink, float* values) {
-    constexpr int VECS = 4;
-    for (long v = 0; v < V; v += VECS * LANES) {
-        vec sum[HEADS][VECS];
-#pragma GCC unroll 4
-        for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 4
-            for (int c = 0; c < VECS; c++) sum[h][c] = load(values + h * V + v + c * LANES) * set1(shrink[h]);
-        for (long pair = 0; pair < n / 2; pair++) {
-            pairs column[VECS];
-#pragma GCC unroll 4
-            for (int c = 0; c < VECS; c++) column[c] = pairs(_mm512_loadu_si512(pairs_of_keys + (pair * V + v + c * LANES) * 2));
-#pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) {
-                int32_t two;
-                std::memcpy(&two, p + h * KEYS + pair * 2, 4);
-                const pairs weight = pairs(_mm512_set1_epi32(two));
-#pragma GCC unroll 4
-                for (int c = 0; c < VECS; c++) sum[h][c] = _mm512_dpbf16_ps(sum[h][c], weight, column[c]);
-            }
-        }
-#pragma GCC unroll 4
-        for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 4
-            for (int c = 0; c < VECS; c++) store(values + h * V + v + c * LANES, sum[h][c]);
-    }
-}
-
-// One head's scores of KEYS keys become softmax weights in BF16; its maximum and sum go on, and what held is shrunk by
-// the returned factor.
-float soften(float* score, long n, float scale, float& maximum, float& sum, bf16* weights) {
-    vec top = set1(maximum);
-    for (long i = 0; i < KEYS; i += LANES) {
-        const vec s = load(score + i) * set1(scale);
-        const vec seen = keep_first(s, int(std::clamp<long>(n - i, 0, LANES)), set1(-1e30f));
-        store(score + i, seen);
-        top = max(top, seen);
-    }
-    const float best = reduce_max(top);
+// Scores become softmax weights in BF16, as pairs of keys [pairs][LANES][2], an odd last key beside a zero. Maximum and sum
+// go on; what held is shrunk by the returned factor.
+vec soften(float* score, long n, float scale, vec& maximum, vec& sum, bf16* weights) {
+    vec top = maximum;
+    for (long i = 0; i < n; i++) top = max(top, load(score + i * LANES) * set1(scale));
+    const vec shrink = exp(max(maximum - top, set1(-80.0f)));
     vec mass = zero();
-    for (long i = 0; i < KEYS; i += LANES) {
-        const vec p = keep_first(exp(max(load(score + i) - set1(best), set1(-80.0f))), int(std::clamp<long>(n - i, 0, LANES)), zero());
-        store(weights + i, p);
-        mass = mass + p;
+    for (long i = 0; i < n; i += 2) {
+        const vec even = exp(max(load(score + i * LANES) * set1(scale) - top, set1(-80.0f)));
+        const vec odd = i + 1 < n ? exp(max(load(score + (i + 1) * LANES) * set1(scale) - top, set1(-80.0f))) : zero();
+        mass = mass + even + odd;
+        const __m512i low = _mm512_cvtepu16_epi32(narrow(even)), high = _mm512_cvtepu16_epi32(narrow(odd));
+        _mm512_storeu_si512(weights + i * LANES, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
-    const float shrink = std::exp(std::max(maximum - best, -200.0f));
-    sum = sum * shrink + reduce_add(mass);
-    maximum = best;
+    sum = fma(sum, shrink, mass);
+    maximum = top;
     return shrink;
 }
 
-// As attend_chunk, with q in BF16 [heads][width].
-void attend_narrow(const LatentCache& cache, const int64_t* pages, const bf16* q, long width, long first, long last,
-                   long heads, float scale, float* space, Partial& out) {
-    const long W = cache.width, V = cache.value_width;
-    bf16* keys = reinterpret_cast<bf16*>(space);       // [KEYS][width]
-    bf16* paired = keys + KEYS * width;                // [KEYS / 2][V][2]
-    bf16* weights = paired + KEYS * V;                 // [LANES][KEYS]
-    float* score = reinterpret_cast<float*>(weights + LANES * KEYS);  // [LANES][KEYS]
-    float shrink[LANES];
-    std::fill_n(out.maximum, LANES, -1e30f);
-    std::fill_n(out.sum, LANES, 0.0f);
-    std::fill_n(out.values, heads * V, 0.0f);
-    for (long start = first; start < last; start += KEYS) {
-        const long n = std::min(KEYS, last - start), even = (n + 1) / 2 * 2;
-        for (long i = 0; i < n; i++) {
-            const long row = pages[(start + i) / cache.page_size] * cache.page_size + (start + i) % cache.page_size;
-            std::copy_n(static_cast<const bf16*>(cache.data) + row * W, W, keys + i * width);
-            std::fill(keys + i * width + W, keys + (i + 1) * width, bf16{0});
-        }
-        if (even > n) std::fill_n(keys + n * width, width, bf16{0});
-        narrow_strips<false>(WideSource{keys, width}, n, width, q, width, heads, nullptr, score, KEYS);
-        for (long h = 0; h < heads; h++)
-            shrink[h] = soften(score + h * KEYS, n, scale, out.maximum[h], out.sum[h], weights + h * KEYS);
-        pair_keys(keys, even, width, V, paired);
-        long h = 0;
-        for (; h + 4 <= heads; h += 4) add_pairs<4>(weights + h * KEYS, paired, even, V, shrink + h, out.values + h * V);
-        for (; h < heads; h++) add_pairs<1>(weights + h * KEYS, paired, even, V, shrink + h, out.values + h * V);
+constexpr int VALUE_VECS = 4;
+constexpr long VALUE_COLUMNS = VALUE_VECS * LANES;
+
+// VALUE_COLUMNS columns of `n` keys, two keys' values side by side: [pairs of keys][VALUE_COLUMNS][2].
+void pair_keys(const bf16* const* keys, long n, long v, bf16* out) {
+    alignas(64) uint16_t order[2][32];
+    for (int i = 0; i < 32; i++) {
+        order[0][i] = uint16_t(i / 2 + (i % 2 ? 32 : 0));
+        order[1][i] = uint16_t(16 + i / 2 + (i % 2 ? 32 : 0));
     }
+    const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
+    for (long key = 0; key < n; key += 2)
+        for (long c = 0; c < VALUE_COLUMNS; c += 32) {
+            const __m512i a = _mm512_loadu_si512(keys[key] + v + c);
+            const __m512i b = key + 1 < n ? _mm512_loadu_si512(keys[key + 1] + v + c) : _mm512_setzero_si512();
+            bf16* to = out + key * VALUE_COLUMNS + 2 * c;
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, first, b));
+            _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, second, b));
+        }
 }
 
-inline bool pairs_fit(const LatentCache& cache) { return cache.kind == BF16 && cache.value_width % 64 == 0; }
+// values[h][VALUE_COLUMNS] = values[h] * shrink[h] + sum over pairs of keys of weights * values, for HEADS heads.
+template <int HEADS>
+void add_pairs(const bf16* weights, const bf16* paired, long pairs, long V, const float* shrink, float* values) {
+    vec sum[HEADS][VALUE_VECS];
+#pragma GCC unroll 8
+    for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 4
+        for (int c = 0; c < VALUE_VECS; c++) sum[h][c] = load(values + h * V + c * LANES) * set1(shrink[h]);
+    for (long p = 0; p < pairs; p++) {
+        pairs_of_bf16 column[VALUE_VECS];
+#pragma GCC unroll 4
+        for (int c = 0; c < VALUE_VECS; c++)
+            column[c] = pairs_of_bf16(_mm512_loadu_si512(paired + (p * VALUE_COLUMNS + c * LANES) * 2));
+#pragma GCC unroll 8
+        for (int h = 0; h < HEADS; h++) {
+            const pairs_of_bf16 weight = broadcast_pair(weights + (p * LANES + h) * 2);
+#pragma GCC unroll 4
+            for (int c = 0; c < VALUE_VECS; c++) sum[h][c] = _mm512_dpbf16_ps(sum[h][c], weight, column[c]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 4
+        for (int c = 0; c < VALUE_VECS; c++) store(values + h * V + c * LANES, sum[h][c]);
+}
+
+// As attend_chunk, from q in BF16 [pairs of columns][LANES][2]. The cache is read where it lies.
+void attend_narrow(const LatentCache& cache, const int64_t* pages, const bf16* q, long first, long last, long heads, float scale,
+                   Partial& out) {
+    const long V = cache.value_width;
+    float* score = scratch(4, NARROW_KEYS * (2 * LANES + VALUE_COLUMNS));  // [NARROW_KEYS][LANES]
+    bf16* weights = reinterpret_cast<bf16*>(score + NARROW_KEYS * LANES);
+    bf16* paired = weights + NARROW_KEYS * LANES;  // [NARROW_KEYS / 2][VALUE_COLUMNS][2]
+    vec maximum = set1(-1e30f), sum = zero();
+    std::fill_n(out.values, heads * V, 0.0f);
+    for (long start = first; start < last; start += NARROW_KEYS) {
+        const long n = std::min(NARROW_KEYS, last - start);
+        const bf16* keys[NARROW_KEYS];
+        for (long i = 0; i < n; i++) {
+            const long row = pages[(start + i) / cache.page_size] * cache.page_size + (start + i) % cache.page_size;
+            keys[i] = static_cast<const bf16*>(cache.data) + row * cache.width;
+        }
+        row_tiles<SCORE_TILE>(n, [&](auto tile, long i) {
+            score_narrow<tile.value>(keys + i, q, cache.width / 2, score + i * LANES);
+        });
+        float shrink[LANES];
+        store(shrink, soften(score, n, scale, maximum, sum, weights));
+        for (long v = 0; v < V; v += VALUE_COLUMNS) {
+            pair_keys(keys, n, v, paired);
+            row_tiles<6>(heads, [&](auto tile, long h) {
+                add_pairs<tile.value>(weights + 2 * h, paired, (n + 1) / 2, V, shrink + h, out.values + h * V + v);
+            });
+        }
+    }
+    store(out.maximum, maximum);
+    store(out.sum, sum);
+}
+
+inline bool narrow_fits(const LatentCache& cache) {
+    return cache.kind == BF16 && cache.value_width % VALUE_COLUMNS == 0 && cache.width % 2 == 0;
+}
+
+// Heads [first, first + heads) of one query, [H][W] at q, to [W / 2][LANES][2] with zeros past the last head.
+void pair_heads(const float* q, long first, long heads, long W, bf16* out) {
+    std::fill_n(out, W * LANES, bf16{0});
+    for (long h = 0; h < heads; h++)
+        for (long w = 0; w < W; w++) put(out + w / 2 * 2 * LANES + 2 * h + w % 2, q[(first + h) * W + w]);
+}
 #endif
 
 // Chunk `next` follows what `state` holds: softmax over both.
@@ -249,19 +278,22 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, [[maybe_
     Partial* partial = arena.take<Partial>(first_task.back());
     for (long task = 0; task < first_task.back(); task++)
         partial[task].values = arena.take<float>(std::min<long>(LANES, H) * V);
+#if defined(__AVX512BF16__)
+    bf16* paired = nullptr;  // the queries as attend_narrow takes them
+    if (narrow && narrow_fits(cache)) {
+        paired = arena.take<bf16>(queries * W * LANES);
+        parallel_for(queries, [&](int64_t i) {
+            const long head = i % groups * LANES;
+            pair_heads(q + i / groups * H * W, head, std::min<long>(LANES, H - head), W, paired + i * W * LANES);
+        });
+    }
+#endif
     parallel_for(first_task.back(), [&](int64_t task) {
         const long i = owner[task], n = i / groups, head = i % groups * LANES, heads = std::min<long>(LANES, H - head);
         const long begin = (task - first_task[i]) * CHUNK, end = std::min(begin + CHUNK, batch.positions[n] + 1);
         const int64_t* pages = batch.pages + sequence[n] * batch.pages_per_sequence;
-        [[maybe_unused]] const float* rows = q + (n * H + head) * W;
 #if defined(__AVX512BF16__)
-        if (narrow && pairs_fit(cache)) {
-            const long width = padded(W);
-            float* space = scratch(4, (KEYS * (width + V + LANES) + LANES * width) / 2 + LANES * KEYS);
-            bf16* query = reinterpret_cast<bf16*>(space + LANES * KEYS + KEYS * (width + V + LANES) / 2);
-            for (long h = 0; h < heads; h++) prepare_row(rows + h * W, W, BF16, true, query + h * width);
-            return attend_narrow(cache, pages, query, width, begin, end, heads, scale, space, partial[task]);
-        }
+        if (paired) return attend_narrow(cache, pages, paired + i * W * LANES, begin, end, heads, scale, partial[task]);
 #endif
         float* space = scratch(4, KEYS * (W + LANES) + W * LANES);
         float* transposed = space + KEYS * (W + LANES);

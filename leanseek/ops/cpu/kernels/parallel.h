@@ -1,5 +1,5 @@
 // Threads come from the OpenMP pool that torch already runs: its library is found among the loaded ones (library.py), so
-// we compile against three of its entry points and link against none. A second pool beside torch's would fight it for
+// we compile against four of its entry points and link against none. A second pool beside torch's would fight it for
 // the cores.
 #pragma once
 #include <algorithm>
@@ -9,26 +9,37 @@
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 int omp_get_max_threads(void);  // follows torch.set_num_threads
+int omp_get_thread_num(void);
 int omp_in_parallel(void);
 }
 
-// Calls body(i) once for every i in [0, n), each a task that some thread takes when it is free. Which thread runs a task
-// and in which order is not fixed: a result must depend on neither.
+// Calls body(i) once for every i in [0, n). A thread goes through its own share from front to back, so that memory which
+// lies in the order of i streams, and then helps with the others' shares. Which thread runs an i and in which order is not
+// fixed: a result must depend on neither.
 template <class Body>
 static void parallel_for(int64_t n, const Body& body) {
-    const int64_t threads = std::min<int64_t>(n, omp_in_parallel() ? 1 : omp_get_max_threads());
+    constexpr int64_t MOST = 256;
+    const int64_t threads = std::min<int64_t>({n, MOST, omp_in_parallel() ? 1 : omp_get_max_threads()});
     if (threads <= 1) {
         for (int64_t i = 0; i < n; i++) body(i);
         return;
     }
+    struct alignas(64) Next {
+        std::atomic<int64_t> i;
+    };
     struct Shared {
         const Body& body;
-        int64_t n;
-        std::atomic<int64_t> next;
-    } shared{body, n, {0}};
+        int64_t n, threads;
+        Next next[MOST];
+    } shared{body, n, threads, {}};
+    for (int64_t t = 0; t < threads; t++) shared.next[t].i = n * t / threads;
     const auto work = [](void* data) {
         auto& s = *static_cast<Shared*>(data);
-        for (int64_t i = s.next++; i < s.n; i = s.next++) s.body(i);
+        const int64_t own = omp_get_thread_num();
+        for (int64_t turn = 0; turn < s.threads; turn++) {
+            const int64_t share = (own + turn) % s.threads, stop = s.n * (share + 1) / s.threads;
+            for (int64_t i = s.next[share].i++; i < stop; i = s.next[share].i++) s.body(i);
+        }
     };
     GOMP_parallel(work, &shared, unsigned(threads), 0);
 }

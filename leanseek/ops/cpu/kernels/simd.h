@@ -36,6 +36,11 @@ using vec = __m512;
 
 static inline vec zero() { return _mm512_setzero_ps(); }
 static inline vec set1(float a) { return _mm512_set1_ps(a); }
+static inline vec set1_pair(const float* p) {  // p[0], p[1] by turns
+    double both;
+    std::memcpy(&both, p, 8);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
 static inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
 static inline vec fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 static inline vec sqrt(vec a) { return _mm512_sqrt_ps(a); }
@@ -81,6 +86,9 @@ using vec = __m256;
 
 static inline vec zero() { return _mm256_setzero_ps(); }
 static inline vec set1(float a) { return _mm256_set1_ps(a); }
+static inline vec set1_pair(const float* p) {  // p[0], p[1] by turns
+    return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
+}
 static inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }    // a b + c
 static inline vec fnma(vec a, vec b, vec c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
 static inline vec sqrt(vec a) { return _mm256_sqrt_ps(a); }

@@ -1,0 +1,357 @@
+// Products of rows of x with packed weights: y[m][n] = Σ_k x[m][k] w[n][k].
+//
+// Each y[m][n] is one chain of operations over k in one fixed order, whatever the number of rows m that run together: a
+// request's result does not depend on what else is in its batch. There are two arithmetics, both with FP32 sums:
+// - exact: x in FP32, the weight decoded to FP32; even and odd columns have a sum each;
+// - narrow, for x in BF16 where the CPU multiplies BF16: the weight's codes as BF16, which holds all of e4m3 and of INT8
+//   exactly. FP8 is summed over 128 columns at a time and only then scaled (as the paper promotes its partial sums, 3.3.2).
+// Few rows decode in registers; more decode a block of 128 columns once into L1.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "arena.h"
+#include "stored.h"
+
+namespace {
+
+// Rows of x in blocks of 128 columns: column k of row m is at k / 128 * stride + m * 128 + k % 128.
+struct Rows {
+    const void* data;  // BF16 if narrow, else FP32
+    long stride;
+    bool narrow;
+
+    Rows from(long first) const {
+        return {static_cast<const char*>(data) + first * BLOCK * (narrow ? 2 : 4), stride, narrow};
+    }
+};
+
+// Which weights x in BF16 may meet in the narrow arithmetic.
+inline bool narrows([[maybe_unused]] int64_t kind) {
+#if defined(__AVX512BF16__)
+    return kind != FP32;
+#else
+    return false;
+#endif
+}
+
+// Calls body(tile, first) over m rows, cut evenly into tiles of at most MOST rows; `tile` is an integral_constant.
+template <int MOST, class Body>
+inline void row_tiles(long m, const Body& body) {
+    const long tiles = (m + MOST - 1) / MOST;
+    for (long t = 0; t < tiles; t++) {
+        const long first = m * t / tiles, rows = m * (t + 1) / tiles - first;
+        const auto at = [&](auto self, auto count) -> void {
+            if constexpr (count.value > 1)
+                if (rows < count.value) return self(self, std::integral_constant<int, count.value - 1>());
+            body(count, first);
+        };
+        at(at, std::integral_constant<int, MOST>());
+    }
+}
+
+constexpr long AHEAD = 2048;  // bytes by which a panel is prefetched
+
+// ---- exact: vectors of LANES / 2 rows, two columns each; a half of a panel is PARTS of VECS vectors ----
+
+constexpr int VECS = 4, PARTS = 2 * HALF_ROWS / (VECS * LANES);
+constexpr int EXACT_ROWS = REGISTERS == 32 ? 6 : 3;
+constexpr long EXACT_WIDTH = 2 * PANEL_ROWS;  // values of a row of sums
+
+// sums[m][part's vectors] (+)= `pairs` pairs of columns from w, whose rows of pairs are `step` apart.
+template <int M, class T>
+void exact_tile(const T* w, long step, const float* x, long pairs, bool scaled, float scale, float* sums, bool fresh) {
+    vec sum[M][VECS];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; v++) sum[m][v] = scaled || fresh ? zero() : load(sums + m * EXACT_WIDTH + v * LANES);
+    for (long p = 0; p < pairs; p++) {
+        if constexpr (M == 1) __builtin_prefetch(reinterpret_cast<const char*>(w + p * step) + AHEAD);
+        vec factor[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) factor[m] = set1_pair(x + m * BLOCK + 2 * p);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; v++) {
+            const vec a = widen_lanes(w + p * step + v * LANES);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) sum[m][v] = fma(a, factor[m], sum[m][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; v++) {
+            float* to = sums + m * EXACT_WIDTH + v * LANES;
+            store(to, scaled ? fma(sum[m][v], set1(scale), fresh ? zero() : load(to)) : sum[m][v]);
+        }
+}
+
+template <class T>
+void exact_panel(const Matrix& w, const T* panel, const float* scale, const Rows& x, long m, float* sums) {
+    float* wide = scratch(5, BLOCK / 2 * VECS * LANES);
+    for (long b = 0; b < blocks_of(w); b++) {
+        const long pairs = std::min(BLOCK / 2, pairs_of(w) - b * BLOCK / 2);
+        const float* rows = static_cast<const float*>(x.data) + b * x.stride;
+        for (long part = 0; part < 2 * PARTS; part++) {
+            const T* from = panel + b * BLOCK * PANEL_ROWS + part * VECS * LANES;
+            const float factor = w.kind == FP8 ? scale[2 * b + part / PARTS] * 256.0f : 1.0f;
+            const bool decode_once = m > EXACT_ROWS && !std::is_same_v<T, float>;
+            if (decode_once)
+                for (long p = 0; p < pairs; p++)
+                    for (int v = 0; v < VECS; v++)
+                        store(wide + (p * VECS + v) * LANES, widen_lanes(from + p * EXACT_WIDTH + v * LANES));
+            row_tiles<EXACT_ROWS>(m, [&](auto tile, long first) {
+                float* to = sums + first * EXACT_WIDTH + part * VECS * LANES;
+                if (decode_once)
+                    exact_tile<tile.value>(wide, VECS * LANES, rows + first * BLOCK, pairs, w.kind == FP8, factor, to, b == 0);
+                else
+                    exact_tile<tile.value>(from, EXACT_WIDTH, rows + first * BLOCK, pairs, w.kind == FP8, factor, to, b == 0);
+            });
+        }
+    }
+}
+
+// out[m][64] of one panel: the sums of even and odd columns added.
+inline void exact_rows(const Matrix& w, const char* panel, const float* scale, const Rows& x, long m, float* out) {
+    float* sums = scratch(4, m * EXACT_WIDTH);
+    if (w.kind == FP8) exact_panel(w, reinterpret_cast<const uint8_t*>(panel), scale, x, m, sums);
+    else if (w.kind == INT8) exact_panel(w, reinterpret_cast<const signed_byte*>(panel), scale, x, m, sums);
+    else if (w.kind == BF16) exact_panel(w, reinterpret_cast<const bf16*>(panel), scale, x, m, sums);
+    else exact_panel(w, reinterpret_cast<const float*>(panel), scale, x, m, sums);
+    for (long i = 0; i < m; i++)
+        for (long n = 0; n < PANEL_ROWS; n++) {
+            const float* pair = sums + i * EXACT_WIDTH + 2 * place_of(w.kind, n);
+            out[i * PANEL_ROWS + n] = pair[0] + pair[1];
+        }
+}
+
+// ---- narrow ----
+
+#if defined(__AVX512BF16__)
+
+using pairs_of_bf16 = __m512bh;  // 16 pairs
+
+// The 64 rows' values of a pair of columns as four vectors of 16 rows.
+struct CodeSource {  // the two bytes of each code's BF16 are looked up by its low 7 bits, the sign is put on
+    static constexpr long BYTES = 2 * PANEL_ROWS;  // of a pair of columns
+    __m512i high[2], low[2];
+
+    explicit CodeSource(int64_t kind) {
+        const uint16_t* table = code_table(kind);
+        alignas(64) uint8_t bytes[2][128];
+        for (int i = 0; i < 128; i++) bytes[0][i] = uint8_t(table[i] >> 8), bytes[1][i] = uint8_t(table[i]);
+        for (int i = 0; i < 2; i++) {
+            high[i] = _mm512_load_si512(bytes[0] + 64 * i);
+            low[i] = _mm512_load_si512(bytes[1] + 64 * i);
+        }
+    }
+    inline __attribute__((always_inline)) void decode(const char* p, pairs_of_bf16 (&out)[4]) const {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            const __m512i code = _mm512_loadu_si512(p + 64 * i);
+            __m512i upper = _mm512_permutex2var_epi8(high[0], code, high[1]);
+            upper = _mm512_ternarylogic_epi32(upper, code, _mm512_set1_epi8(char(0x80)), 0xf8);  // upper | (code & sign)
+            const __m512i lower = _mm512_permutex2var_epi8(low[0], code, low[1]);
+            out[2 * i] = pairs_of_bf16(_mm512_unpacklo_epi8(lower, upper));
+            out[2 * i + 1] = pairs_of_bf16(_mm512_unpackhi_epi8(lower, upper));
+        }
+    }
+};
+
+struct WideSource {  // BF16 as stored, or decoded
+    static constexpr long BYTES = 4 * PANEL_ROWS;
+    inline __attribute__((always_inline)) void decode(const char* p, pairs_of_bf16 (&out)[4]) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) out[i] = pairs_of_bf16(_mm512_loadu_si512(p + 64 * i));
+    }
+};
+
+inline pairs_of_bf16 broadcast_pair(const bf16* x) {
+    int32_t pair;
+    std::memcpy(&pair, x, 4);
+    return pairs_of_bf16(_mm512_set1_epi32(pair));
+}
+
+// sums[m][64] (+)= `pairs` pairs of columns from w; scales, unless null, are those of the two halves. Meanwhile FETCH bytes
+// a pair are brought into the cache from `ahead`.
+template <bool SCALED, int M, long FETCH, class Source>
+void narrow_tile(const Source& source, const char* w, const bf16* x, long pairs, const float* scale, float* sums, bool fresh,
+                 [[maybe_unused]] const char* ahead) {
+    vec sum[M][4];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) sum[m][v] = SCALED || fresh ? zero() : load(sums + m * PANEL_ROWS + v * LANES);
+    for (long p = 0; p < pairs; p++, w += Source::BYTES) {
+#pragma GCC unroll 4
+        for (long i = 0; i < FETCH; i += 64) __builtin_prefetch(ahead + p * FETCH + i);
+        pairs_of_bf16 values[4];
+        source.decode(w, values);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const pairs_of_bf16 pair = broadcast_pair(x + m * BLOCK + 2 * p);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], values[v], pair);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+            float* to = sums + m * PANEL_ROWS + v * LANES;
+            if constexpr (SCALED) sum[m][v] = fma(sum[m][v], set1(scale[v / 2]), fresh ? zero() : load(to));
+            store(to, sum[m][v]);
+        }
+}
+
+constexpr int NARROW_ROWS = 6;  // 24 sums of 32 registers
+constexpr int DIRECT_ROWS = 4;  // beside the tables of codes
+constexpr long DIRECT_MOST = 8; // rows of x up to which decoding again beats decoding once into L1
+
+template <bool SCALED>
+void narrow_codes(const Matrix& w, const char* panel, const float* scale, const Rows& x, long m, float* out) {
+    const CodeSource codes(w.kind);
+    char* wide = reinterpret_cast<char*>(scratch(5, BLOCK / 2 * PANEL_ROWS));
+    for (long b = 0; b < blocks_of(w); b++) {
+        const long pairs = std::min(BLOCK / 2, pairs_of(w) - b * BLOCK / 2);
+        const char *from = panel + b * BLOCK * PANEL_ROWS, *next = from + BLOCK * PANEL_ROWS;
+        const bf16* rows = static_cast<const bf16*>(x.data) + b * x.stride;
+        const float* scales = scale + 2 * b;
+        if (m <= DIRECT_MOST) {
+            row_tiles<DIRECT_ROWS>(m, [&](auto tile, long first) {
+                float* to = out + first * PANEL_ROWS;
+                if (first) narrow_tile<SCALED, tile.value, 0>(codes, from, rows + first * BLOCK, pairs, scales, to, b == 0, from);
+                else narrow_tile<SCALED, tile.value, CodeSource::BYTES>(codes, from, rows, pairs, scales, to, b == 0, from + AHEAD);
+            });
+            continue;
+        }
+        for (long p = 0; p < pairs; p++) {
+            pairs_of_bf16 values[4];
+            codes.decode(from + p * CodeSource::BYTES, values);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) _mm512_store_si512(wide + p * WideSource::BYTES + 64 * v, __m512i(values[v]));
+        }
+        row_tiles<NARROW_ROWS>(m, [&](auto tile, long first) {
+            float* to = out + first * PANEL_ROWS;
+            const WideSource decoded;
+            if (first) narrow_tile<SCALED, tile.value, 0>(decoded, wide, rows + first * BLOCK, pairs, scales, to, b == 0, next);
+            else narrow_tile<SCALED, tile.value, CodeSource::BYTES>(decoded, wide, rows, pairs, scales, to, b == 0, next);
+        });
+    }
+}
+
+inline void narrow_rows(const Matrix& w, const char* panel, const float* scale, const Rows& x, long m, float* out) {
+    if (w.kind == FP8) return narrow_codes<true>(w, panel, scale, x, m, out);
+    if (w.kind == INT8) return narrow_codes<false>(w, panel, scale, x, m, out);
+    for (long b = 0; b < blocks_of(w); b++) {
+        const long pairs = std::min(BLOCK / 2, pairs_of(w) - b * BLOCK / 2);
+        const char* from = panel + b * BLOCK * PANEL_ROWS * 2;
+        const bf16* rows = static_cast<const bf16*>(x.data) + b * x.stride;
+        row_tiles<NARROW_ROWS>(m, [&](auto tile, long first) {
+            const WideSource stored;
+            float* to = out + first * PANEL_ROWS;
+            if (first) narrow_tile<false, tile.value, 0>(stored, from, rows + first * BLOCK, pairs, nullptr, to, b == 0, from);
+            else narrow_tile<false, tile.value, WideSource::BYTES>(stored, from, rows, pairs, nullptr, to, b == 0, from + AHEAD);
+        });
+    }
+}
+#endif
+
+// ---- both ----
+
+// out[m][64] = rows [0, m) of x times the rows of one panel; those past the weight's last are zero.
+inline void multiply_panel(const Matrix& w, long panel, const Rows& x, long m, float* out) {
+    const char* data = static_cast<const char*>(w.data) + panel * panel_bytes(w);
+    const float* scale = w.scale ? w.scale + panel * panel_scales(w) : nullptr;
+#if defined(__AVX512BF16__)
+    if (x.narrow) narrow_rows(w, data, scale, x, m, out);
+    else
+#endif
+        exact_rows(w, data, scale, x, m, out);
+    if (w.kind == INT8)
+        for (long i = 0; i < m; i++)
+            for (long n = 0; n < PANEL_ROWS; n += LANES) {
+                float* at = out + i * PANEL_ROWS + n;
+                store(at, load(at) * load(scale + n));
+            }
+}
+
+// Rows of x in memory of the arena; narrow where x was BF16 (or may be rounded to it) and the weight allows it.
+class PreparedRows {
+  public:
+    PreparedRows(Arena& arena, long count, long columns, bool narrow)
+        : columns_(columns), stride_(count * BLOCK), narrow_(narrow),
+          data_(arena.take<char>((columns + BLOCK - 1) / BLOCK * stride_ * size())) {}
+    PreparedRows(Arena& arena, long count, const Matrix& w, bool x_is_bf16)
+        : PreparedRows(arena, count, w.columns, x_is_bf16 && narrows(w.kind)) {}
+
+    // n columns of row `row` from column k, a multiple of LANES; a last odd column gets a zero beside it.
+    template <class T>
+    void set(long row, const T* x, long k, long n) {
+        if (narrow_) put_columns<bf16>(row, x, k, n);
+        else put_columns<float>(row, x, k, n);
+    }
+    void copy(long row, const PreparedRows& from, long its_row) {
+        for (long b = 0; b < (columns_ + BLOCK - 1) / BLOCK; b++)
+            std::copy_n(from.at(its_row, b * BLOCK), BLOCK * size(), at(row, b * BLOCK));
+    }
+    Rows rows(long first = 0) const { return Rows{data_, stride_, narrow_}.from(first); }
+
+  private:
+    template <class To, class T>
+    void put_columns(long row, const T* x, long k, long n) {
+        lanes_of(n, [&](int64_t i, int lanes) { store(reinterpret_cast<To*>(at(row, k + i)), load(x + i, lanes), lanes); });
+        if (k + n == columns_ && columns_ % 2) put(reinterpret_cast<To*>(at(row, columns_ - 1)) + 1, 0.0f);
+    }
+    long size() const { return narrow_ ? 2 : 4; }
+    char* at(long row, long k) const { return data_ + (k / BLOCK * stride_ + row * BLOCK + k % BLOCK) * size(); }
+    long columns_, stride_;
+    bool narrow_;
+    char* data_;
+};
+
+// y[m][n] = Σ_k x[m][k] w[n][k] for `count` rows of x; row m of y is at y + m * ldy.
+struct Product {
+    Matrix w;
+    Rows x;
+    long count;
+    float* y;
+    long ldy;
+};
+
+constexpr long CHUNK_ROWS = 256, FEW_ROWS = 32;  // rows of x that a task takes; fewer where a weight has few panels
+
+// Several products in one parallel region: emit(product, panel, first, m, out) for each panel and each chunk of m rows from
+// `first`, where out [m][64] is the panel's.
+template <class Emit>
+void for_panels(const std::vector<Product>& products, const Emit& emit) {
+    struct Task {
+        const Product* product;
+        long panel, first, m;
+    };
+    std::vector<Task> tasks;
+    for (const Product& p : products) {
+        const long panels = panels_of(p.w), chunk = panels < 8 ? FEW_ROWS : CHUNK_ROWS;
+        for (long panel = 0; panel < panels; panel++)
+            for (long first = 0; first < p.count; first += chunk)
+                tasks.push_back({&p, panel, first, std::min(chunk, p.count - first)});
+    }
+    parallel_for(int64_t(tasks.size()), [&](int64_t i) {
+        const auto [product, panel, first, m] = tasks[i];
+        float* out = scratch(6, m * PANEL_ROWS);
+        multiply_panel(product->w, panel, product->x.from(first), m, out);
+        emit(*product, panel, first, m, out);
+    });
+}
+
+inline void multiply(const std::vector<Product>& products) {
+    for_panels(products, [](const Product& p, long panel, long first, long m, const float* out) {
+        const long n = panel * PANEL_ROWS, columns = std::min(PANEL_ROWS, p.w.rows - n);
+        for (long r = 0; r < m; r++) std::copy_n(out + r * PANEL_ROWS, columns, p.y + (first + r) * p.ldy + n);
+    });
+}
+
+inline void linear(const Matrix& w, const Rows& x, long M, float* y) { multiply({{w, x, M, y, w.rows}}); }
+
+}  // namespace

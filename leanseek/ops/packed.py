@@ -1,0 +1,172 @@
+"""Weights as serving multiplies them: the stored bytes in another order, made once at load (ops/cpu/kernels/stored.h).
+
+Nothing is converted: FP8 stays FP8, and a weight takes the memory it took. Packed weights are for inference on the CPU
+with native kernels; elsewhere there are none, and ops take weights as they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leanseek.ops.dispatch import pick
+from leanseek.ops.linear import BLOCK, dequantize_blocks
+
+PANEL, HALF = 64, 32  # rows of a panel, and of each half, which has scales of its own
+FP8, INT8 = torch.float8_e4m3fn, torch.uint8
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight [rows, columns], or a stack of `count` of that shape."""
+
+    data: Tensor  # [count, panels, pairs of columns, 64, 2] of the stored dtype
+    scale: Tensor | None  # FP8: [count, panels, blocks of columns, 2] float32; INT8: [panels, 64]
+    count: int
+    rows: int
+    columns: int
+
+
+def pack(weight: Tensor, scale_inv: Tensor | None = None, in_place: bool = False) -> Packed:
+    """weight [rows, columns] or [E, rows, columns] of any stored kind, its scales as in `linear`.
+
+    in_place: the weight's own memory is put into the new order, where that has the same size.
+    """
+    rows, columns = weight.shape[-2:]
+    order = torch.arange(-(-rows // PANEL) * PANEL)
+    order[rows:] = -1
+    stack = weight.reshape(-1, rows, columns)
+    scale: Tensor | None = None
+    if weight.dtype == INT8:
+        assert scale_inv is not None
+        scale = F.pad(scale_inv, (0, len(order) - rows)).view(-1, PANEL).contiguous()
+    else:
+        scale = (
+            None if scale_inv is None else _half_scales(scale_inv.reshape(len(stack), -1, scale_inv.shape[-1]), order)
+        )
+    in_place = in_place and rows % PANEL == 0 and columns % 2 == 0
+    return _packed(stack, _addresses(stack, order), scale, rows, group=int(in_place))
+
+
+def pack_gated(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor] | None = None, in_place: bool = False) -> Packed:
+    """gate, up [I, D] or [E, I, D], panel by panel 32 rows of gate and the same rows of up; [E, 2I, D] as a weight.
+
+    in_place as in `pack`, for halves of one stack.
+    """
+    size = gate.shape[-2]
+    gates, ups = (w.reshape(-1, *w.shape[-2:]) for w in (gate, up))
+    order = torch.arange(-(-size // HALF) * HALF)
+    order[size:] = -1
+    rows = [_addresses(w, order).view(-1, HALF) for w in (gates, ups)]
+    scale = None
+    if scales is not None:
+        halves = [_half_scales(s.reshape(len(gates), -1, s.shape[-1]), F.pad(order.view(-1, HALF), (0, HALF)).flatten())
+                  for s in scales]  # fmt: skip
+        scale = torch.stack((halves[0][..., 0], halves[1][..., 0]), -1).contiguous()
+    one = up.data_ptr() == gate.data_ptr() + size * gate.shape[-1] * gate.element_size()
+    in_place = in_place and one and size % HALF == 0 and gate.shape[-1] % 2 == 0
+    return _packed(gates, torch.cat(rows, 1).flatten(), scale, 2 * size, group=size // HALF if in_place else 0)
+
+
+def pack_heads(weight: Tensor, scale_inv: Tensor | None, heads: int, nope: int) -> tuple[Packed, Packed]:
+    """kv_b_proj [H (nope + v), C] as the absorbed form takes it: W_UKᵀ [H, C, nope] and W_UV [H, v, C]."""
+    if scale_inv is not None and (nope % PANEL or weight.shape[0] // heads % BLOCK):
+        weight, scale_inv = dequantize_blocks(weight, scale_inv), None  # a block lies across heads
+    stack = weight.view(heads, -1, weight.shape[1])
+    c, v = weight.shape[1], stack.shape[1] - nope
+    padded = [-(-n // PANEL) * PANEL for n in (c, v)]
+    columns, values = (torch.arange(n) for n in padded)
+    columns[c:], values[v:] = -1, -1
+    size = weight.element_size()
+    by_column = torch.where(columns < 0, 0, stack.data_ptr() + columns * size)
+    by_value = torch.where(values < 0, 0, stack.data_ptr() + (nope + values) * c * size)
+    uk_scale = uv_scale = None
+    if scale_inv is not None:
+        blocks = torch.arange(heads)[:, None] * stack.shape[1]
+        of_nope = scale_inv[(blocks + torch.arange(0, nope, BLOCK)) // BLOCK]  # [H, blocks of nope, blocks of C]
+        uk_scale = _half_scales(of_nope.transpose(1, 2), columns)
+        first = (blocks + nope + values.view(-1, HALF)[:, 0].clamp_min(0)).clamp_max(weight.shape[0] - 1)
+        uv_scale = scale_inv[first // BLOCK].unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+    uk = _packed(stack, by_column, uk_scale, c, columns=nope, stride=c)
+    return uk, _packed(stack, by_value, uv_scale, v)
+
+
+def _half_scales(scale: Tensor, order: Tensor) -> Tensor:
+    """scale [E, r, c] of 128 rows each -> [E, panels, c, 2] of the halves of panels with rows `order`."""
+    blocks = order.view(-1, HALF)[:, 0].clamp_min(0) // BLOCK
+    return scale.float()[:, blocks].unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+
+
+def _addresses(stack: Tensor, order: Tensor) -> Tensor:
+    """Of rows `order` of the first of stack [E, rows, columns]; 0 for none."""
+    return torch.where(order < 0, 0, stack.data_ptr() + order * stack.shape[2] * stack.element_size())
+
+
+def _packed(
+    stack: Tensor,
+    addresses: Tensor,
+    scale: Tensor | None,
+    rows: int,
+    columns: int | None = None,
+    stride: int = 1,
+    group: int = 0,
+) -> Packed:
+    """group: in place, `group` panels at a time; else 0."""
+    columns = stack.shape[2] if columns is None else columns
+    data = pick("pack_panels", _no_kernels, stack)(stack, addresses, columns, stride, group)
+    return Packed(data, scale, len(stack), rows, columns)
+
+
+def _no_kernels(*_: object) -> Tensor:
+    raise RuntimeError("weights are packed for native kernels only: ask can_pack first")
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether native kernels multiply this weight, packed."""
+    return pick("pack_panels", _no_kernels, weight) is not _no_kernels
+
+
+def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [count, rows, columns] in `dtype`, dequantised. `pack_gated` comes back in its panels' order."""
+    panels = packed.data.shape[1]
+    n = torch.arange(PANEL)
+    place = n // 32 * 32 + n % 16 // 4 * 8 + n % 32 // 16 * 4 + n % 4 if packed.data.element_size() == 1 else n
+    if packed.data.dtype == INT8:
+        assert packed.scale is not None
+        wide = (packed.data & 127).float() * torch.where(packed.data > 127, -1.0, 1.0)
+        wide = wide[..., place, :] * packed.scale[:, None, :, None]
+    else:
+        wide = packed.data.float()[..., place, :]
+        if packed.scale is not None:  # [.., blocks, 2] -> one for each pair of columns and row
+            each = packed.scale.repeat_interleave(BLOCK // 2, 2)[:, :, : wide.shape[2]].repeat_interleave(HALF, 3)
+            wide = wide * each[..., None]
+    flat = wide.transpose(2, 3).reshape(packed.count, panels * PANEL, -1)
+    return flat[:, : packed.rows, : packed.columns].to(dtype)
+
+
+def packed_linear(x: Tensor, weight: Packed) -> Tensor:
+    """x [..., columns] · weightᵀ in x's dtype, for a weight that is no stack."""
+    run: Callable[..., Tensor] = pick("packed_linear", _linear, x, weight.data)
+    return run(x, weight)
+
+
+def _linear(x: Tensor, weight: Packed) -> Tensor:
+    return F.linear(x, unpack(weight, x.dtype)[0])
+
+
+def packed_experts(x: Tensor, indices: Tensor, weights: Tensor, gated: Packed, down: Packed) -> Tensor:
+    """As `experts`, with the stack of `pack_gated` and that of down."""
+    return pick("packed_experts", _experts, x, gated.data)(x, indices, weights, gated, down)
+
+
+def _experts(x: Tensor, indices: Tensor, weights: Tensor, gated: Packed, down: Packed) -> Tensor:
+    from leanseek.ops.experts import experts
+
+    halves = Packed(gated.data, gated.scale, gated.count, gated.data.shape[1] * PANEL, gated.columns)
+    wide = unpack(halves, x.dtype).unflatten(1, (-1, 2, HALF))
+    gate_up = torch.cat([wide[:, :, i].flatten(1, 2)[:, : gated.rows // 2] for i in (0, 1)], 1)
+    return experts(x, indices, weights, gate_up, unpack(down, x.dtype))
