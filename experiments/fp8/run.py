@@ -30,7 +30,7 @@ from leanseek.training import RunConfig, train
 HERE = Path(__file__).parent
 WANTED = 0.0025  # of the loss (3.3)
 OUTLIER = 2.0**14
-PLANTED_STEPS = 1000
+PLANTED_STEPS = 300
 WINDOW = 500  # last steps of the mean
 
 

@@ -1,4 +1,5 @@
-"""Training speed of a preset: tokens per second, the share of the machine's GEMM rate, peak memory; beside a peer's."""
+"""Training speed of a preset in BF16 and in FP8: tokens per second, the share of the machine's GEMM rate, peak memory,
+what a token's activations take; beside a peer's."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leanseek.bench.workers import Worker, peer_command, serve
 from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype, read_bandwidth
 from leanseek.planning import train_flops_per_token
 from leanseek.training import RunConfig, Trainer
+from leanseek.training.activations import activation_bytes_per_token
 
 PEER_MODES = ("float32", "autocast", "bfloat16")
 
@@ -44,24 +47,25 @@ def cpu_name() -> str:
 
 
 def bench_train(preset: str, batch: int, seq_len: int, steps: int, peers: list[str]) -> dict[str, Any]:
-    """Alternate our steps and the peer's, five turns each, and quote medians and their ratio."""
+    """Alternate our steps, in both precisions, and the peer's, five turns each, and quote medians and ratios."""
     run = _run(preset, batch, seq_len)
     limits = machine()
-    sides = {"leanseek": [sys.executable, "-m", "leanseek.bench.train", preset, str(batch), str(seq_len)]}
+    command = [sys.executable, "-m", "leanseek.bench.train", preset, str(batch), str(seq_len)]
+    sides = {"leanseek": [*command, "bf16"], "leanseek fp8": [*command, "fp8"]}
     notes = []
     if "transformers" in peers:
         config = json.dumps(run.model.to_hf())
         for mode in PEER_MODES:
-            command = peer_command("transformers_train", mode, str(batch), str(seq_len), config)
-            if command is None:
+            peer = peer_command("transformers_train", mode, str(batch), str(seq_len), config)
+            if peer is None:
                 notes.append(
                     "transformers: its script is in a checkout's benchmarks/peers, not in the installed package"
                 )
                 break
-            sides[f"transformers {mode}"] = command
+            sides[f"transformers {mode}"] = peer
     results = _alternate(sides, steps, batch * seq_len, notes)
     flops = train_flops_per_token(run.model, seq_len)
-    own = results["leanseek"]
+    own, fp8 = results["leanseek"], results["leanseek fp8"]
     best_gemm = max(limits["gemm_flops_float32"], limits["gemm_flops_bfloat16"])
     for side in results.values():
         side["flops_per_second"] = side["tokens_per_second"] * flops
@@ -70,8 +74,10 @@ def bench_train(preset: str, batch: int, seq_len: int, steps: int, peers: list[s
     found: dict[str, Any] = {
         "benchmark": "train", "preset": preset, "batch": batch, "seq_len": seq_len, "flops_per_token": flops,
         "machine": limits, "results": results, "notes": notes,
+        "fp8_speed_ratio": fp8["tokens_per_second"] / own["tokens_per_second"],
+        "fp8_activation_ratio": fp8["activation_bytes_per_token"] / own["activation_bytes_per_token"],
     }  # fmt: skip
-    theirs = {name: side for name, side in results.items() if name != "leanseek"}
+    theirs = {name: side for name, side in results.items() if not name.startswith("leanseek")}
     if theirs:
         best = max(theirs, key=lambda name: theirs[name]["tokens_per_second"])
         found["best_peer"] = best
@@ -98,6 +104,7 @@ def _alternate(sides: dict[str, list[str]], steps: int, tokens: int, notes: list
                 "fastest_tokens_per_second": tokens / min(times),
                 "peak_memory_bytes": last[name]["peak_memory_bytes"],
                 "steps": len(times),
+                **{key: value for key, value in workers[name].ready.items() if key == "activation_bytes_per_token"},
             }
             for name, times in seconds.items()
         }
@@ -106,45 +113,45 @@ def _alternate(sides: dict[str, list[str]], steps: int, tokens: int, notes: list
             worker.close()
 
 
-def _run(preset: str, batch: int, seq_len: int) -> RunConfig:
+def _run(preset: str, batch: int, seq_len: int, precision: str = "bf16") -> RunConfig:
     run = RunConfig.load(preset, [])
     return dataclasses.replace(
         run,
-        train=dataclasses.replace(run.train, batch_size=batch),
+        train=dataclasses.replace(run.train, batch_size=batch, precision=precision),
         data=dataclasses.replace(run.data, seq_len=seq_len),
     )
 
 
 def profile(preset: str, batch: int, seq_len: int) -> str:
     """torch's profile of one step: what it is spent on."""
-    step = _stepper(_run(preset, batch, seq_len))
-    step()
+    trainer, tokens = _ready(_run(preset, batch, seq_len))
+    trainer.step(tokens, 0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        step()
+        trainer.step(tokens, 0)
     return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45)
 
 
-def _stepper(run: RunConfig) -> Any:
-    trainer = Trainer(run)
+def _ready(run: RunConfig) -> tuple[Trainer, Tensor]:
+    """A trainer and a batch of random tokens [B, T + 1 + D] for it."""
     shape = (run.train.batch_size, run.data.seq_len + 1 + run.model.num_nextn_predict_layers)
-    tokens = torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    return lambda: trainer.step(tokens, 0)
+    return Trainer(run), torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def _worker(preset: str, batch: str, seq_len: str) -> None:
-    step = _stepper(_run(preset, int(batch), int(seq_len)))
-    step()
+def _worker(preset: str, batch: str, seq_len: str, precision: str) -> None:
+    trainer, tokens = _ready(_run(preset, int(batch), int(seq_len), precision))
+    kept = activation_bytes_per_token(trainer, tokens[:1].expand(2, -1))
+    trainer.step(tokens, 0)
 
     def work(rounds: int) -> dict[str, Any]:
         seconds = []
         for _ in range(rounds):
             start = time.perf_counter()
-            step()
+            trainer.step(tokens, 0)
             seconds.append(time.perf_counter() - start)
         return {"seconds": seconds}
 
-    serve({"pid": os.getpid()}, work)
+    serve({"pid": os.getpid(), "activation_bytes_per_token": kept}, work)
 
 
 if __name__ == "__main__":
-    _worker(*sys.argv[1:4])
+    _worker(*sys.argv[1:5])

@@ -29,7 +29,7 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="print what one step is spent on")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Training: tokens per second, share of the GEMM rate and peak memory."""
+    """Training in BF16 and FP8: tokens per second, share of the GEMM rate, memory."""
     from leanseek.bench.train import bench_train
     from leanseek.bench.train import profile as profiled
 
@@ -52,7 +52,11 @@ def train(
     for name, side in found["results"].items():
         memory = side["peak_memory_bytes"] / 2**20
         share = side["share_of_best_gemm"]
-        print(f"{name:>24}: {side['tokens_per_second']:8,.0f} tokens/s  {share:4.0%} of GEMM  {memory:7,.0f} MiB")
+        line = f"{name:>24}: {side['tokens_per_second']:8,.0f} tokens/s  {share:4.0%} of GEMM  {memory:7,.0f} MiB"
+        if "activation_bytes_per_token" in side:
+            line += f"  {side['activation_bytes_per_token'] / 1024:5,.0f} KiB kept for backward a token"
+        print(line)
+    print(f"FP8: {found['fp8_speed_ratio']:.2f}x BF16's speed, {found['fp8_activation_ratio']:.2f}x its activations")
     if "speed_ratio" in found:
         print(
             f"{found['speed_ratio']:.2f}x the speed and {found['memory_ratio']:.2f}x the memory of {found['best_peer']}"

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from leanseek import ops
 from leanseek.fp8.formats import TILE
 from leanseek.fp8.quantize import Coded, Operand, take
 
@@ -22,7 +23,7 @@ def cuts(length: int, halves: int = 1) -> Cuts:
 def product(a: Operand, b: Operand, k_cuts: Cuts, out: Tensor) -> Tensor:
     """a [M, K] · b [N, K]ᵀ into out [M, N], rounded once, to out's dtype."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.mm(a, b.t(), out=out) if out.dtype == a.dtype else out.copy_(torch.mm(a, b.t()))
+        return ops.grouped_product(a, b[None], [a.shape[0]], out)
     assert isinstance(a, Coded) and isinstance(b, Coded)
     return out.copy_(exact_product(a, b, k_cuts))
 
@@ -39,6 +40,8 @@ def exact_product(a: Coded, b: Coded, k_cuts: Cuts) -> Tensor:
 
 def grouped_product(a: Operand, b: Operand, ends: list[int], k_cuts: Cuts, out: Tensor) -> Tensor:
     """Rows of a [M, K] up to each of `ends` times that expert's b [E, N, K]ᵀ -> out [M, N]."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return ops.grouped_product(a, b, ends, out)
     for expert, (start, stop) in enumerate(pairwise([0, *ends])):
         if stop > start:
             product(take(a, slice(start, stop)), take(b, expert), k_cuts, out[start:stop])
@@ -47,6 +50,8 @@ def grouped_product(a: Operand, b: Operand, ends: list[int], k_cuts: Cuts, out: 
 
 def grouped_gradient(a: Operand, b: Operand, ends: list[int], bands: Tensor, out: Tensor) -> Tensor:
     """aᵀ · b over each expert's own rows of a [M, N], b [M, K] (turned) -> out [E, N, K]; zero where there are none."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return ops.grouped_gradient(a, b, ends, out)
     edges = bands.tolist()
     for expert, (start, stop) in enumerate(pairwise([0, *ends])):
         if stop == start:

@@ -1,10 +1,12 @@
 """Everything with more than one implementation. Each op is one function with a torch reference beside it."""
 
+from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.block import BlockWeights, block_step
 from leanseek.ops.cross_entropy import linear_cross_entropy
 from leanseek.ops.dispatch import row_invariant, table, use
 from leanseek.ops.experts import experts, route_order
+from leanseek.ops.grouped import grouped_gradient, grouped_product
 from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
 from leanseek.ops.linear import dense, dequantize_blocks, linear, quantize_rows
@@ -18,10 +20,12 @@ from leanseek.ops.swiglu import swiglu
 from leanseek.ops import cpu, invariant, triton  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
 
 __all__ = [
+    "AdamW",
     "BlockWeights",
     "CacheIndex",
     "Choice",
     "Packed",
+    "adamw",
     "block_step",
     "can_pack",
     "causal_attention",
@@ -29,6 +33,8 @@ __all__ = [
     "dequantize_blocks",
     "expert_scores",
     "experts",
+    "grouped_gradient",
+    "grouped_product",
     "head_linear",
     "latent_attention",
     "linear",

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
+from leanseek import ops
 from leanseek.training.config import OptimizerConfig
 
 
@@ -21,7 +21,8 @@ class BF16AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "eps", "weight_decay")}
+            beta1, beta2 = group["betas"]
+            rule = ops.AdamW(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -30,13 +31,7 @@ class BF16AdamW(torch.optim.Optimizer):
                     state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
-                m, v = state["exp_avg"].float(), state["exp_avg_sq"].float()
-                adamw(
-                    [p], [p.grad], [m], [v], [], [state["step"]],
-                    fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **rest,
-                )  # fmt: skip
-                state["exp_avg"].copy_(m)
-                state["exp_avg_sq"].copy_(v)
+                ops.adamw(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], rule)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, moments: str) -> torch.optim.Optimizer:

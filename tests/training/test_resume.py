@@ -229,6 +229,53 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, whole: Path, go
     assert done.tokens == history(whole)[-1]["tokens"]
 
 
+# ---- FP8 ----
+
+
+def back_to(run: Path, step: int, folder: Path) -> Path:
+    """A copy of a run, in `folder`, as it was when `step`'s checkpoint had been written."""
+    copy = shutil.copytree(run, folder / "run")
+    for later in (s for s in steps_on_disk(copy) if s > step):
+        shutil.rmtree(copy / f"checkpoints/step-{later}")
+    return copy
+
+
+FP8 = ("train.precision=fp8", "train.dtype=bfloat16", "train.steps=12", "checkpoint.keep_last=5")
+
+
+def test_a_run_in_fp8_resumes_bit_for_bit(go: Callable[..., Summary], tmp_path: Path) -> None:
+    go(*FP8)
+    again = back_to(tmp_path / "run", 5, tmp_path / "again")
+    go(*FP8, resume=True, runs=again.parent)
+    assert history(again) == history(tmp_path / "run")
+    found, expected = (read_checkpoint(run / "checkpoints/step-12") for run in (again, tmp_path / "run"))
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[name], t) for name, t in expected.tensors.items())
+    weights, others = load(again).state_dict(), load(tmp_path / "run").state_dict()
+    assert all(torch.equal(weights[name], t) for name, t in others.items())
+
+
+def test_a_run_goes_from_bf16_to_fp8_and_back(go: Callable[..., Summary], tmp_path: Path) -> None:
+    """With nothing to convert: a checkpoint holds the same float32 weights whatever multiplied them."""
+    bf16 = ("train.precision=bf16", *FP8[1:])
+    go(*bf16)
+    mixed = back_to(tmp_path / "run", 5, tmp_path / "mixed")
+    go(*FP8, resume=True, runs=mixed.parent)
+    switched = history(mixed)
+    assert switched != history(tmp_path / "run")  # from step 6 on it did run in FP8
+    back = back_to(mixed, 10, tmp_path / "back")
+    go(*bf16, resume=True, runs=back.parent)
+    first, then, last = history(tmp_path / "run"), switched, history(back)
+    for row, other in zip(last, then, strict=True):
+        assert row["step"] > 10 or row == other
+    assert [row["loss"] for row in last if row.get("step", 0) > 10 and "loss" in row] != [
+        row["loss"] for row in then if row.get("step", 0) > 10 and "loss" in row
+    ]
+    for row, other in zip(last, first, strict=True):
+        if "loss" in row:
+            assert abs(row["loss"] - other["loss"]) < 0.05 * other["loss"]
+
+
 # ---- broken checkpoints, full disks ----
 
 

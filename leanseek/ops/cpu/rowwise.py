@@ -1,10 +1,11 @@
-"""RMSNorm, SwiGLU and RoPE, forward and backward, in float32 and BF16."""
+"""RMSNorm, SwiGLU and RoPE, forward and backward, in float32 and BF16; AdamW over BF16 moments."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from leanseek.ops.adamw import AdamW
 from leanseek.ops.cpu.library import DTYPES, accepts, kernel
 from leanseek.ops.dispatch import register
 
@@ -12,6 +13,7 @@ _rms_norm = kernel("rms_norm", "n pn p pp nn f")
 _rms_norm_backward = kernel("rms_norm_backward", "n pn pp p pp nn")
 _swiglu = kernel("swiglu", "n ppp n")
 _swiglu_backward = kernel("swiglu_backward", "n ppp pp n")
+_adamw = kernel("adamw", "pppp n ffffff")
 _rotate = kernel("rotate", "n pp pp n p p nn")
 
 
@@ -111,3 +113,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     if x.ndim == 3:
         return _Rotate.apply(x[None], cos[None], sin[None], interleave)[0]
     return _Rotate.apply(x, cos, sin, interleave)
+
+
+def _updates(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
+    moments = exp_avg.dtype == exp_avg_sq.dtype == torch.bfloat16
+    tensors = (weight, grad, exp_avg, exp_avg_sq)
+    return (
+        accepts(*tensors)
+        and moments
+        and weight.dtype == grad.dtype == torch.float32
+        and (all(t.is_contiguous() for t in tensors))
+    )
+
+
+@register("adamw", "cpu", _updates)
+def adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, rule: AdamW) -> None:
+    step += 1
+    rate, root = rule.lr / (1 - rule.beta1 ** step.item()), (1 - rule.beta2 ** step.item()) ** -0.5
+    _adamw(
+        weight.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), weight.numel(),
+        rule.beta1, rule.beta2, rate, root, rule.eps, 1 - rule.lr * rule.weight_decay,
+    )  # fmt: skip

@@ -1,15 +1,14 @@
 // The routed experts in training, forward and backward: out[n] = Σ_k w[n][k] · down_e(silu(gate_e x_n) · up_e x_n),
-// e = the token's k-th choice. A task is an expert: its rows go from the gather to the last product in blocks that stay
-// in the cache, and only what the backward needs is written.
+// e = the token's k-th choice. In FP32 a task is an expert: its rows go from the gather to the last product in blocks that
+// stay in the cache, and only what the backward needs is written. In BF16 each product is a grouped one (bf16_gemm.h).
 //
 // `grouped` holds the (token, choice) pairs sorted by expert, those of expert e at [first[e], first[e + 1]), and `place`
 // is its inverse. The gate value w multiplies the activation, I wide, instead of the output, D wide: down is linear.
-#include "gemm.h"
+#include "bf16_gemm.h"
 
 namespace {
 
 constexpr int64_t ROWS = 8 * TILE_ROWS;  // of a block
-constexpr int64_t TASK_ROWS = 512;       // of a forward task: an expert that many tokens chose is shared
 
 struct Pairs {
     const int64_t *grouped, *place, *first;  // [N K], [N K], [E + 1]
@@ -143,6 +142,75 @@ void backward_task(const Pairs& p, int64_t e, const T* x, const float* weights, 
     finish(ddown_sum, ddown, D * I);
 }
 
+#if defined(__AVX512BF16__)
+// ---- BF16: what a product reads is rounded to BF16, as the reference's is ----
+
+struct Narrow {
+    const Pairs& p;
+    const float* weights;
+    int64_t rows = p.tokens * p.top_k, width = steps(p.I) * STEP;  // of the activation
+    Groups groups{p.first, p.experts};
+
+    Left gather(const bf16* x, int slot) const {
+        return copy_rows([&](int64_t r) { return x + p.token(r) * p.D; }, rows, p.D, cell_scratch(slot, left_size(rows, p.D)));
+    }
+    template <class Body>
+    void each_row(const Body& body) const {
+        parallel_ranges(rows, 64, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; r++) body(r);
+        });
+    }
+
+    template <class W>
+    void forward(const bf16* x, const W* gate_up, const W* down, bf16* hidden, float* result) const {
+        grouped_product(groups, gather(x, 2), p.D, gate_up, false, 2 * p.I, hidden);
+        bf16* act = cell_scratch(3, rows * width);
+        each_row([&](int64_t r) {
+            const vec w = set1(weights[p.grouped[r]]);
+            const bf16 *gate = hidden + r * 2 * p.I, *up = gate + p.I;
+            bf16* to = act + r * width;
+            if (width > p.I) put(to + p.I, 0.0f);
+            lanes_of(p.I, [&](int64_t i, int lanes) {
+                const vec g = load(gate + i, lanes);
+                store(to + i, g * sigmoid(g) * load(up + i, lanes) * w, lanes);
+            });
+        });
+        grouped_product(groups, Left{act, width}, p.I, down, false, p.D, result);
+    }
+
+    template <class W>
+    void backward(const bf16* x, const W* gate_up, const W* down, const bf16* hidden, const bf16* grad, float* result,
+                  float* dweights, const WeightGradients<W>& to) const {
+        const Left grads = gather(grad, 2);
+        bf16 *act = cell_scratch(3, rows * p.I), *dact = cell_scratch(4, rows * p.I);
+        bf16* dhidden = cell_scratch(5, rows * 2 * p.I);
+        grouped_product(groups, grads, p.D, down, true, p.I, dact);
+        each_row([&](int64_t r) {
+            const vec w = set1(weights[p.grouped[r]]);
+            const bf16 *gate = hidden + r * 2 * p.I, *up = gate + p.I;
+            vec dw = zero();
+            lanes_of(p.I, [&](int64_t i, int lanes) {
+                const vec g = load(gate + i, lanes), u = load(up + i, lanes), d = load(dact + r * p.I + i, lanes);
+                const vec s = sigmoid(g), silu = g * s, a = silu * u, da = d * w;
+                dw = fma(d, a, dw);
+                store(act + r * p.I + i, a * w, lanes);
+                store(dhidden + r * 2 * p.I + i, da * u * fma(silu, set1(1.0f) - s, s), lanes);
+                store(dhidden + (2 * r + 1) * p.I + i, da * silu, lanes);
+            });
+            dweights[p.grouped[r]] = reduce_add(dw);
+        });
+        grouped_product(groups, Left{dhidden, 2 * p.I}, 2 * p.I, gate_up, true, p.D, result);
+        Cell* turned = cell_scratch(1, turned_size(groups, std::max(p.D, 2 * p.I)));
+        grouped_gradient(
+            groups, [&](int64_t r) { return grads.data + r * grads.stride; }, p.D, [&](int64_t r) { return act + r * p.I; }, p.I,
+            turned, to.down);
+        grouped_gradient(
+            groups, [&](int64_t r) { return dhidden + r * 2 * p.I; }, 2 * p.I, [&](int64_t r) { return x + p.token(r) * p.D; },
+            p.D, turned, to.gate_up);
+    }
+};
+#endif
+
 }  // namespace
 
 // x, out [N, D] and hidden [N K, 2I] of `dtype`; gate_up [E, 2I, D] and down [E, D, I] of `weight_dtype`; weights [N, K].
@@ -154,6 +222,12 @@ KERNEL experts_forward(int64_t dtype, int64_t weight_dtype, const int64_t* shape
     with_types(dtype, weight_dtype, [&](auto* type, auto* weight_type) {
         using T = ELEMENT(type);
         using W = ELEMENT(weight_type);
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<T, bf16>) {
+            Narrow{p, weights}.forward((const T*)x, (const W*)gate_up, (const W*)down, (T*)hidden, result);
+            return combine(p, result, (T*)out);
+        }
+#endif
         const int64_t parts = (p.tokens + TASK_ROWS - 1) / TASK_ROWS;  // no expert has more rows than there are tokens
         parallel_for(p.experts * parts, [&](int64_t i) {
             const int64_t e = i / parts, begin = first[e] + i % parts * TASK_ROWS;
@@ -175,6 +249,13 @@ KERNEL experts_backward(int64_t dtype, int64_t weight_dtype, const int64_t* shap
         using T = ELEMENT(type);
         using W = ELEMENT(weight_type);
         const WeightGradients<W> to{(W*)dgate_up, (W*)ddown};
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<T, bf16>) {
+            Narrow{p, weights}.backward((const T*)x, (const W*)gate_up, (const W*)down, (const T*)hidden, (const T*)grad, result,
+                                        dweights, to);
+            return combine(p, result, (T*)dx);
+        }
+#endif
         parallel_for(p.experts, [&](int64_t e) {
             backward_task(p, e, (const T*)x, weights, (const W*)gate_up, (const W*)down, (const T*)hidden, (const T*)grad,
                           result, dweights, to);

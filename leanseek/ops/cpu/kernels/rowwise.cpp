@@ -134,3 +134,20 @@ KERNEL rotate(int64_t dtype, const void* x_, const int64_t* strides, const float
         });
     });
 }
+
+// A step of AdamW with moments in BF16, computed in FP32, over n values. rate = lr / (1 - beta1^t), root = 1 / sqrt(1 -
+// beta2^t), keep = 1 - lr · decay.
+KERNEL adamw(float* weight, const float* grad, bf16* exp_avg, bf16* exp_avg_sq, int64_t n, float beta1, float beta2,
+             float rate, float root, float eps, float keep) {
+    parallel_ranges(n, 1 << 15, [&](int64_t begin, int64_t end) {
+        lanes_of(end - begin, [&](int64_t i, int lanes) {
+            const int64_t at = begin + i;
+            const vec g = load(grad + at, lanes), m = load(exp_avg + at, lanes), v = load(exp_avg_sq + at, lanes);
+            const vec mean = fma(set1(1.0f - beta1), g - m, m), square = fma(set1(1.0f - beta2), g * g - v, v);
+            const vec step = set1(rate) * mean / fma(sqrt(square), set1(root), set1(eps));
+            store(weight + at, load(weight + at, lanes) * set1(keep) - step, lanes);
+            store(exp_avg + at, mean, lanes);
+            store(exp_avg_sq + at, square, lanes);
+        });
+    });
+}

@@ -43,6 +43,7 @@ static inline vec set1_pair(const float* p) {  // p[0], p[1] by turns
 }
 static inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
 static inline vec fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+static inline vec sqrt(vec a) { return _mm512_sqrt_ps(a); }
 static inline vec max(vec a, vec b) { return _mm512_max_ps(a, b); }
 static inline vec min(vec a, vec b) { return _mm512_min_ps(a, b); }
 static inline vec reciprocal(vec a) {  // of a moderate a, to the last bit or two
@@ -90,6 +91,7 @@ static inline vec set1_pair(const float* p) {  // p[0], p[1] by turns
 }
 static inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }    // a b + c
 static inline vec fnma(vec a, vec b, vec c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
+static inline vec sqrt(vec a) { return _mm256_sqrt_ps(a); }
 static inline vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
 static inline vec min(vec a, vec b) { return _mm256_min_ps(a, b); }
 static inline vec reciprocal(vec a) {  // of a moderate a, to the last bit or two
