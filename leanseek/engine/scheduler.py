@@ -8,6 +8,7 @@ its pages back and starts again later (its tokens stay): the oldest always gets 
 from __future__ import annotations
 
 import bisect
+from array import array
 
 from leanseek.engine.pages import ROOT, PagePool
 from leanseek.engine.runner import Work
@@ -76,7 +77,7 @@ class Scheduler:
                 return  # nobody overtakes: a long prompt's turn comes
             self.waiting.remove(sequence)
             bisect.insort(self.running, sequence, key=_order)
-            sequence.pages = found
+            sequence.pages = array("q", found)
             sequence.registered = len(found)
             sequence.serial = self.pool.serial(found[-1]) if found else ROOT
             sequence.computed = len(found) * self.pool.page_size
@@ -110,14 +111,16 @@ class Scheduler:
     def _grow(self, sequence: Sequence, rows: int) -> bool:
         """Give a sequence the pages for its next `rows` rows; none at all if they are not there."""
         missing = self._missing(sequence, rows)
+        if not missing:
+            return True
         if missing > self.pool.available:
             return False
-        sequence.pages += [page for _ in range(missing) if (page := self.pool.take()) is not None]
+        sequence.pages.extend(page for _ in range(missing) if (page := self.pool.take()) is not None)
         return True
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.registered, sequence.serial = [], 0, 0, ROOT
+        sequence.pages, sequence.computed, sequence.registered, sequence.serial = array("q"), 0, 0, ROOT
         sequence.drafts.clear()
 
     def _preempt(self) -> None:

@@ -112,7 +112,7 @@ class TextStream:
         """The text that can be given out now; all of it when `final`."""
         if final:
             self._held += self._decoder.decode(b"", final=True)
-        keep = 0 if final else self._possible_stop()
+        keep = self._possible_stop() if self._stop and not final else 0
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 
