@@ -99,7 +99,9 @@ class Engine:
     def _context(self, wanted: int | None, cached_tokens: int) -> int:
         limit = min(self.config.max_position_embeddings, cached_tokens)
         if limit < 2:
-            raise EngineError(f"cache_gib is too small: {cached_tokens} tokens of {self.kv_bytes_per_token} bytes fit")
+            raise EngineError(
+                f"cache_gib is too small: {max(0, cached_tokens)} tokens of {self.kv_bytes_per_token} bytes fit"
+            )
         if wanted is not None and not 2 <= wanted <= limit:
             raise EngineError(
                 f"max_model_len must lie between 2 and {limit}: the model goes to {self.config.max_position_embeddings}"
@@ -192,7 +194,7 @@ class Engine:
         """Run one step; what it added, choice by choice."""
         start = time.perf_counter()
         deltas, self._told = self._told, []
-        works = self._scheduler.schedule(self._budget())
+        works = self._scheduler.schedule(self._budget(), self._step_tokens)
         now = time.monotonic()
         for work in works:
             work.sequence.scheduled = work.sequence.scheduled or now
@@ -346,7 +348,7 @@ class Engine:
         self._forward_seconds += result.main_seconds + result.draft_seconds
         if decoding:
             verified = len(rows) - len(rows.sequences)
-            self._speculation.measured(len(works), verified, result.main_seconds, result.draft_seconds)
+            self._speculation.measured(len(works), verified, seconds, result.draft_seconds)
         else:
             each = seconds / sum(work.rows for work in works)
             self._row_seconds += (each - self._row_seconds) * (0.2 if self._row_seconds else 1.0)

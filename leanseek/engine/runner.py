@@ -177,20 +177,24 @@ class Runner:
         chosen = sorted((i for i, s in enumerate(rows.sequences) if s.depth), key=lambda i: -rows.sequences[i].depth)
         if accepted is None or not chosen:
             return {}
-        place = {work.sequence: i for i, work in enumerate(batch.works)}
         sequences = [rows.sequences[i] for i in chosen]
-        confirmed = accepted[torch.tensor(chosen, device=self.device)]
-        works = torch.tensor([place[s] for s in sequences], device=self.device)
-        first = [batch.starts[place[s]] + batch.works[place[s]].count - 1 for s in sequences]
-        last = torch.tensor(first, device=self.device) + confirmed
-        state, positions, pages = hidden[last], batch.index.positions[last], batch.index.pages[works]
+        work_of = {work.sequence: i for i, work in enumerate(batch.works)}
+        works = [work_of[s] for s in sequences]
+        first = [batch.starts[i] + batch.works[i].count - 1 for i in works]
+        where = torch.tensor([chosen, works, first], device=self.device)
+        confirmed = accepted[where[0]]
+        last = where[2] + confirmed
+        state = hidden[last]
         drafts: list[Tensor] = []
+        positions = pages = None  # of those who go on
         while True:  # the deepest come first, so that those who go on are a beginning
             choice = self._draft_choice(sequences[: len(state)], len(drafts), confirmed)
             drafts.append(sampler.choose(self.model.head(state).float(), choice))
             going = sum(s.depth > len(drafts) for s in sequences)
             if not going:
                 break
+            if positions is None or pages is None:
+                positions, pages = batch.index.positions[last], batch.index.pages[where[1]]
             positions, pages = positions[:going] + 1, pages[:going]
             index = self._singles(positions, pages)
             state = self.model.step_ahead(1, state[:going], drafts[-1][:going], self.cache, index)

@@ -1,8 +1,9 @@
 """What runs in a step: who may hold pages, and how a step's rows are shared out.
 
 Decodes always run. Prompts share what is left of the step: the shortest first, so that nobody waits for a long prompt,
-and a quarter for the oldest, so that no stream of short ones starves it. When pages run out the youngest request gives
-its pages back and starts again later (its tokens stay): the oldest always gets through.
+and a quarter for the oldest, so that no stream of short ones starves it. Several short prompts make a step longer: many
+rows read the weights once, and one after the other the prompts would wait as long. When pages run out the youngest
+request gives its pages back and starts again later (its tokens stay): the oldest always gets through.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from leanseek.engine.runner import Work
 from leanseek.engine.sequence import Sequence
 
 OLDEST_SHARE = 4  # one part in so many of a step's prompt rows is the oldest prompt's
+TOGETHER = 4  # times a step's usual rows, for as many short prompts
 MIN_PROMPT_ROWS = 16  # prompts advance by that much in a step, however many decodes there are
 
 
@@ -34,12 +36,15 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._release(sequence)
 
-    def schedule(self, budget: int) -> list[Work]:
-        """The works of the next step, about `budget` rows, with pages for all of them; none only if nothing is left."""
+    def schedule(self, budget: int, most: int) -> list[Work]:
+        """The works of the next step, with pages for all of them; none only if nothing is left.
+
+        About `budget` rows, or up to `most` for several short prompts together.
+        """
         while True:
             works = self._decodes()
             self._admit()
-            works += self._prompts(works, max(MIN_PROMPT_ROWS, budget - sum(work.rows for work in works)))
+            works += self._prompts(works, budget, most)
             if works or not self.running:
                 return works
             self._preempt()  # prompts hold all pages, and each needs one more
@@ -84,10 +89,13 @@ class Scheduler:
             if not sequence.output_length:
                 sequence.cached_tokens = sequence.computed
 
-    def _prompts(self, decodes: list[Work], budget: int) -> list[Work]:
-        """Shares of `budget` rows for the sequences that have more than one token to compute."""
+    def _prompts(self, decodes: list[Work], budget: int, most: int) -> list[Work]:
+        """Shares of the step for the sequences that have more than one token to compute."""
         decoding = {work.sequence for work in decodes}
         prompts = [s for s in self.running if s not in decoding]
+        short = sum(s.remaining <= TOGETHER * budget for s in prompts)
+        rows = min(most, budget * max(1, min(short, TOGETHER)))
+        budget = max(MIN_PROMPT_ROWS, rows - sum(work.rows for work in decodes))
         oldest = prompts[0] if prompts else None
         shares: dict[Sequence, int] = {}
         used = 0

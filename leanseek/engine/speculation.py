@@ -54,15 +54,15 @@ class Speculation:
         cost = self._cost(batch)
         return self.drafts > 0 and (len(cost.plain) < PLAIN_STEPS or cost.steps % PROBE_EVERY == 0)
 
-    def measured(self, batch: int, verified: int, main_seconds: float, draft_seconds: float) -> None:
-        """A step that only decoded `batch` sequences, with `verified` drafts in all."""
+    def measured(self, batch: int, verified: int, seconds: float, draft_seconds: float) -> None:
+        """A step that only decoded `batch` sequences, with `verified` drafts in all; draft_seconds of it went into
+        the next ones."""
         cost = self._cost(batch)
         cost.steps += 1
         if not verified:
-            cost.plain.append(main_seconds)
+            cost.plain.append(seconds - draft_seconds)
         elif cost.plain:
-            more = main_seconds + draft_seconds - statistics.median(cost.plain)
-            cost.each.append(more * batch / verified)
+            cost.each.append((seconds - statistics.median(cost.plain)) * batch / verified)
 
     def judge(self, sequence: Sequence, accepted: int, batch: int) -> None:
         """Count a verification of the sequence's drafts, and settle how many the next step drafts."""

@@ -104,8 +104,8 @@ def measured(drafts: int, cost_of_a_draft: float) -> Speculation:
     """A policy to which a step without drafts takes 1 s, and each draft so much more."""
     policy = Speculation(drafts)
     for _ in range(PLAIN_STEPS):
-        policy.measured(1, verified=0, main_seconds=1.0, draft_seconds=0.2)
-    policy.measured(1, verified=drafts, main_seconds=0.8 + drafts * cost_of_a_draft, draft_seconds=0.2)
+        policy.measured(1, verified=0, seconds=1.2, draft_seconds=0.2)
+    policy.measured(1, verified=drafts, seconds=1.0 + drafts * cost_of_a_draft, draft_seconds=0.2)
     return policy
 
 
@@ -145,7 +145,7 @@ def test_one_interrupted_step_does_not_make_drafts_dear(sequence: Sequence) -> N
     policy = measured(1, 0.3)
     policy.begin(sequence)
     for seconds in (1.3, 1.3, 60.0):
-        policy.measured(1, verified=1, main_seconds=seconds, draft_seconds=0.0)
+        policy.measured(1, verified=1, seconds=seconds, draft_seconds=0.1)
     for _ in range(TRIALS):
         sequence.drafts = [7]
         policy.judge(sequence, accepted=1, batch=1)
@@ -156,11 +156,11 @@ def test_the_cost_without_drafts_is_measured_first_and_now_and_then() -> None:
     policy = Speculation(1)
     for _ in range(PLAIN_STEPS):
         assert policy.probes(1)
-        policy.measured(1, verified=0, main_seconds=1.0, draft_seconds=0.0)
+        policy.measured(1, verified=0, seconds=1.0, draft_seconds=0.0)
     probes = 0
     for _ in range(2 * PROBE_EVERY):
         probes += policy.probes(1)
-        policy.measured(1, verified=1, main_seconds=1.5, draft_seconds=0.2)
+        policy.measured(1, verified=1, seconds=1.7, draft_seconds=0.2)
     assert probes == 2
     assert policy.probes(2), "another batch size has its own cost"
     assert not Speculation(0).probes(1)
