@@ -169,7 +169,7 @@ class Engine:
                 text=text,
                 matcher=matcher.copy() if matcher else None,
             )
-            self._speculation.begin(sequence)
+            self._speculation.begin(sequence, len(self._scheduler.running) + 1)
             choices.append(sequence)
             self._scheduler.add(sequence)
         self._sequences[request.request_id] = choices

@@ -12,6 +12,7 @@ SMOOTHING = 0.1  # weight of the newest value in a running mean
 HOPE = 0.8  # what a draft's chance is taken to be before any was verified
 TRIALS = 16  # verified steps before a request may stop drafting
 EXPLORE_EVERY = 32  # verified steps between two that draft as far as allowed, so that far drafts stay known
+TRY_EVERY = 16  # requests between two that draft at first although drafts did not pay for others
 PLAIN_STEPS = 4  # steps without drafts that must have been measured before their cost counts
 PROBE_EVERY = 128  # steps between two that measure it again
 RECENT = 9  # measurements of which the median counts: a step that the system interrupted is none
@@ -43,11 +44,15 @@ class Speculation:
         self.accepted = [0] * drafts
         self._chances = [HOPE] * drafts  # of each position's draft, where those before it were right
         self._costs: dict[int, _Cost] = {}
+        self._begun = 0  # requests since drafts do not pay
 
-    def begin(self, sequence: Sequence) -> None:
-        """A request starts with what others found."""
+    def begin(self, sequence: Sequence, batch: int) -> None:
+        """A request starts with what others found, and does not draft if that would not have paid for them."""
         sequence.chances = list(self._chances)
-        sequence.depth = self.drafts
+        cost = self._cost(batch)
+        pays = not cost.known or self._best(self._chances, cost) > 0
+        sequence.depth = self.drafts if pays or self._begun % TRY_EVERY == 0 else 0
+        self._begun += not pays
 
     def probes(self, batch: int) -> bool:
         """Whether the next decode step of `batch` sequences should run without drafts, to know what they cost."""
@@ -82,17 +87,22 @@ class Speculation:
         """The number of drafts at which a sequence is expected to go on fastest."""
         if not cost.known:
             return self.drafts
-        plain, each = statistics.median(cost.plain), statistics.median(cost.each)
-        tokens, going = 1.0, 1.0
-        rates = [tokens / plain]
-        for count, chance in enumerate(sequence.chances, start=1):
-            going *= chance
-            tokens += going
-            rates.append(tokens / max(plain + count * each, 1e-9))
-        best = max(range(len(rates)), key=rates.__getitem__)
+        best = self._best(sequence.chances, cost)
         if best and sequence.trials % EXPLORE_EVERY == 0:
             return self.drafts
         return best if best or sequence.trials >= TRIALS else 1
+
+    @staticmethod
+    def _best(chances: list[float], cost: _Cost) -> int:
+        """The number of drafts with the most tokens a second."""
+        plain, each = statistics.median(cost.plain), statistics.median(cost.each)
+        tokens, going = 1.0, 1.0
+        rates = [tokens / plain]
+        for count, chance in enumerate(chances, start=1):
+            going *= chance
+            tokens += going
+            rates.append(tokens / max(plain + count * each, 1e-9))
+        return max(range(len(rates)), key=rates.__getitem__)
 
     def _cost(self, batch: int) -> _Cost:
         return self._costs.setdefault(batch.bit_length(), _Cost())

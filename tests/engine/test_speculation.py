@@ -9,7 +9,7 @@ import torch
 from leanseek import Transformer
 from leanseek.engine import Engine, Request, SamplingParams
 from leanseek.engine.sequence import Sequence
-from leanseek.engine.speculation import EXPLORE_EVERY, PLAIN_STEPS, PROBE_EVERY, TRIALS, Speculation
+from leanseek.engine.speculation import EXPLORE_EVERY, PLAIN_STEPS, PROBE_EVERY, TRIALS, TRY_EVERY, Speculation
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
 
@@ -118,7 +118,7 @@ def test_a_request_drafts_while_its_gain_outweighs_the_cost(
     sequence: Sequence, kept: int, cost: float, pays: bool
 ) -> None:
     policy = measured(1, cost)
-    policy.begin(sequence)
+    policy.begin(sequence, batch=1)
     for _ in range(TRIALS):
         assert sequence.depth == 1
         sequence.drafts = [7]
@@ -129,7 +129,7 @@ def test_a_request_drafts_while_its_gain_outweighs_the_cost(
 def test_a_request_drafts_as_far_as_its_drafts_are_right(sequence: Sequence) -> None:
     """The first two of three are always kept and the third never: two, but for a look at the third now and then."""
     policy = measured(3, 0.3)
-    policy.begin(sequence)
+    policy.begin(sequence, batch=1)
     depths = []
     for _ in range(3 * EXPLORE_EVERY):
         sequence.drafts = [7] * sequence.depth
@@ -141,9 +141,25 @@ def test_a_request_drafts_as_far_as_its_drafts_are_right(sequence: Sequence) -> 
     assert policy.accepted[2] == 0 < policy.proposed[2]
 
 
+def test_requests_do_not_try_what_did_not_pay_for_others(sequence: Sequence) -> None:
+    """One in TRY_EVERY does, so that a change is seen."""
+    policy = measured(1, 0.5)
+    policy.begin(sequence, batch=1)
+    for _ in range(TRIALS):
+        sequence.drafts = [7]
+        policy.judge(sequence, accepted=0, batch=1)
+    depths = []
+    for _ in range(2 * TRY_EVERY):
+        policy.begin(sequence, batch=1)
+        depths.append(sequence.depth)
+    assert depths.count(1) == 2
+    policy.begin(sequence, batch=2)
+    assert sequence.depth == 1, "another batch size has its own cost"
+
+
 def test_one_interrupted_step_does_not_make_drafts_dear(sequence: Sequence) -> None:
     policy = measured(1, 0.3)
-    policy.begin(sequence)
+    policy.begin(sequence, batch=1)
     for seconds in (1.3, 1.3, 60.0):
         policy.measured(1, verified=1, seconds=seconds, draft_seconds=0.1)
     for _ in range(TRIALS):
