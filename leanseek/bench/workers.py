@@ -10,6 +10,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ class Worker:
     """A started worker. `error` is set, in one line, when it could not start."""
 
     def __init__(self, command: list[str]):
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # not a pipe: it would fill up unread
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         self.ready = self._read()
 
@@ -35,13 +37,15 @@ class Worker:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self._said.close()
 
     def _read(self) -> dict[str, Any]:
-        assert self.process.stdout and self.process.stderr
+        assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        last = (self.process.stderr.read().strip().splitlines() or ["no message"])[-1]
+        self._said.seek(0)
+        last = (self._said.read().strip().splitlines() or ["no message"])[-1]
         return {"error": last}
 
 

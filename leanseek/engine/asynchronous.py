@@ -100,7 +100,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, *, max_queue: int = 256):
         self._engine = engine
-        self._limit = max_queue + engine.max_batch
+        self.capacity = max_queue + engine.max_batch  # requests that run or wait
         self._ids = itertools.count(1)
         self._lock = threading.Condition()
         self._commands: list[Request | str] = []  # a request to add, or the id of one to abort
@@ -184,7 +184,7 @@ class AsyncEngine:
             if request_id in self._streams:
                 raise EngineError(f"request {request_id!r} is already running")
             waiting = len(self._streams)
-            if waiting >= self._limit:
+            if waiting >= self.capacity:
                 raise QueueFull(waiting, min(60.0, max(1.0, self._durations)))
             self._streams[request_id] = stream
             self._commands.append(request)
@@ -220,7 +220,10 @@ class AsyncEngine:
             self._publish(self._engine.step())
         except Exception:
             log.exception("the engine broke")
-            self._publish([Delta(each, finish_reason="error", error="the engine broke") for each in self._streams])
+            with self._lock:
+                self._accepting = False  # before the streams are told: nobody may come after that
+                streams = list(self._streams)
+            self._publish([Delta(each, finish_reason="error", error="the engine broke") for each in streams])
         finally:
             self._accepting = False
 

@@ -12,11 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
-from functools import partial
 from typing import Any
 
 from leanseek.engine.guidance import Grammars
-from leanseek.engine.outputs import Delta, EngineStats, FinishReason
+from leanseek.engine.outputs import Delta, EngineStats, FinishReason, TokenLogprob
 from leanseek.engine.pages import PagePool
 from leanseek.engine.params import EngineError, SamplingParams
 from leanseek.engine.runner import Runner, StepResult, Work
@@ -31,6 +30,7 @@ log = logging.getLogger(__name__)
 
 PRIORITY_SECONDS = 30.0  # one priority level is worth as much as having come that much earlier
 MIN_STEP_ROWS = 64
+DRAFTS = 3  # at most; how many pay is found out for each request (speculation.py)
 GIB = 2**30
 
 
@@ -39,8 +39,8 @@ class Engine:
 
     cache_gib: of the latent cache, never exceeded. max_model_len: prompt and output of a request together; as much as
     the model and the cache allow when None. step_tokens: the most rows in a step. step_seconds: how long a step with
-    prompts in it should last, so that newcomers are heard. speculate: MTP drafts per step, None for 1 if the model has
-    an MTP module. seed: of the requests that bring none.
+    prompts in it should last, so that newcomers are heard. speculate: the most MTP drafts of a request in a step, None
+    for DRAFTS if the model has an MTP module. seed: of the requests that bring none.
 
     Raises:
         EngineError: options that cannot be.
@@ -64,7 +64,7 @@ class Engine:
         seed: int | None = None,
     ):
         config = model.config
-        drafts = min(1, len(model.mtp)) if speculate is None else speculate
+        drafts = DRAFTS * bool(model.mtp) if speculate is None else speculate
         if min(page_size, max_batch, step_tokens) < 1 or drafts < 0:
             raise EngineError("page_size, max_batch and step_tokens must be at least 1, speculate at least 0")
         if drafts and not model.mtp:
@@ -99,7 +99,9 @@ class Engine:
     def _context(self, wanted: int | None, cached_tokens: int) -> int:
         limit = min(self.config.max_position_embeddings, cached_tokens)
         if limit < 2:
-            raise EngineError(f"cache_gib is too small: {cached_tokens} tokens of {self.kv_bytes_per_token} bytes fit")
+            raise EngineError(
+                f"cache_gib is too small: {max(0, cached_tokens)} tokens of {self.kv_bytes_per_token} bytes fit"
+            )
         if wanted is not None and not 2 <= wanted <= limit:
             raise EngineError(
                 f"max_model_len must lie between 2 and {limit}: the model goes to {self.config.max_position_embeddings}"
@@ -166,8 +168,8 @@ class Engine:
                 leader=choices[0] if choices else None,
                 text=text,
                 matcher=matcher.copy() if matcher else None,
-                speculating=self._speculation.drafts > 0,
             )
+            self._speculation.begin(sequence, len(self._scheduler.running) + 1)
             choices.append(sequence)
             self._scheduler.add(sequence)
         self._sequences[request.request_id] = choices
@@ -192,7 +194,7 @@ class Engine:
         """Run one step; what it added, choice by choice."""
         start = time.perf_counter()
         deltas, self._told = self._told, []
-        works = self._scheduler.schedule(self._budget())
+        works = self._scheduler.schedule(self._budget(), self._step_tokens)
         now = time.monotonic()
         for work in works:
             work.sequence.scheduled = work.sequence.scheduled or now
@@ -211,8 +213,7 @@ class Engine:
         rows = Rows()
         for work in works:
             if work.samples:
-                add = partial(rows.add, work.sequence, self._stop_ids(work.sequence))
-                deltas += self._guarded(work.sequence, add)
+                self._guarded(work.sequence, deltas, rows.add, work.sequence, self._stop_ids)
         works = [work for work in works if work.sequence.finish_reason is None]
         if not works:
             return
@@ -227,25 +228,24 @@ class Engine:
             return
         tokens = dict(zip(rows.sequences, result.tokens, strict=True))
         for work in works:
-            take = partial(self._take, work, tokens.get(work.sequence), result, len(works))
-            deltas += self._guarded(work.sequence, take)
+            s = work.sequence
+            self._guarded(s, deltas, self._take, work, tokens.get(s), result, len(works))
         self._measure(works, rows, result, decoding, time.perf_counter() - start)
 
     def _take(self, work: Work, tokens: list[int] | None, result: StepResult, batch: int) -> Delta | None:
         """What a work computed becomes the sequence's: its place in the cache, and sampled tokens up to the end."""
         s = work.sequence
-        for place, scored in enumerate(result.prompt_logprobs.get(s, ()), start=s.computed + 1):
-            s.prompt_logprobs += [None] * (not s.prompt_logprobs)  # nothing comes before the first token
-            if place == len(s.prompt_logprobs):  # else known from before a preemption
-                s.prompt_logprobs.append(scored)
+        if s in result.prompt_logprobs:
+            self._take_prompt_logprobs(s, result.prompt_logprobs[s])
         s.computed += work.count
         if tokens is None:
             self._register_pages(s)
             return None
         if s.drafts:
-            self._speculation.judge(s, len(s.drafts), len(tokens) - 1, batch)
-        delta, end = s.delta(), None
-        s.first_token = s.first_token or time.monotonic()
+            self._speculation.judge(s, len(tokens) - 1, batch)
+        delta, end = Delta(s.request.request_id, s.index), None
+        if not s.first_token:
+            s.first_token = time.monotonic()
         for token in tokens:
             s.tokens.append(token)
             delta.token_ids.append(token)
@@ -253,7 +253,10 @@ class Engine:
             if end:
                 break
         s.computed = len(s.tokens) - 1  # accepted drafts are in the cache; the last token is not
-        s.drafts = result.drafts.get(s, [])[: s.max_tokens - s.output_length - 1]
+        if s.depth:
+            s.drafts = result.drafts.get(s, [])[: s.max_tokens - s.output_length - 1]
+        elif s.drafts:
+            s.drafts = []
         self._register_pages(s)
         self._totals["generated_tokens"] += len(delta.token_ids)
         delta.text = s.text.take(final=end is not None) if s.text else ""
@@ -265,6 +268,12 @@ class Engine:
             delta.finish_reason, delta.stop_reason = last.finish_reason, last.stop_reason
             delta.usage, delta.timing = last.usage, last.timing
         return delta
+
+    def _take_prompt_logprobs(self, s: Sequence, scored: list[TokenLogprob]) -> None:
+        s.prompt_logprobs = s.prompt_logprobs or [None]  # nothing comes before the first token
+        for place, each in enumerate(scored, start=s.computed + 1):
+            if place == len(s.prompt_logprobs):  # else known from before a preemption
+                s.prompt_logprobs.append(each)
 
     def _end(self, s: Sequence, token: int) -> tuple[FinishReason, int | str | None] | None:
         """Take the token's text; why the sequence ends with it, if it does."""
@@ -298,13 +307,14 @@ class Engine:
 
     # ---- ends ----
 
-    def _guarded(self, sequence: Sequence, part: Callable[[], Delta | None]) -> list[Delta]:
+    def _guarded(self, sequence: Sequence, deltas: list[Delta], part: Callable[..., Delta | None], *args: Any) -> None:
         """A sequence's own part of a step: what it raises is the end of that sequence alone."""
         try:
-            delta = part()
+            delta = part(*args)
         except Exception as error:
             delta = self._fail(sequence, error)
-        return [] if delta is None else [delta]
+        if delta is not None:
+            deltas.append(delta)
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
         log.error("request %s failed", sequence.request.request_id, exc_info=error)
@@ -337,8 +347,8 @@ class Engine:
     def _measure(self, works: list[Work], rows: Rows, result: StepResult, decoding: bool, seconds: float) -> None:
         self._forward_seconds += result.main_seconds + result.draft_seconds
         if decoding:
-            verified = len(rows) > len(rows.sequences)
-            self._speculation.measured(len(works), verified, result.main_seconds, result.draft_seconds)
+            verified = len(rows) - len(rows.sequences)
+            self._speculation.measured(len(works), verified, seconds, result.draft_seconds)
         else:
             each = seconds / sum(work.rows for work in works)
             self._row_seconds += (each - self._row_seconds) * (0.2 if self._row_seconds else 1.0)

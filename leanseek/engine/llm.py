@@ -46,7 +46,11 @@ def load_engine(
         InputError: the folder, or an option of the engine, is not right.
     """
     folder = checkpoint.resolve(path)
-    model = checkpoint.load(folder, device or default_device(), dtype, keep_fp8=dtype == "auto").requires_grad_(False)
+    try:
+        device = torch.empty(0, device=device or default_device()).device
+    except (RuntimeError, AssertionError) as error:  # before the weights are read
+        raise EngineError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
+    model = checkpoint.load(folder, device, dtype, keep_fp8=dtype == "auto").requires_grad_(False)
     if int8_head:
         model.quantize_head()
     model.freeze(release=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,13 +95,14 @@ class Runner:
             self._score_prompts(batch, hidden, result)
             accepted = None
             if len(rows):
-                place = self._logit_rows(batch)
+                place = None if len(rows) == len(hidden) else self._logit_rows(batch)
                 with clock("main"):
-                    logits = self.model.head(hidden[place]).float()
+                    logits = self.model.head(hidden if place is None else hidden[place]).float()
                 sampled, accepted = self._sample(logits, rows)
-                batch.following[place] = sampled
-            if any(work.sequence.speculating for work in works):
+            if any(work.sequence.depth for work in works):
                 with clock("draft"):
+                    if accepted is not None:
+                        batch.following[slice(None) if place is None else place] = sampled
                     result.drafts = self._draft(batch, hidden, rows, accepted)
             if accepted is not None:
                 self._collect(rows, logits, sampled, accepted, result)
@@ -111,29 +112,36 @@ class Runner:
     # ---- inputs ----
 
     def _batch(self, works: Listing[Work]) -> _Batch:
+        size, width = self.page_size, 1
         tokens: list[int] = []
         following: list[int] = []
-        counts = np.array([work.rows for work in works])
-        computed = np.array([work.sequence.computed for work in works])
-        width = int((computed + counts).max() + self._drafts) // self.page_size + 1  # drafts write ahead
-        pages = np.full((len(works), width), self._scratch)
-        for i, work in enumerate(works):
-            s, stop = work.sequence, work.sequence.computed + work.count
-            tokens += s.tokens[s.computed : stop]
-            following += s.tokens[s.computed + 1 : stop + 1]
+        positions: list[int] = []
+        slots: list[int] = []
+        starts, lengths = [0], []
+        for work in works:
+            s, first = work.sequence, work.sequence.computed
+            stop = first + work.rows
             if work.samples:
-                tokens += s.drafts
+                tokens += s.tokens[first:] + s.drafts if s.drafts else s.tokens[first:]
+                following += s.tokens[first + 1 :]
                 following += [0] * (len(s.drafts) + 1)
-            pages[i, : len(s.pages)] = s.pages
-        starts = np.concatenate(([0], counts.cumsum()))
-        owner = np.repeat(np.arange(len(works)), counts)
-        positions = np.arange(len(tokens)) - (starts[:-1] - computed)[owner]
-        slots = pages[owner, positions // self.page_size] * self.page_size + positions % self.page_size
-        parts = [np.array(tokens), np.array(following), positions, slots, starts, computed + counts, pages.ravel()]
-        packed = torch.from_numpy(np.concatenate(parts)).to(self.device)  # one transfer
-        t, f, p, sl, st, le, pa = packed.split([len(part) for part in parts])
-        index = ops.CacheIndex(p, sl, st, le, pa.view(len(works), width), self.page_size)
-        return _Batch(works, starts.tolist(), t, f, index)
+            else:
+                tokens += s.tokens[first:stop]
+                following += s.tokens[first + 1 : stop + 1]
+            positions += range(first, stop)
+            pages = s.pages
+            slots += [pages[at // size] * size + at % size for at in range(first, stop)]
+            starts.append(len(tokens))
+            lengths.append(stop)
+            width = max(width, (stop + self._drafts) // size + 1)  # drafts write ahead
+        packed = array("q", [*tokens, *following, *positions, *slots, *starts, *lengths])  # one transfer
+        for work in works:
+            packed.extend(work.sequence.pages[:width])
+            packed.extend([self._scratch] * (width - len(work.sequence.pages)))
+        n, m = len(tokens), len(works)
+        parts = torch.frombuffer(packed, dtype=torch.int64).to(self.device).split([n, n, n, n, m + 1, m, m * width])
+        index = ops.CacheIndex(parts[2], parts[3], parts[4], parts[5], parts[6].view(m, width), size)
+        return _Batch(works, starts, parts[0], parts[1], index)
 
     def _logit_rows(self, batch: _Batch) -> Tensor:
         """Rows [R] whose next token is sampled."""
@@ -166,35 +174,42 @@ class Runner:
         module goes on from its own. What it caches for those is overwritten by the next step.
         """
         hidden = self.model.step_ahead(1, hidden, batch.following, self.cache, batch.index)
-        place = {work.sequence: i for i, work in enumerate(batch.works)}
-        chosen = [i for i, s in enumerate(rows.sequences) if s.speculating]
+        chosen = sorted((i for i, s in enumerate(rows.sequences) if s.depth), key=lambda i: -rows.sequences[i].depth)
         if accepted is None or not chosen:
             return {}
         sequences = [rows.sequences[i] for i in chosen]
-        confirmed = accepted[torch.tensor(chosen, device=self.device)]
-        works = torch.tensor([place[s] for s in sequences], device=self.device)
-        first = [batch.starts[place[s]] + batch.works[place[s]].count - 1 for s in sequences]
-        last = torch.tensor(first, device=self.device) + confirmed
-        state, positions, pages = hidden[last], batch.index.positions[last], batch.index.pages[works]
-        choice, keys = self._draft_choice(sequences)
+        work_of = {work.sequence: i for i, work in enumerate(batch.works)}
+        works = [work_of[s] for s in sequences]
+        first = [batch.starts[i] + batch.works[i].count - 1 for i in works]
+        where = torch.tensor([chosen, works, first], device=self.device)
+        confirmed = accepted[where[0]]
+        last = where[2] + confirmed
+        state = hidden[last]
         drafts: list[Tensor] = []
-        while True:
-            if choice is not None:
-                choice.keys = keys.gather(1, confirmed[:, None] + len(drafts)).squeeze(1)
+        positions = pages = None  # of those who go on
+        while True:  # the deepest come first, so that those who go on are a beginning
+            choice = self._draft_choice(sequences[: len(state)], len(drafts), confirmed)
             drafts.append(sampler.choose(self.model.head(state).float(), choice))
-            if len(drafts) == self._drafts:
-                return dict(zip(sequences, torch.stack(drafts, 1).tolist(), strict=True))
-            positions = positions + 1
-            state = self.model.step_ahead(1, state, drafts[-1], self.cache, self._singles(positions, pages))
+            going = sum(s.depth > len(drafts) for s in sequences)
+            if not going:
+                break
+            if positions is None or pages is None:
+                positions, pages = batch.index.positions[last], batch.index.pages[where[1]]
+            positions, pages = positions[:going] + 1, pages[:going]
+            index = self._singles(positions, pages)
+            state = self.model.step_ahead(1, state[:going], drafts[-1][:going], self.cache, index)
+        columns = [column.tolist() for column in drafts]  # here the host waits
+        return {s: [column[i] for column in columns[: s.depth]] for i, s in enumerate(sequences)}
 
-    def _draft_choice(self, sequences: Listing[Sequence]) -> tuple[Choice | None, Tensor]:
-        """How drafts are chosen, and the keys [S, 2k] of the positions they may be for: with those of the position
-        itself, a draft is what the model would choose if it thought as its MTP module does."""
+    def _draft_choice(self, sequences: Listing[Sequence], offset: int, confirmed: Tensor) -> Choice | None:
+        """How draft `offset` of each is chosen: with the noise of the position it is for, a draft is what the model
+        would choose if it thought as its MTP module does."""
         choice = Choice.of([s.params for s in sequences], [0] * len(sequences), self._vocab_size, self.device)
-        if choice is None:
-            return None, torch.empty(0)
-        ahead = range(1, 2 * self._drafts + 1)
-        return choice, sampler.as_keys([[s.key(len(s.tokens) + i) for i in ahead] for s in sequences], self.device)
+        if choice is not None:
+            ahead = range(1, self._drafts + 2)  # as many drafts may be confirmed
+            keys = sampler.as_keys([[s.key(len(s.tokens) + offset + i) for i in ahead] for s in sequences], self.device)
+            choice.keys = keys.gather(1, confirmed[: len(sequences), None]).squeeze(1)
+        return choice
 
     def _singles(self, positions: Tensor, pages: Tensor) -> ops.CacheIndex:
         """One new token at `positions` [S] of each sequence with `pages` [S, P]."""
@@ -218,10 +233,10 @@ class Runner:
         """Log-probabilities of prompt tokens, for the requests that ask: of the token after each row of the work."""
         for work, start in zip(batch.works, batch.starts, strict=False):
             s = work.sequence
-            wanted = s.params.prompt_logprobs
             count = min(work.count, s.prompt_length - 1 - s.computed)
-            if wanted is None or not s.scores_prompt or count <= 0:
+            if count <= 0 or not s.scores_prompt:
                 continue
+            wanted = s.params.prompt_logprobs or 0
             scores = result.prompt_logprobs[s] = []
             for row in range(start, start + count, PROMPT_LOGPROB_ROWS):
                 part = slice(row, min(row + PROMPT_LOGPROB_ROWS, start + count))

@@ -9,6 +9,7 @@ Compare Daliri et al., "Coupling without communication and drafter-invariant spe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
@@ -42,10 +43,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.row_sequence)
 
-    def add(self, sequence: Sequence, stop_ids: Listing[int]) -> None:
+    def add(self, sequence: Sequence, stop_ids: Callable[[Sequence], Listing[int]]) -> None:
         """Rows for the next token and the one after each draft; drafts that a grammar forbids are dropped.
 
-        stop_ids: the tokens that end this sequence, forbidden until min_tokens.
+        stop_ids(sequence): the tokens that end it, forbidden until min_tokens.
         """
         masks = sequence.matcher.masks(sequence.drafts) if sequence.matcher else []
         if sequence.matcher:
@@ -53,16 +54,18 @@ class Rows:
         start, params = len(self), sequence.params
         plain = not masks and params.repetition_penalty == 1 and not params.presence_penalty
         plain = plain and not params.frequency_penalty and not params.logit_bias and not params.min_tokens
-        parts = [] if plain else [self._adjustments(sequence, j, stop_ids) for j in range(len(sequence.drafts) + 1)]
-        for offset, (seen, ids, values) in enumerate(parts):
-            if len(seen):
-                self.penalised.append((start + offset, seen, params.repetition_penalty))
-            if len(ids):
-                self.added.append((start + offset, ids, values))
-        self.masks += [(start + offset, mask) for offset, mask in enumerate(masks)]
+        rows = range(len(sequence.drafts) + 1)
+        if not plain:
+            ends = stop_ids(sequence)
+            for offset, (seen, ids, values) in enumerate([self._adjustments(sequence, j, ends) for j in rows]):
+                if len(seen):
+                    self.penalised.append((start + offset, seen, params.repetition_penalty))
+                if len(ids):
+                    self.added.append((start + offset, ids, values))
+            self.masks += [(start + offset, mask) for offset, mask in enumerate(masks)]
         self.first.append(start)
-        self.row_sequence += [len(self.sequences)] * (len(sequence.drafts) + 1)
-        self.keys += [sequence.key(len(sequence.tokens) + j) for j in range(len(sequence.drafts) + 1)]
+        self.row_sequence += [len(self.sequences)] * len(rows)
+        self.keys += [0 if params.greedy else sequence.key(len(sequence.tokens) + j) for j in rows]
         self.sequences.append(sequence)
 
     @staticmethod
@@ -143,7 +146,11 @@ def as_keys(keys: Listing[int] | Listing[list[int]], device: torch.device) -> Te
 
 def choose(logits: Tensor, choice: Choice | None) -> Tensor:
     """logits [R, V] float32 -> tokens [R] int64."""
-    return logits.argmax(-1) if choice is None else ops.sample(logits, choice)
+    if choice is not None:
+        return ops.sample(logits, choice)
+    if logits.device.type == "cpu":  # torch wakes its threads for a maximum that one finds in microseconds
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 # ---- logprobs ----

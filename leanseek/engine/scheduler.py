@@ -1,19 +1,22 @@
 """What runs in a step: who may hold pages, and how a step's rows are shared out.
 
 Decodes always run. Prompts share what is left of the step: the shortest first, so that nobody waits for a long prompt,
-and a quarter for the oldest, so that no stream of short ones starves it. When pages run out the youngest request gives
-its pages back and starts again later (its tokens stay): the oldest always gets through.
+and a quarter for the oldest, so that no stream of short ones starves it. Several short prompts make a step longer: many
+rows read the weights once, and one after the other the prompts would wait as long. When pages run out the youngest
+request gives its pages back and starts again later (its tokens stay): the oldest always gets through.
 """
 
 from __future__ import annotations
 
 import bisect
+from array import array
 
 from leanseek.engine.pages import ROOT, PagePool
 from leanseek.engine.runner import Work
 from leanseek.engine.sequence import Sequence
 
 OLDEST_SHARE = 4  # one part in so many of a step's prompt rows is the oldest prompt's
+TOGETHER = 4  # times a step's usual rows, for as many short prompts
 MIN_PROMPT_ROWS = 16  # prompts advance by that much in a step, however many decodes there are
 
 
@@ -33,12 +36,15 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._release(sequence)
 
-    def schedule(self, budget: int) -> list[Work]:
-        """The works of the next step, about `budget` rows, with pages for all of them; none only if nothing is left."""
+    def schedule(self, budget: int, most: int) -> list[Work]:
+        """The works of the next step, with pages for all of them; none only if nothing is left.
+
+        About `budget` rows, or up to `most` for several short prompts together.
+        """
         while True:
             works = self._decodes()
             self._admit()
-            works += self._prompts(works, max(MIN_PROMPT_ROWS, budget - sum(work.rows for work in works)))
+            works += self._prompts(works, budget, most)
             if works or not self.running:
                 return works
             self._preempt()  # prompts hold all pages, and each needs one more
@@ -76,17 +82,20 @@ class Scheduler:
                 return  # nobody overtakes: a long prompt's turn comes
             self.waiting.remove(sequence)
             bisect.insort(self.running, sequence, key=_order)
-            sequence.pages = found
+            sequence.pages = array("q", found)
             sequence.registered = len(found)
             sequence.serial = self.pool.serial(found[-1]) if found else ROOT
             sequence.computed = len(found) * self.pool.page_size
             if not sequence.output_length:
                 sequence.cached_tokens = sequence.computed
 
-    def _prompts(self, decodes: list[Work], budget: int) -> list[Work]:
-        """Shares of `budget` rows for the sequences that have more than one token to compute."""
+    def _prompts(self, decodes: list[Work], budget: int, most: int) -> list[Work]:
+        """Shares of the step for the sequences that have more than one token to compute."""
         decoding = {work.sequence for work in decodes}
         prompts = [s for s in self.running if s not in decoding]
+        short = sum(s.remaining <= TOGETHER * budget for s in prompts)
+        rows = min(most, budget * max(1, min(short, TOGETHER)))
+        budget = max(MIN_PROMPT_ROWS, rows - sum(work.rows for work in decodes))
         oldest = prompts[0] if prompts else None
         shares: dict[Sequence, int] = {}
         used = 0
@@ -110,14 +119,16 @@ class Scheduler:
     def _grow(self, sequence: Sequence, rows: int) -> bool:
         """Give a sequence the pages for its next `rows` rows; none at all if they are not there."""
         missing = self._missing(sequence, rows)
+        if not missing:
+            return True
         if missing > self.pool.available:
             return False
-        sequence.pages += [page for _ in range(missing) if (page := self.pool.take()) is not None]
+        sequence.pages.extend(page for _ in range(missing) if (page := self.pool.take()) is not None)
         return True
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.registered, sequence.serial = [], 0, 0, ROOT
+        sequence.pages, sequence.computed, sequence.registered, sequence.serial = array("q"), 0, 0, ROOT
         sequence.drafts.clear()
 
     def _preempt(self) -> None:

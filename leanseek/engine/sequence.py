@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -45,14 +46,15 @@ class Sequence:
     matcher: Matcher | None
     tokens: list[int] = field(init=False)  # prompt and output
     prompt_length: int = field(init=False)
+    params: SamplingParams = field(init=False)
     computed: int = 0  # tokens whose latents are in the cache
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("q"))  # an array, for the step's tensors are made of it
     registered: int = 0  # pages that are findable by their tokens
     serial: int = 0  # of the last of those
     drafts: list[int] = field(default_factory=list)  # proposed tokens after `tokens`
-    speculating: bool = True
+    depth: int = 0  # drafts to propose in a step; once 0, for good: the MTP module's cache is behind from there on
+    chances: list[float] = field(default_factory=list)  # of each draft, where those before it were right
     trials: int = 0  # steps that verified drafts
-    gain: float = 0.0  # running mean of the drafts kept per such step
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
@@ -63,12 +65,9 @@ class Sequence:
     first_token: float = 0.0
 
     def __post_init__(self) -> None:
+        self.params = self.request.params
         self.tokens = list(self.request.prompt_token_ids)
         self.prompt_length = len(self.tokens)
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
 
     @property
     def remaining(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import tokenizers
@@ -44,6 +44,16 @@ class Tokenizer:
         if add_special_tokens and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, without splitting it: no token spells more than the longest."""
+        return len(text) // self._longest
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes: each is a character in the vocabulary's spelling. A text has at least as many bytes as characters."""
+        spelled = max(map(len, self.inner.get_vocab(with_added_tokens=False)), default=1)
+        return max([spelled, *(len(token.content) for token in self._added.values())])
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -112,7 +122,7 @@ class TextStream:
         """The text that can be given out now; all of it when `final`."""
         if final:
             self._held += self._decoder.decode(b"", final=True)
-        keep = 0 if final else self._possible_stop()
+        keep = self._possible_stop() if self._stop and not final else 0
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 

@@ -63,7 +63,17 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids; in a thread, because a long text takes long."""
+        """Token ids; in a thread, because a long text takes long.
+
+        Raises:
+            ApiError: the text is so long that it could not fit whatever its tokens; splitting 16 MB takes seconds.
+        """
+        least = self.tokenizer.least_tokens(text)
+        if least >= self.engine.max_model_len:
+            message = (
+                f"the text has at least {least} tokens; the context is {self.engine.max_model_len}, answer included"
+            )
+            raise ApiError(400, message, code="context_length_exceeded")
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
     async def render(
@@ -114,7 +124,10 @@ class Service:
 
         Raises:
             EngineError, QueueFull, EngineStopped: as the engine's `submit`.
+            ApiError: more requests than would ever be taken at once.
         """
+        if len(requests) > self.engine.capacity:
+            raise ApiError(400, f"{len(requests)} prompts at once; this server takes {self.engine.capacity}")
         for prompt, params in requests:
             if params.guided:  # compiling a grammar takes long
                 await asyncio.to_thread(self.engine.check, prompt, params)

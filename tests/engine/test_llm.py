@@ -92,6 +92,12 @@ def test_one_bad_prompt_refuses_all_before_any_runs(llm: LLM) -> None:
     assert not llm.engine.has_work()
 
 
+def test_a_device_that_is_not_there_is_one_line(folder: Path) -> None:
+    with pytest.raises(EngineError, match="device = 'cuda:99'") as error:
+        LLM(folder, device="cuda:99")
+    assert "\n" not in str(error.value)
+
+
 def test_without_a_tokenizer_only_token_ids_are_served(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()

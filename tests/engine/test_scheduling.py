@@ -18,9 +18,9 @@ def sequence(name: str, length: int, order: float = 0.0, priority: int = 0) -> S
     return Sequence(request, 0, (order, 0, 0), 0, 100, None, None, None)
 
 
-def rows_of(scheduler: Scheduler, budget: int) -> dict[str, int]:
+def rows_of(scheduler: Scheduler, budget: int, most: int | None = None) -> dict[str, int]:
     """Schedule, and pretend that it was computed."""
-    works = scheduler.schedule(budget)
+    works = scheduler.schedule(budget, most or budget)
     for work in works:
         work.sequence.computed += work.count
         if work.sequence.remaining == 0:
@@ -34,6 +34,19 @@ def test_a_short_prompt_behind_a_long_one_runs_in_the_next_step() -> None:
     assert rows_of(scheduler, 100) == {"long": 100}
     scheduler.add(sequence("short", 60, order=1))
     assert rows_of(scheduler, 100) == {"short": 60, "long": 20}  # a quarter of the step, not what is left of it
+
+
+def test_short_prompts_share_a_longer_step_and_long_ones_do_not() -> None:
+    """A newcomer must not find a long prompt's long step before it, and need not read the weights for each short one."""
+    scheduler = Scheduler(PagePool(1000, 16), 100)
+    scheduler.add(sequence("long", 4000, order=0))
+    scheduler.add(sequence("longer", 5000, order=0))
+    assert sum(rows_of(scheduler, 50, most=512).values()) <= 50
+    scheduler = Scheduler(PagePool(1000, 16), 100)
+    for i in range(20):
+        scheduler.add(sequence(str(i), 40, order=i))
+    assert sum(rows_of(scheduler, 50, most=512).values()) == 200
+    assert sum(rows_of(scheduler, 50, most=100).values()) <= 100
 
 
 def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:

@@ -41,6 +41,7 @@ def test_text_survives_the_round_trip(real: Tokenizer, text: str) -> None:
     ids = real.encode(text, add_special_tokens=False)
     assert b"".join(map(real.token_bytes, ids)) == text.encode()
     assert real.decode(ids, skip_special_tokens=False) == text
+    assert real.least_tokens(text) <= len(real.encode(text, add_special_tokens=False))
 
 
 def test_a_character_across_tokens_is_held_until_whole(real: Tokenizer) -> None:

@@ -74,6 +74,7 @@ class FakeEngine:
         self.pause_s = 0.0
         self.failure: str | None = None
         self.max_queue = 64
+        self.capacity = 1024
         self.stopped = False
         self.open: set[FakeStream] = set()
         self.aborted = 0

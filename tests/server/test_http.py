@@ -14,6 +14,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from leanseek.engine import Tokenizer
 from leanseek.server.app import MAX_BODY, Access
 from leanseek.server.errors import ServerError
 
@@ -130,6 +131,14 @@ def test_a_full_queue_is_told_with_a_time_to_come_back(serve: Any) -> None:
     assert not served.engine.open, "the prompts that fitted were taken back"
 
 
+def test_more_prompts_than_are_ever_taken_are_not_told_to_come_back(serve: Any) -> None:
+    served = serve()
+    served.engine.capacity = 1
+    refused = served.http.post("/v1/completions", json={"prompt": ["a", "b"]})
+    assert refused.status_code == 400 and "2 prompts" in error(refused)["message"]
+    assert not served.engine.open
+
+
 def test_an_engine_that_stops_is_unavailable(serve: Any) -> None:
     served = serve()
     served.engine.stopped = True
@@ -238,3 +247,18 @@ def test_curl_streams(serve: Any) -> None:
     assert events.pop() == "[DONE]"
     text = "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events)
     assert text == served.engine.reply
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_split(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Splitting 8 MB into tokens takes seconds of a processor."""
+    served = serve()
+    text = "a " * 2**22
+    split = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, *args: split.append(args))
+    body = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
+    refused = served.http.post(path, json=body)
+    assert refused.status_code == 400 and error(refused)["code"] == "context_length_exceeded"
+    assert not split

@@ -17,15 +17,22 @@ _adamw = kernel("adamw", "pppp n ffffff")
 _rotate = kernel("rotate", "n pp pp n p p nn")
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of x [..., D], x as rows, and what each row was divided by."""
+    rows = x.reshape(-1, x.shape[-1])
+    out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(rows.shape[0])
+    _rms_norm(
+        DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), rstd.data_ptr(),
+        *rows.shape, eps,
+    )  # fmt: skip
+    return out, rows, rstd
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
-        rows, wide = x.reshape(-1, x.shape[-1]), weight.float()
-        out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(rows.shape[0])
-        _rms_norm(
-            DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), wide.data_ptr(), out.data_ptr(), rstd.data_ptr(),
-            *rows.shape, eps,
-        )  # fmt: skip
+        wide = weight.float()
+        out, rows, rstd = _normed(x, wide, eps)
         ctx.save_for_backward(rows, wide, rstd)
         ctx.weight_dtype = weight.dtype
         return out
@@ -45,7 +52,9 @@ class _RMSNorm(torch.autograd.Function):
 @register("rms_norm", "cpu", accepts)
 @register("rms_norm", "cpu", accepts, row_invariant=True)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _RMSNorm.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return _normed(x, weight.float(), eps)[0]  # at a few rows, autograd's entry takes longer than the norm
 
 
 class _SwiGLU(torch.autograd.Function):
