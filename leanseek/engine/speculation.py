@@ -10,6 +10,7 @@ from leanseek.engine.sequence import Sequence
 
 SMOOTHING = 0.1  # weight of the newest value in a running mean
 HOPE = 0.8  # what a draft's chance is taken to be before any was verified
+LEAST_COST = 0.05  # of a plain step: no draft is free, whatever a busy machine makes of the difference of two times
 TRIALS = 16  # verified steps before a request may stop drafting
 EXPLORE_EVERY = 32  # verified steps between two that draft as far as allowed, so that far drafts stay known
 TRY_EVERY = 16  # requests between two that draft at first although drafts did not pay for others
@@ -95,13 +96,14 @@ class Speculation:
     @staticmethod
     def _best(chances: list[float], cost: _Cost) -> int:
         """The number of drafts with the most tokens a second."""
-        plain, each = statistics.median(cost.plain), statistics.median(cost.each)
+        plain = statistics.median(cost.plain)
+        each = max(statistics.median(cost.each), LEAST_COST * plain)
         tokens, going = 1.0, 1.0
         rates = [tokens / plain]
         for count, chance in enumerate(chances, start=1):
             going *= chance
             tokens += going
-            rates.append(tokens / max(plain + count * each, 1e-9))
+            rates.append(tokens / (plain + count * each))
         return max(range(len(rates)), key=rates.__getitem__)
 
     def _cost(self, batch: int) -> _Cost:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek.ops.dispatch import pick
-from leanseek.ops.linear import BLOCK, dequantize_blocks
+from leanseek.ops.experts import experts
+from leanseek.ops.linear import BLOCK, dequantize_blocks, linear
 
 PANEL, HALF = 64, 32  # rows of a panel, and of each half, which has scales of its own
 FP8, INT8 = torch.float8_e4m3fn, torch.uint8
@@ -155,7 +156,7 @@ def packed_linear(x: Tensor, weight: Packed) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Packed) -> Tensor:
-    return F.linear(x, unpack(weight, x.dtype)[0])
+    return linear(x, unpack(weight, x.dtype)[0])
 
 
 def packed_experts(x: Tensor, indices: Tensor, weights: Tensor, gated: Packed, down: Packed) -> Tensor:
@@ -164,8 +165,6 @@ def packed_experts(x: Tensor, indices: Tensor, weights: Tensor, gated: Packed, d
 
 
 def _experts(x: Tensor, indices: Tensor, weights: Tensor, gated: Packed, down: Packed) -> Tensor:
-    from leanseek.ops.experts import experts
-
     halves = Packed(gated.data, gated.scale, gated.count, gated.data.shape[1] * PANEL, gated.columns)
     wide = unpack(halves, x.dtype).unflatten(1, (-1, 2, HALF))
     gate_up = torch.cat([wide[:, :, i].flatten(1, 2)[:, : gated.rows // 2] for i in (0, 1)], 1)
