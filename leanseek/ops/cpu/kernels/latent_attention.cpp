@@ -3,7 +3,7 @@
 //
 // A context is cut into chunks of CHUNK keys; each chunk has its own softmax, and chunks are merged in order. The
 // arithmetic of one query is the same whether its chunks run on one thread or on many, alone or in a batch. Two
-// arithmetics, as in product.h: exact in FP32, where sixteen (AVX2: eight) heads lie across the lanes of a vector and a
+// arithmetics, as in panel.h: exact in FP32, where sixteen (AVX2: eight) heads lie across the lanes of a vector and a
 // cached value is broadcast to all of them; and narrow, where query, cache and softmax weights are multiplied in BF16.
 #include <algorithm>
 #include <cmath>
