@@ -18,7 +18,7 @@ from leanseek.ops.experts import experts
 from leanseek.ops.linear import BLOCK, dequantize_blocks, linear
 
 PANEL, HALF = 64, 32  # rows of a panel, and of each half, which has scales of its own
-FP8, INT8 = torch.float8_e4m3fn, torch.uint8
+INT8 = torch.uint8
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,7 @@ def pack(weight: Tensor, scale_inv: Tensor | None = None, in_place: bool = False
     in_place: the weight's own memory is put into the new order, where that has the same size.
     """
     rows, columns = weight.shape[-2:]
-    order = torch.arange(-(-rows // PANEL) * PANEL)
-    order[rows:] = -1
+    order = _order(rows, PANEL)
     stack = weight.reshape(-1, rows, columns)
     scale: Tensor | None = None
     if weight.dtype == INT8:
@@ -60,8 +59,7 @@ def pack_gated(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor] | None = 
     """
     size = gate.shape[-2]
     gates, ups = (w.reshape(-1, *w.shape[-2:]) for w in (gate, up))
-    order = torch.arange(-(-size // HALF) * HALF)
-    order[size:] = -1
+    order = _order(size, HALF)
     rows = [_addresses(w, order).view(-1, HALF) for w in (gates, ups)]
     scale = None
     if scales is not None:
@@ -79,12 +77,8 @@ def pack_heads(weight: Tensor, scale_inv: Tensor | None, heads: int, nope: int) 
         weight, scale_inv = dequantize_blocks(weight, scale_inv), None  # a block lies across heads
     stack = weight.view(heads, -1, weight.shape[1])
     c, v = weight.shape[1], stack.shape[1] - nope
-    padded = [-(-n // PANEL) * PANEL for n in (c, v)]
-    columns, values = (torch.arange(n) for n in padded)
-    columns[c:], values[v:] = -1, -1
-    size = weight.element_size()
-    by_column = torch.where(columns < 0, 0, stack.data_ptr() + columns * size)
-    by_value = torch.where(values < 0, 0, stack.data_ptr() + (nope + values) * c * size)
+    columns, values = _order(c, PANEL), _order(v, PANEL)
+    by_column = torch.where(columns < 0, 0, stack.data_ptr() + columns * weight.element_size())
     uk_scale = uv_scale = None
     if scale_inv is not None:
         blocks = torch.arange(heads)[:, None] * stack.shape[1]
@@ -93,7 +87,14 @@ def pack_heads(weight: Tensor, scale_inv: Tensor | None, heads: int, nope: int) 
         first = (blocks + nope + values.view(-1, HALF)[:, 0].clamp_min(0)).clamp_max(weight.shape[0] - 1)
         uv_scale = scale_inv[first // BLOCK].unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
     uk = _packed(stack, by_column, uk_scale, c, columns=nope, stride=c)
-    return uk, _packed(stack, by_value, uv_scale, v)
+    return uk, _packed(stack, _addresses(stack[:, nope:], values), uv_scale, v)
+
+
+def _order(rows: int, side: int) -> Tensor:
+    """Rows 0, 1, ... and -1 for none up to a multiple of `side`."""
+    order = torch.arange(-(-rows // side) * side)
+    order[rows:] = -1
+    return order
 
 
 def _half_scales(scale: Tensor, order: Tensor) -> Tensor:
