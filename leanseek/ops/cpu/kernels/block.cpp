@@ -176,6 +176,8 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
     parallel_for(N, [&](int64_t n) { rms_norm(h + n * D, D, p.post_norm, normed + n * D); });
     std::vector<Group> groups;
     long* place = nullptr;
+    const bool always = p.mlp_gated.data != nullptr;
+    const PreparedRows rows = prepared(arena, p.gate.data ? p.gated : p.mlp_gated, narrow, normed, N);
     if (p.gate.data) {
         const RoutedExperts experts{p.gated, p.down, p.experts};
         float* logits = arena.take<float>(N * p.experts);
@@ -183,13 +185,12 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
         auto* indices = arena.take<int64_t>(N * p.top_k);
         auto* weights = arena.take<float>(N * p.top_k);
         parallel_for(N, [&](int64_t n) { choose(p, logits + n * p.experts, indices + n * p.top_k, weights + n * p.top_k); });
-        const PreparedRows rows = prepared(arena, p.gated, narrow, normed, N);
         groups.push_back(experts.group(arena, rows, narrow, {indices, weights, N, p.top_k}, place));
     }
-    const bool always = p.mlp_gated.data != nullptr;
-    const PreparedRows rows = prepared(arena, always ? p.mlp_gated : p.gated, narrow, normed, N);
+    const bool apart = always && p.gate.data && narrows(p.mlp_gated.kind) != narrows(p.gated.kind);
+    const PreparedRows for_mlp = apart ? prepared(arena, p.mlp_gated, narrow, normed, N) : rows;
     PreparedRows act(arena, N, always ? p.mlp_down : p.down, narrow);
-    if (always) groups.push_back({{{p.mlp_gated, p.mlp_down, 0, N}}, &rows, nullptr, &act, arena.take<float>(N * D)});
+    if (always) groups.push_back({{{p.mlp_gated, p.mlp_down, 0, N}}, &for_mlp, nullptr, &act, arena.take<float>(N * D)});
     feed_forward(groups);
     parallel_for(N, [&](int64_t n) {  // a token's experts add in the order of its choices
         lanes_of(D, [&](int64_t d, int lanes) {
