@@ -62,7 +62,7 @@ sanitize: $(BIN)/leanseek.stamp
 	mkdir -p build/plain && cp leanseek/ops/cpu/*.so build/plain/
 	cmake -S . -B build/sanitize -DLEANSEEK_SANITIZE=ON && cmake --build build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/pytest -p no:cacheprovider tests/ops/test_cpu_packed.py tests/ops/test_block_step.py \
+		$(BIN)/pytest -p no:cacheprovider tests/ops/test_cpu_packed.py tests/ops/test_stack_step.py \
 		tests/ops/test_cpu_training.py tests/ops/test_cpu_rowwise.py tests/ops/test_sampling.py tests/fp8/test_kernels.py; \
 		status=$$?; cp build/plain/*.so leanseek/ops/cpu/; exit $$status
 

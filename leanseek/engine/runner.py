@@ -97,7 +97,7 @@ class Runner:
             if len(rows):
                 place = None if len(rows) == len(hidden) else self._logit_rows(batch)
                 with clock("main"):
-                    logits = self.model.head(hidden if place is None else hidden[place]).float()
+                    logits = self.model.logits(hidden if place is None else hidden[place])
                 sampled, accepted = self._sample(logits, rows)
             if any(work.sequence.depth for work in works):
                 with clock("draft"):
@@ -189,7 +189,7 @@ class Runner:
         positions = pages = None  # of those who go on
         while True:  # the deepest come first, so that those who go on are a beginning
             choice = self._draft_choice(sequences[: len(state)], len(drafts), confirmed)
-            drafts.append(sampler.choose(self.model.head(state).float(), choice))
+            drafts.append(sampler.choose(self.model.logits(state), choice))
             going = sum(s.depth > len(drafts) for s in sequences)
             if not going:
                 break
@@ -240,7 +240,7 @@ class Runner:
             scores = result.prompt_logprobs[s] = []
             for row in range(start, start + count, PROMPT_LOGPROB_ROWS):
                 part = slice(row, min(row + PROMPT_LOGPROB_ROWS, start + count))
-                logits = self.model.head(hidden[part]).float()
+                logits = self.model.logits(hidden[part])
                 scores += sampler.logprobs_of(logits, batch.following[part], wanted)
 
 

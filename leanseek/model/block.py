@@ -23,7 +23,6 @@ class Block(nn.Module):
             self.mlp = MoE(config, layer, device, dtype)
         else:
             self.mlp = MLP(config, config.intermediate_size, device, dtype)
-        self._frozen: ops.BlockWeights | None = None
 
     def _feed_forward(self, x: Tensor, replay: Tensor | None) -> tuple[Tensor, Route | None]:
         normed = self.post_attention_layernorm(x)
@@ -44,15 +43,15 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, recompute)
         return self._feed_forward(x, replay)
 
-    def freeze(self, release: bool) -> None:
-        """As Transformer.freeze."""
+    def freeze(self, release: bool) -> ops.BlockWeights | None:
+        """As Transformer.freeze; None where nothing can be packed."""
         attention, mlp = self.self_attn, self.mlp
         if isinstance(attention, GQA) or not ops.can_pack(attention.kv_b_proj.weight):
-            return
+            return None
         c, dense = attention.config, mlp.shared_experts if isinstance(mlp, MoE) else mlp
         kv_b = attention.kv_b_proj
         w_uk, w_uv = ops.pack_heads(kv_b.weight.data, kv_b.weight_scale_inv, c.num_attention_heads, c.qk_nope_head_dim)
-        self._frozen = ops.BlockWeights(
+        frozen = ops.BlockWeights(
             q_a=None if c.q_lora_rank is None else attention.q_a_proj.pack(release),
             q_b=(attention.q_proj if c.q_lora_rank is None else attention.q_b_proj).pack(release),
             kv_a=attention.kv_a_proj_with_mqa.pack(release),
@@ -74,12 +73,9 @@ class Block(nn.Module):
         )
         if release:
             release_weights(self)
+        return frozen
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """x [N, D] of a step's new tokens, cache [slots, W] of this layer -> [N, D]."""
-        if self._frozen is not None:
-            planned = ops.block_step(self._frozen, x, cos, sin, cache, index)
-            if planned is not None:
-                return planned
         x = x + self.self_attn.step(self.input_layernorm(x), cos, sin, cache, index)
         return self._feed_forward(x, None)[0]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from leanseek import fp8, ops
 from leanseek.config import ModelConfig
-from leanseek.ops.block import Norm
+from leanseek.ops.stack import Norm
 
 
 class Embedding(nn.Module):
@@ -30,24 +30,14 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_buffer("weight_scale_inv", None)
         self.fp8: fp8.Cast | None = None  # set by fp8.apply for training
-        self.packed: ops.Packed | None = None  # set by freeze for serving
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return ops.packed_linear(x, self.packed)
         if self.fp8 is not None:
             return fp8.linear(x, self.weight, self.fp8)
         return ops.linear(x, self.weight, self.weight_scale_inv)
 
     def pack(self, in_place: bool) -> ops.Packed:
         return ops.pack(self.weight.data, self.weight_scale_inv, in_place)
-
-    def freeze(self, release: bool) -> None:
-        """As Transformer.freeze."""
-        if ops.can_pack(self.weight):
-            self.packed = self.pack(release)
-            if release:
-                release_weights(self)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`, dequantised if need be."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import MLP
-from leanseek.ops.block import Router
+from leanseek.ops.stack import Router
 
 
 class Route(NamedTuple):

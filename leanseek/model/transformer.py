@@ -38,6 +38,8 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype) for k in range(config.num_nextn_predict_layers))
         self.rotary = Rotary(config, device)
         self._packed_head: ops.Packed | None = None
+        self._stack: ops.StackWeights | None = None  # the main network, planned by `freeze`
+        self._mtp_stacks: list[ops.StackWeights | None] = [None] * len(self.mtp)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> Transformer:
@@ -62,6 +64,12 @@ class Transformer(nn.Module):
         if self._packed_head is not None:
             return ops.packed_linear(hidden, self._packed_head)
         return ops.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `head`, in float32 [..., vocab_size]: not rounded on the way where the head is packed."""
+        if self._packed_head is not None:
+            return ops.packed_linear(hidden, self._packed_head, torch.float32)
+        return self.head(hidden).float()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> logits [B, T, vocab_size]."""
@@ -127,18 +135,18 @@ class Transformer(nn.Module):
         self.lm_head.weight_scale_inv = scale
 
     def freeze(self, release: bool = False) -> None:
-        """For serving: from now on a step multiplies packed copies of the weights, each block as one planned call.
+        """For serving: from now on a step multiplies packed copies of the weights, all of it as one planned call.
 
         The weights must not change any more. With `release` the originals' memory is theirs, and
         only `step`, `step_ahead` and `head` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
         """
         if self._packed_head is not None:
             return
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.freeze(release)
-            elif isinstance(module, MTPModule):
-                module.eh_proj.freeze(release)
+        blocks = [cast(Block, block).freeze(release) for block in self.layers]
+        self._stack = self._planned(blocks, self.norm)
+        for k, module in enumerate(self.mtp):
+            if (frozen := cast(MTPModule, module).freeze(release)) is not None:
+                self._mtp_stacks[k] = self._planned([frozen[1]], cast(RMSNorm, module.norm), frozen[0])
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if ops.can_pack(head.weight):
             own = release and self.lm_head is not None
@@ -146,12 +154,27 @@ class Transformer(nn.Module):
             if own and self.lm_head is not None:
                 release_weights(self.lm_head)
 
+    def _planned(
+        self, blocks: list[ops.BlockWeights | None], norm: RMSNorm, join: ops.Join | None = None
+    ) -> ops.StackWeights | None:
+        packed = tuple(block for block in blocks if block is not None)
+        if len(packed) < len(blocks):
+            return None
+        rotary = self.rotary
+        return ops.StackWeights(
+            self.embed_tokens.weight.data, rotary.inv_freq, rotary.scale, join, packed, norm.stored()
+        )
+
     def step(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """New tokens of several sequences at once: tokens [N] -> hidden [N, D] after the final norm.
 
         cache [num_hidden_layers (+ D), slots, cache_width] is read and written in place; MTP modules use the layers
         after the main model's.
         """
+        if self._stack is not None:
+            planned = ops.stack_step(self._stack, tokens, None, cache, index)
+            if planned is not None:
+                return planned
         x = self.embed(tokens)
         cos, sin = self.rotary(index.positions)
         for block, layer_cache in zip(self.layers, cache, strict=False):
@@ -160,7 +183,13 @@ class Transformer(nn.Module):
 
     def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """MTP module `depth` (from 1) in serving: hidden [N, D] of depth - 1, the tokens [N] after them -> [N, D]."""
+        layer = self.config.num_hidden_layers + depth - 1
+        stack = self._mtp_stacks[depth - 1]
+        if stack is not None:
+            planned = ops.stack_step(stack, tokens, hidden, cache[layer:], index)
+            if planned is not None:
+                return planned
         cos, sin = self.rotary(index.positions)
-        layer_cache = cache[self.config.num_hidden_layers + depth - 1]
+        layer_cache = cache[layer]
         module = cast(MTPModule, self.mtp[depth - 1])
         return module.step(self.embed(tokens), hidden, cos, sin, layer_cache, index)

@@ -2,7 +2,6 @@
 
 from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
-from leanseek.ops.block import BlockWeights, block_step
 from leanseek.ops.cross_entropy import linear_cross_entropy
 from leanseek.ops.dispatch import row_invariant, table, use
 from leanseek.ops.experts import experts, route_order
@@ -15,6 +14,7 @@ from leanseek.ops.packed import Packed, can_pack, pack, pack_gated, pack_heads, 
 from leanseek.ops.rotary import rotate
 from leanseek.ops.sampling import Choice, sample
 from leanseek.ops.select import expert_scores, select_experts
+from leanseek.ops.stack import BlockWeights, Join, StackWeights, stack_step
 from leanseek.ops.swiglu import swiglu
 
 from leanseek.ops import cpu, invariant, triton  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
@@ -24,9 +24,10 @@ __all__ = [
     "BlockWeights",
     "CacheIndex",
     "Choice",
+    "Join",
     "Packed",
+    "StackWeights",
     "adamw",
-    "block_step",
     "can_pack",
     "causal_attention",
     "dense",
@@ -52,6 +53,7 @@ __all__ = [
     "row_invariant",
     "sample",
     "select_experts",
+    "stack_step",
     "swiglu",
     "table",
     "unpack",

@@ -150,14 +150,14 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return flat[:, : packed.rows, : packed.columns].to(dtype)
 
 
-def packed_linear(x: Tensor, weight: Packed) -> Tensor:
-    """x [..., columns] · weightᵀ in x's dtype, for a weight that is no stack."""
+def packed_linear(x: Tensor, weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    """x [..., columns] · weightᵀ in `dtype` (x's when None), for a weight that is no stack."""
     run: Callable[..., Tensor] = pick("packed_linear", _linear, x, weight.data)
-    return run(x, weight)
+    return run(x, weight, dtype or x.dtype)
 
 
-def _linear(x: Tensor, weight: Packed) -> Tensor:
-    return linear(x, unpack(weight, x.dtype)[0])
+def _linear(x: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+    return linear(x, unpack(weight, x.dtype)[0]).to(dtype)
 
 
 def packed_experts(x: Tensor, indices: Tensor, weights: Tensor, gated: Packed, down: Packed) -> Tensor:

@@ -3,6 +3,6 @@
 from leanseek.ops.cpu.library import Status, status, usable_variants, use_variant
 
 if usable_variants():
-    from leanseek.ops.cpu import attention, block, experts, fp8, grouped, packed, rowwise, sampling  # noqa: F401  (they register themselves)
+    from leanseek.ops.cpu import attention, experts, fp8, grouped, packed, rowwise, sampling, stack  # noqa: F401  (they register themselves)
 
 __all__ = ["Status", "status", "usable_variants", "use_variant"]

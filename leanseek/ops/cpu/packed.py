@@ -70,11 +70,11 @@ def _multiplies(x: Tensor, weight: Tensor) -> bool:
 
 @register("packed_linear", "cpu", _multiplies)
 @register("packed_linear", "cpu", _multiplies, row_invariant=True)
-def packed_linear(x: Tensor, weight: Packed) -> Tensor:
+def packed_linear(x: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out, w = torch.empty(rows.shape[0], weight.rows), matrix(weight)
     _linear(ctypes.addressof(w), DTYPES[x.dtype], rows.data_ptr(), rows.shape[0], out.data_ptr())
-    return out.to(x.dtype).view(*x.shape[:-1], weight.rows)
+    return out.to(dtype).view(*x.shape[:-1], weight.rows)
 
 
 @register("packed_experts", "cpu", _multiplies)

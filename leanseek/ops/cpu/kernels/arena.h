@@ -7,11 +7,12 @@
 
 class Arena {
   public:
-    // The calling thread's, emptied. One kernel at a time uses it.
-    static Arena& start() {
-        thread_local Arena arena;
-        arena.reset();
-        return arena;
+    // The calling thread's, emptied. One kernel at a time uses it. The second outlives the parts of a call that each start
+    // the first.
+    static Arena& start(int which = 0) {
+        thread_local Arena arena[2];
+        arena[which].reset();
+        return arena[which];
     }
     template <class T>
     T* take(long count) {  // 64-byte aligned, contents undefined

@@ -1,4 +1,4 @@
-"""A whole Transformer block over a step's new tokens as one call: at 20 ms a token, ten dispatched ops a layer show."""
+"""A whole network over a step's new tokens as one call: at 20 ms a token, ten dispatched ops a layer show."""
 
 from __future__ import annotations
 
@@ -58,17 +58,39 @@ class BlockWeights:
     interleave: bool
 
 
-def block_step(
-    weights: BlockWeights, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: CacheIndex
-) -> Tensor | None:
-    """The block's output [N, D] for x [N, D], its latents written into cache [slots, W].
+@dataclass(frozen=True, eq=False)
+class Join:
+    """How an MTP module begins (eq. 21)."""
 
-    None where nothing computes a block in one call on these tensors: then it goes op by op.
+    enorm: Norm
+    hnorm: Norm
+    proj: Packed  # eh_proj, of [enorm(embedding); hnorm(hidden)]
+
+
+@dataclass(frozen=True, eq=False)
+class StackWeights:
+    """What a step runs from tokens to the last norm: the main network, or an MTP module."""
+
+    embedding: Tensor  # [vocab_size, D] float32 or BF16
+    inv_freq: Tensor  # [rope / 2] float32
+    rotary_scale: float
+    join: Join | None
+    blocks: tuple[BlockWeights, ...]
+    norm: Norm
+
+
+def stack_step(
+    weights: StackWeights, tokens: Tensor, hidden: Tensor | None, cache: Tensor, index: CacheIndex
+) -> Tensor | None:
+    """tokens [N] (and an MTP module's hidden [N, D]) -> [N, D] after the last norm, in the embedding's dtype.
+
+    The blocks' latents are written into cache [blocks or more, slots, W]. None where nothing computes all of it in one
+    call on these tensors: then it goes op by op.
     """
-    return pick("block_step", _op_by_op, x, cache)(weights, x, cos, sin, cache, index)
+    return pick("stack_step", _op_by_op, weights.embedding, cache)(weights, tokens, hidden, cache, index)
 
 
 def _op_by_op(
-    weights: BlockWeights, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: CacheIndex
+    weights: StackWeights, tokens: Tensor, hidden: Tensor | None, cache: Tensor, index: CacheIndex
 ) -> Tensor | None:
     return None

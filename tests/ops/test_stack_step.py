@@ -1,4 +1,4 @@
-"""A block as one native call computes what it computes op by op."""
+"""A step as one native call computes what it computes op by op."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_as_op_by_op(name: str, variant: str) -> None:
 @pytest.mark.parametrize("variant", cpu.usable_variants())
 @torch.no_grad()
 def test_nearer_to_float32_than_bf16_op_by_op(variant: str) -> None:
-    """In BF16 the planned block rounds less often. Every expert is chosen, so that no rounding changes the choice."""
+    """In BF16 the planned step rounds less often. Every expert is chosen, so that no rounding changes the choice."""
     changes = NETWORKS["wide"] | {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
     model = model_of(changes, torch.bfloat16)
     exact, _ = steps(model_of(changes, torch.bfloat16).float(), COUNTS)

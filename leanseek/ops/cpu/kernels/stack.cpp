@@ -1,6 +1,6 @@
-// A Transformer block over a step's new tokens, planned once and run as one call: absorbed MLA over the latent cache
-// (2.1.1), then the experts the gate chose and the shared ones, or a dense layer (2.1.2). Between products everything is
-// FP32; x is rounded to BF16 where it meets weights that are multiplied in BF16.
+// The network over a step's new tokens, planned once and run as one call: embedding, blocks, last norm. A block is absorbed
+// MLA over the latent cache (2.1.1), then the experts the gate chose and the shared ones, or a dense layer (2.1.2). Between
+// products everything is FP32; x is rounded to BF16 where it meets weights that are multiplied in BF16.
 #include <cmath>
 
 #include "feed_forward.h"
@@ -14,7 +14,7 @@ struct Norm {
     double eps;
 };
 
-// leanseek/ops/cpu/block.py fills it in, field by field. A matrix without data is not there.
+// leanseek/ops/cpu/stack.py fills both in, field by field. A matrix without data is not there.
 struct BlockPlan {
     Matrix q_a, q_b, kv_a, o;
     Matrix w_uk, w_uv;  // stacks of heads: [kv_lora_rank, nope], [v, kv_lora_rank]
@@ -25,6 +25,17 @@ struct BlockPlan {
     int64_t heads, nope, rope, v, interleave;
     int64_t experts, top_k, groups, topk_group, group_best, softmax, norm_topk;
     double softmax_scale, routed_scaling_factor;
+};
+
+struct StackPlan {
+    int64_t type;  // of embedding, hidden states and the result
+    const void* embedding;
+    const float* inv_freq;
+    double rotary_scale;
+    Matrix join;  // an MTP module's eh_proj, of [enorm(embedding); hnorm(hidden)]
+    Norm enorm, hnorm, norm;
+    const BlockPlan* blocks;
+    int64_t count;
 };
 
 // out = x / rms(x) * weight
@@ -204,22 +215,72 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
 }
 }  // namespace
 
-KERNEL block_step(const void* plan, int64_t x_type, const void* x, const float* cos, const float* sin, int64_t cache_type,
-                  void* cache, int64_t page_size, const int64_t* positions, const int64_t* slots, const int64_t* row_offsets,
-                  const int64_t* pages, int64_t N, int64_t sequences, int64_t pages_per_sequence, void* out) {
-    const BlockPlan& p = *static_cast<const BlockPlan*>(plan);
-    const long D = p.kv_a.columns, C = p.w_uv.columns;
-    const Step step{{positions, row_offsets, pages, N, sequences, pages_per_sequence}, slots, cos, sin,
-                    {cache_type, cache, C + p.rope, C, page_size}};
-    Arena& arena = Arena::start();
-    float *h = arena.take<float>(N * D), *normed = arena.take<float>(N * D);
-    const bool narrow = x_type == BF16;
-    with_type(x_type, [&](auto* type) {
-        lanes_of(N * D, [&](int64_t i, int lanes) { store(h + i, load(static_cast<const ELEMENT(type)*>(x) + i, lanes), lanes); });
+namespace {
+
+// cos and sin of each position's angles [N][half].
+void angles(const StackPlan& p, const int64_t* positions, long N, long half, float* cos, float* sin) {
+    parallel_ranges(N, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * half; i < end * half; i++) {
+            const float angle = float(positions[i / half]) * p.inv_freq[i % half];
+            cos[i] = std::cos(angle) * float(p.rotary_scale);
+            sin[i] = std::sin(angle) * float(p.rotary_scale);
+        }
     });
-    attention(arena, p, narrow, step, normed, h);
-    feed_forward_of(arena, p, narrow, N, normed, h);
-    with_type(x_type, [&](auto* type) {
-        lanes_of(N * D, [&](int64_t i, int lanes) { store(static_cast<ELEMENT(type)*>(out) + i, load(h + i, lanes), lanes); });
+}
+
+// What the blocks begin with, h [N][D]: the tokens' embeddings, or those joined with the hidden states (eq. 21).
+void begin(Arena& arena, const StackPlan& p, long N, long D, const int64_t* tokens, const void* hidden, float* h) {
+    const bool joined = p.join.data != nullptr;
+    const long width = joined ? 2 * D : D;
+    float* rows = joined ? arena.take<float>(N * width) : h;
+    with_type(p.type, [&](auto* type) {
+        using T = ELEMENT(type);
+        parallel_ranges(N, 16, [&](int64_t first, int64_t last) {
+            for (int64_t n = first; n < last; n++) {
+                const T* from = static_cast<const T*>(p.embedding) + tokens[n] * D;
+                float *to = rows + n * width, *second = to + D;
+                lanes_of(D, [&](int64_t d, int lanes) { store(to + d, load(from + d, lanes), lanes); });
+                if (!joined) continue;
+                rms_norm(to, D, p.enorm, to);
+                const T* state = static_cast<const T*>(hidden) + n * D;
+                lanes_of(D, [&](int64_t d, int lanes) { store(second + d, load(state + d, lanes), lanes); });
+                rms_norm(second, D, p.hnorm, second);
+            }
+        });
+    });
+    if (joined) linear(p.join, prepared(arena, p.join, p.type == BF16, rows, N).rows(), N, h);
+}
+}  // namespace
+
+// cache: the first block's; the next one's is `layer_stride` values on.
+KERNEL stack_step(const StackPlan* plan, const int64_t* tokens, const void* hidden, int64_t cache_type, void* cache,
+                  int64_t layer_stride, int64_t page_size, const int64_t* positions, const int64_t* slots,
+                  const int64_t* row_offsets, const int64_t* pages, int64_t N, int64_t sequences, int64_t pages_per_sequence,
+                  void* out) {
+    const StackPlan& p = *plan;
+    const BlockPlan& some = *p.blocks;
+    const long D = some.kv_a.columns, C = some.w_uv.columns, half = some.rope / 2;
+    const bool narrow = p.type == BF16;
+    Arena& lasting = Arena::start(1);
+    float *h = lasting.take<float>(N * D), *normed = lasting.take<float>(N * D);
+    float *cos = lasting.take<float>(N * half), *sin = lasting.take<float>(N * half);
+    angles(p, positions, N, half, cos, sin);
+    begin(Arena::start(), p, N, D, tokens, hidden, h);
+    for (long layer = 0; layer < p.count; layer++) {
+        auto* own = static_cast<char*>(cache) + layer * layer_stride * value_bytes(cache_type);
+        const Step step{{positions, row_offsets, pages, N, sequences, pages_per_sequence}, slots, cos, sin,
+                        {cache_type, own, C + some.rope, C, page_size}};
+        Arena& arena = Arena::start();
+        attention(arena, p.blocks[layer], narrow, step, normed, h);
+        feed_forward_of(arena, p.blocks[layer], narrow, N, normed, h);
+    }
+    with_type(p.type, [&](auto* type) {
+        using T = ELEMENT(type);
+        parallel_ranges(N, 16, [&](int64_t first, int64_t last) {
+            for (int64_t n = first; n < last; n++) {
+                rms_norm(h + n * D, D, p.norm, normed + n * D);
+                lanes_of(D, [&](int64_t d, int lanes) { store(static_cast<T*>(out) + n * D + d, load(normed + n * D + d, lanes), lanes); });
+            }
+        });
     });
 }
