@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from leanseek.errors import InputError
-from leanseek.ops import machine
+from leanseek.ops import cpu, machine
+
+
+@pytest.mark.parametrize("variant", cpu.usable_variants())
+def test_all_of_the_memory_is_read(variant: str) -> None:
+    data, found = torch.randint(-(2**60), 2**60, (3 * 2**17,)), torch.empty((), dtype=torch.int64)
+    with cpu.use_variant(variant):
+        machine._read(data.data_ptr(), data.numel() * 8, found.data_ptr())
+    assert found == data.sum()  # both modulo 2^64
 
 
 def test_threads_that_are_asked_for() -> None:
