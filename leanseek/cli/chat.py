@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leanseek.cli.generate import sampling_params
+from leanseek.cli.generate import Threads, sampling_params
 
 if TYPE_CHECKING:
     from leanseek.engine import LLM, SamplingParams
@@ -22,6 +22,7 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(help="tokens of an answer  [default: no limit]")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy  [default: the model's, else 0.8]")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed and words give the same answers")] = None,
+    threads: Threads = None,
 ) -> None:
     """Chat in the terminal, with history; /system, /reset and /exit."""
     import readline  # noqa: F401  (gives input() its line editing and history)
@@ -30,7 +31,9 @@ def chat(
 
     from leanseek.checkpoint import find_tokenizer, resolve
     from leanseek.engine import LLM, EngineError
+    from leanseek.ops.machine import use_threads
 
+    use_threads(threads)
     llm = LLM(model)
     folder = find_tokenizer(resolve(model))
     if folder is None:

@@ -12,6 +12,7 @@ import typer
 from leanseek.errors import Interrupted
 
 DEFAULT_TEMPERATURE = 0.8  # where neither the caller nor the model says
+Threads = Annotated[int | None, typer.Option(help="CPU threads  [default: one a physical core]")]
 
 
 def generate(
@@ -22,11 +23,14 @@ def generate(
         float | None, typer.Option(help=f"0 is greedy  [default: the model's, else {DEFAULT_TEMPERATURE}]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
 ) -> None:
     """Continue a text, streaming it to standard output."""
     from leanseek.engine import LLM, CompletionOutput
+    from leanseek.ops.machine import use_threads
 
+    use_threads(threads)
     llm = LLM(model)
     text = sys.stdin.read() if prompt == "-" else prompt
     params = sampling_params(llm.engine.defaults, max_tokens=max_tokens, temperature=temperature, seed=seed)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from leanseek.cli.generate import Threads
+
 
 def serve(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face folder or a run")],
@@ -22,6 +24,7 @@ def serve(
     cache_gib: Annotated[float, typer.Option(help="memory of the latent cache, never exceeded")] = 1.0,
     max_queue: Annotated[int, typer.Option(help="requests that may wait; further ones are answered 429")] = 256,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    threads: Threads = None,
     int8_head: Annotated[
         bool, typer.Option("--int8-head", help="hold the output head in 8 bits, a scale a row")
     ] = False,
@@ -30,9 +33,11 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model: OpenAI's API under /v1, a chat page at /."""
+    from leanseek.ops.machine import use_threads
     from leanseek.server.app import Access
     from leanseek.server.run import serve as run
 
+    use_threads(threads)
     access = Access(api_key, allowed_origin or ())
     options = {"max_model_len": max_model_len, "cache_gib": cache_gib, "max_queue": max_queue, "device": device}
     options["int8_head"] = int8_head

@@ -1,16 +1,20 @@
-"""What this machine can do: the compute dtype to prefer and the measured limits that speeds are quoted against."""
+"""What this machine can do: the compute dtype to prefer, the threads to run on, and the measured limits that speeds are
+quoted against."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from leanseek.errors import InputError
 from leanseek.ops import cpu
 from leanseek.ops.cpu.library import kernel
 
@@ -28,6 +32,40 @@ def preferred_dtype(device: torch.device | str) -> torch.dtype:
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def use_threads(count: int | None) -> None:
+    """Run torch and the native kernels, which share its pool, on `count` CPU threads.
+
+    None: as many as torch picks, and at most one a physical core, unless OMP_NUM_THREADS says how many. OpenMP keeps
+    the number for each thread apart; a thread that begins later has it from its first `torch.get_num_threads()` on.
+
+    Raises:
+        InputError: fewer than one, or more than four for each of the machine's CPUs.
+    """
+    if count is None:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(torch.get_num_threads(), physical_cores()))
+        return
+    cpus = os.cpu_count() or 1
+    if not 1 <= count <= 4 * cpus:
+        raise InputError(f"threads must lie between 1 and {4 * cpus}, four a CPU of this machine; {count} does not")
+    torch.set_num_threads(count)
+
+
+def physical_cores() -> int:
+    """Cores that this process may run on: two CPUs that share one core count once."""
+    if not hasattr(os, "sched_getaffinity"):  # not Linux
+        return os.cpu_count() or 1
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(cpu: int) -> str:
+    """The CPUs on the core of this one, as Linux writes them: "0,16"."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:

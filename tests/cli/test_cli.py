@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from leanseek.ops import cpu
 
-def leanseek(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "leanseek", *arguments], capture_output=True, text=True)
+
+def leanseek(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "leanseek", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, env=os.environ | environment)
 
 
 def test_info_prints_one_json_object() -> None:
@@ -38,6 +42,9 @@ def test_doctor_names_a_path_for_every_op() -> None:
         (("data", "prepare", "/nowhere", "--out", "/tmp/x"), "give either a tokenizer file"),
         (("data", "fetch", "nothing", "--out", "/tmp/x"), "no corpus 'nothing'; there are"),
         (("generate", "/nowhere", "text"), "/nowhere does not exist"),
+        (("generate", "/nowhere", "text", "--threads", "0"), "threads must lie between 1 and"),
+        (("chat", "/nowhere", "--threads", "-2"), "threads must lie between 1 and"),
+        (("serve", "/nowhere", "--threads", "9999"), "threads must lie between 1 and"),
         (("bench", "train", "--peers", "megatron"), "no peer 'megatron'"),
     ],
 )
@@ -47,6 +54,17 @@ def test_bad_input_is_one_line_and_exit_2(arguments: tuple[str, ...], message: s
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_the_instruction_set_can_be_named() -> None:
+    if cpu.usable_variants():
+        plainest = cpu.usable_variants()[-1]
+        found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU=plainest).stdout)
+        assert found["kernels"]["variant"] == plainest
+    done = leanseek("doctor", LEANSEEK_CPU="sse2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("leanseek: LEANSEEK_CPU=sse2 names no kernels for this CPU; there are ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_report_survives_what_a_run_may_leave_behind(tmp_path: Path) -> None:

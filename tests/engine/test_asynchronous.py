@@ -1,6 +1,8 @@
 """The engine behind an event loop: streams, leaving early, a bounded queue, faults, draining and stopping."""
 
 import asyncio
+import ctypes
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -8,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from leanseek import Transformer
 from leanseek.engine import (
@@ -22,7 +25,9 @@ from leanseek.engine import (
     SamplingParams,
     Stream,
 )
+from leanseek.engine.runner import Runner
 from leanseek.engine.sampler import Rows
+from leanseek.ops import cpu
 
 LONG = SamplingParams(temperature=0, max_tokens=300)
 SHORT = SamplingParams(temperature=0, max_tokens=5)
@@ -242,3 +247,27 @@ def test_synchronous_requests_do_not_need_a_loop(model: Transformer, make_engine
     engine = make_engine(model)
     engine.add(Request("r", [2, 3], SHORT))
     assert len(tokens_of([delta for _ in range(6) for delta in engine.step()])) == 5
+
+
+@pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
+def test_the_engine_s_thread_runs_on_as_many_threads_as_were_set(
+    model: Transformer, make_engine: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP keeps the number for each thread apart, and the native kernels go by OpenMP's."""
+    wanted = (os.cpu_count() or 1) + 1  # no thread's number unless somebody sets it
+    torch.set_num_threads(wanted)
+    found = []
+    run = Runner.run
+
+    def spy(*arguments: Any) -> Any:
+        found.append(ctypes.CDLL(None).omp_get_max_threads())
+        return run(*arguments)
+
+    monkeypatch.setattr(Runner, "run", spy)
+
+    async def main() -> None:
+        async with started(make_engine(model)) as engine:
+            await read(engine.submit([2, 3, 4], SHORT))
+
+    asyncio.run(main())
+    assert set(found) == {wanted}

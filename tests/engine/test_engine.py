@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from leanseek import Transformer, checkpoint
-from leanseek.engine import EngineError, Request, SamplingParams
+from leanseek.engine import Engine, EngineError, Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,6 +13,12 @@ from leanseek.ops import cpu
 pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
 VARIANTS = list(cpu.usable_variants())
 KINDS = ["fp8", "bf16", "fp32"]
+
+
+@pytest.fixture(params=VARIANTS)
+def forced(request: pytest.FixtureRequest) -> Iterator[None]:
+    with cpu.use_variant(request.param):
+        yield
 
 
 def stored(shape: tuple[int, ...], kind: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -51,6 +59,7 @@ def test_linear(variant: str, kind: str, m: int, n: int, k: int) -> None:
         assert close(ops.packed_linear(x, ops.pack(weight, scale)), x @ exact.T)
 
 
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("kind", [*KINDS, "int8"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (130, 33), (64, 256)])
 @torch.no_grad()
@@ -63,6 +72,22 @@ def test_unpacking_gives_the_weight_back(kind: str, rows: int, columns: int) -> 
     assert torch.equal(ops.unpack(ops.pack(weight, scale))[0], exact)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (130, 33), (64, 256)])
+@torch.no_grad()
+def test_rows_in_eight_bits(variant: str, dtype: torch.dtype, rows: int, columns: int) -> None:
+    """Bit for bit as the reference, a row of zeros included."""
+    weight = torch.randn(rows, columns).to(dtype)
+    weight[rows // 2] = 0
+    with cpu.use_variant(variant):
+        codes, scale = ops.quantize_rows(weight)
+    with ops.use("torch"):
+        expected, exact = ops.quantize_rows(weight)
+    assert torch.equal(codes, expected) and torch.equal(scale, exact)
+
+
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_in_place(kind: str) -> None:
@@ -81,6 +106,7 @@ def test_in_place(kind: str) -> None:
     assert torch.equal(within.data.float(), apart.data.float())
 
 
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("nope", "v", "rank"), [(64, 64, 128), (128, 128, 160), (8, 12, 24), (96, 64, 128)])
 @torch.no_grad()

@@ -9,7 +9,7 @@ from leanseek import ops
 from leanseek.ops import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
-VARIANTS = [v for v in cpu.usable_variants() if v != "avx512_bf16"]
+VARIANTS = cpu.usable_variants()
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -9,26 +9,28 @@ from leanseek import ops
 from leanseek.ops import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
-VARIANTS = [v for v in cpu.usable_variants() if v != "avx512_bf16"]
+VARIANTS = cpu.usable_variants()
 
 
 def both(function, inputs, variant):  # type: ignore[no-untyped-def]
-    """(output, gradients) of the kernel and of the reference for a random cotangent."""
+    """(output, gradients) of the kernel and of the reference, which computes in float32, for a random cotangent."""
     found = []
     for context in (cpu.use_variant(variant), ops.use("torch")):
-        leaves = [
-            t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.is_floating_point()) for t in inputs
-        ]
+        leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in inputs]
+        if found:
+            leaves = [t.float() for t in leaves]
+        for leaf in leaves:
+            leaf.requires_grad_()
         with context:
             out = function(*leaves)
             probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
-            out.backward(probe)
+            out.backward(probe.to(inputs[0].dtype).to(out.dtype))
         found.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     return zip(*found, strict=True)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
-    return float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+    return float((a.float() - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -49,6 +51,27 @@ def test_causal_attention_takes_strided_views(variant: str) -> None:
     q = torch.randn(2, 40, 3, 12)
     for got, want in both(lambda a, b: ops.causal_attention(a, b[..., :12], b[..., 12:], 0.3), (q, kv), variant):
         assert close(got, want)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize(
+    ("b", "t", "nope", "rope", "dv"), [(1, 1, 8, 2, 8), (2, 37, 17, 6, 9), (1, 37, 17, 6, 9), (2, 130, 64, 32, 64)]
+)
+def test_mla_attention(
+    variant: str, dtype: torch.dtype, interleave: bool, b: int, t: int, nope: int, rope: int, dv: int
+) -> None:
+    """Rotation included, by angles for each of two sequences or for both; the shared key is a slice of a projection."""
+    inputs = [torch.randn(2, t, *width).to(dtype) for width in ((3, nope + rope), (3, nope + dv), (5 + rope,))]
+    angles = torch.randn(b, t, rope // 2)
+    cos, sin, scale = angles.cos(), angles.sin(), (nope + rope) ** -0.5
+
+    def attention(q: torch.Tensor, kv: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        return ops.mla_attention(q, kv, latent[..., 5:], cos, sin, scale, interleave)
+
+    for got, want in both(attention, inputs, variant):
+        assert close(got, want, 2e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

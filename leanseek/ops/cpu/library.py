@@ -1,8 +1,8 @@
 """Finding, loading and calling the compiled kernels.
 
 CMakeLists.txt builds one library per instruction set, each a plain C interface over pointers and sizes. The best that
-this CPU has is loaded. They share torch's OpenMP threads: torch's own runtime library is made visible to them here, so
-that no second pool of threads comes into the process.
+this CPU has is loaded, or the one that LEANSEEK_CPU names. They share torch's OpenMP threads: torch's own runtime
+library is made visible to them here, so that no second pool of threads comes into the process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from leanseek.errors import InputError
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")  # best first
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.h: enum Dtype
@@ -86,15 +89,24 @@ def use_variant(variant: str) -> Iterator[None]:
 
 
 def usable_variants() -> tuple[str, ...]:
-    """The instruction sets that are built and that this CPU has, best first."""
+    """The instruction sets that are built and that this CPU has: the one that runs first, then best first.
+
+    Raises:
+        InputError: LEANSEEK_CPU names another.
+    """
     return _usable()
 
 
 @functools.cache
 def _usable() -> tuple[str, ...]:
-    if _openmp() is None:
-        return ()
-    return tuple(v for v in VARIANTS if _path(v).exists() and _load(v).supported())
+    usable = [v for v in VARIANTS if _path(v).exists() and _load(v).supported()] if _openmp() else []
+    if wanted := os.environ.get("LEANSEEK_CPU"):
+        if wanted not in usable:
+            raise InputError(
+                f"LEANSEEK_CPU={wanted} names no kernels for this CPU; there are {', '.join(usable) or 'none'}"
+            )
+        usable.sort(key=lambda v: v != wanted)
+    return tuple(usable)
 
 
 def _path(variant: str) -> Path:

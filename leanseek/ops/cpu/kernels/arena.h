@@ -5,6 +5,8 @@
 #include <new>
 #include <vector>
 
+#include "sanitize.h"
+
 class Arena {
   public:
     // The calling thread's, emptied. One kernel at a time uses it. The second outlives the parts of a call that each start
@@ -20,6 +22,7 @@ class Arena {
         if (blocks_.empty() || used_ + bytes > sizes_.back()) grow(bytes);
         char* place = blocks_.back() + used_;
         used_ += bytes;
+        __asan_unpoison_memory_region(place, size_t(count) * sizeof(T));
         return reinterpret_cast<T*>(place);
     }
     ~Arena() { release(); }
@@ -31,6 +34,7 @@ class Arena {
         if (!block) throw std::bad_alloc();
         blocks_.push_back(static_cast<char*>(block));
         sizes_.push_back(size / 64 * 64);
+        __asan_poison_memory_region(block, size);
         used_ = 0;
     }
     void reset() {  // several blocks become one that holds as much
@@ -40,6 +44,7 @@ class Arena {
             release();
             grow(total);
         }
+        if (!blocks_.empty()) __asan_poison_memory_region(blocks_.back(), sizes_.back());
         used_ = 0;
     }
     void release() {

@@ -35,7 +35,9 @@ inline __m512i pairs_of(vec a, vec b) {  // a0 b0 a1 b1 ...
 
 // 32 elements along a row, those past `lanes` zero.
 inline __m512i load_pairs(const bf16* p, int64_t lanes) {
-    return lanes >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << lanes) - 1, p);
+    if (lanes >= 32) return _mm512_loadu_si512(p);
+    touch(p, int(lanes));
+    return _mm512_maskz_loadu_epi16((1u << lanes) - 1, p);
 }
 inline __m512i load_pairs(const float* p, int64_t lanes) {
     if (lanes >= 32) return narrow_two(load(p), load(p + LANES));

@@ -38,7 +38,7 @@ static inline float* scratch(int slot, int64_t floats) {
     };
     thread_local Buffer buffers[8];
     Buffer& buffer = buffers[slot];
-    if (buffer.size < floats) {
+    if (buffer.size < floats || SANITIZED) {
         std::free(buffer.data);
         buffer.size = (floats + 15) / 16 * 16;
         buffer.data = static_cast<float*>(std::aligned_alloc(64, size_t(buffer.size) * sizeof(float)));

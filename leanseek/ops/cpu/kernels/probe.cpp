@@ -3,7 +3,7 @@
 
 KERNEL read_memory(const void* data, int64_t bytes, int64_t* sum) {
     constexpr int64_t PIECE = 1 << 20, AHEAD = 4096;
-    std::atomic<int64_t> total{0};
+    std::atomic<uint64_t> total{0};  // unsigned, as sums wrap around
     parallel_for(bytes / PIECE, [&](int64_t piece) {
         const char* p = static_cast<const char*>(data) + piece * PIECE;
         __m256i sums[8] = {};
@@ -14,12 +14,12 @@ KERNEL read_memory(const void* data, int64_t bytes, int64_t* sum) {
                 sums[j] = _mm256_add_epi64(sums[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + j * 32)));
             }
         }
-        int64_t lanes[4], own = 0;
+        uint64_t lanes[4], own = 0;
         for (const __m256i& s : sums) {
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), s);
-            for (int64_t lane : lanes) own += lane;
+            for (uint64_t lane : lanes) own += lane;
         }
         total += own;
     });
-    *sum = total;
+    *sum = int64_t(total);
 }

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <utility>
 
+#include "sanitize.h"
+
 struct bf16 {
     uint16_t bits;
 };
@@ -57,9 +59,15 @@ static inline float reduce_max(vec a) { return _mm512_reduce_max_ps(a); }
 
 static inline __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 static inline vec load(const float* p) { return _mm512_loadu_ps(p); }
-static inline vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }  // first n lanes, others 0
+static inline vec load(const float* p, int n) {  // first n lanes, others 0
+    touch(p, n);
+    return _mm512_maskz_loadu_ps(first(n), p);
+}
 static inline void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
-static inline void store(float* p, vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
+static inline void store(float* p, vec a, int n) {
+    touch(p, n);
+    _mm512_mask_storeu_ps(p, first(n), a);
+}
 static inline vec keep_first(vec a, int n, vec others) { return _mm512_mask_mov_ps(others, first(n), a); }
 
 static inline vec widen(__m256i bits) {
@@ -74,9 +82,15 @@ static inline __m256i narrow(vec a) {  // not vcvtneps2bf16, which flushes subno
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
 static inline vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-static inline vec load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+static inline vec load(const bf16* p, int n) {
+    touch(p, n);
+    return widen(_mm256_maskz_loadu_epi16(first(n), p));
+}
 static inline void store(bf16* p, vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
-static inline void store(bf16* p, vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
+static inline void store(bf16* p, vec a, int n) {
+    touch(p, n);
+    _mm256_mask_storeu_epi16(p, first(n), narrow(a));
+}
 
 #else  // AVX2, FMA
 
@@ -87,6 +101,7 @@ using vec = __m256;
 static inline vec zero() { return _mm256_setzero_ps(); }
 static inline vec set1(float a) { return _mm256_set1_ps(a); }
 static inline vec set1_pair(const float* p) {  // p[0], p[1] by turns
+    touch(p, 2);
     return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
 }
 static inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }    // a b + c
@@ -119,9 +134,15 @@ static inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 static inline vec load(const float* p) { return _mm256_loadu_ps(p); }
-static inline vec load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }  // first n lanes, others 0
+static inline vec load(const float* p, int n) {  // first n lanes, others 0
+    touch(p, n);
+    return _mm256_maskload_ps(p, first(n));
+}
 static inline void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
-static inline void store(float* p, vec a, int n) { _mm256_maskstore_ps(p, first(n), a); }
+static inline void store(float* p, vec a, int n) {
+    touch(p, n);
+    _mm256_maskstore_ps(p, first(n), a);
+}
 static inline vec keep_first(vec a, int n, vec others) {
     return _mm256_blendv_ps(others, a, _mm256_castsi256_ps(first(n)));
 }
