@@ -1,6 +1,6 @@
 """One step on the device: latents into the cache, logits for the rows that need them, tokens, and the next drafts.
 
-The host waits once, at the end: which drafts were accepted is worked out where the logits are.
+The host waits for the tokens, and works out there which drafts they confirm; then for the next drafts.
 """
 
 from __future__ import annotations
@@ -93,19 +93,21 @@ class Runner:
             with clock("main"):
                 hidden = self.model.step(batch.tokens, self.cache, batch.index)
             self._score_prompts(batch, hidden, result)
-            accepted = None
+            tokens: list[int] = []
+            accepted: list[int] = []
             if len(rows):
                 place = None if len(rows) == len(hidden) else self._logit_rows(batch)
                 with clock("main"):
                     logits = self.model.logits(hidden if place is None else hidden[place])
-                sampled, accepted = self._sample(logits, rows)
+                sampled = self._sample(logits, rows)
+                tokens = sampled.tolist()  # here the host waits
+                accepted = [_confirmed(s.drafts, tokens[at:]) for s, at in zip(rows.sequences, rows.first, strict=True)]
+                self._collect(rows, logits, sampled, tokens, accepted, result)
             if any(work.sequence.depth for work in works):
                 with clock("draft"):
-                    if accepted is not None:
+                    if tokens:
                         batch.following[slice(None) if place is None else place] = sampled
                     result.drafts = self._draft(batch, hidden, rows, accepted)
-            if accepted is not None:
-                self._collect(rows, logits, sampled, accepted, result)
         result.main_seconds, result.draft_seconds = clock.seconds("main"), clock.seconds("draft")
         return result
 
@@ -153,21 +155,13 @@ class Runner:
 
     # ---- tokens ----
 
-    def _sample(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Tokens [R] of the sampled rows, and how many drafts [S] of each sequence they confirm."""
+    def _sample(self, logits: Tensor, rows: Rows) -> Tensor:
+        """Tokens [R] of the sampled rows."""
         params = [rows.sequences[i].params for i in rows.row_sequence]
         choice = Choice.of(params, rows.keys, logits.shape[1], self.device)
-        sampled = sampler.choose(sampler.adjust(logits, rows), choice)
-        most = max(len(s.drafts) for s in rows.sequences)
-        if not most:
-            return sampled, torch.zeros_like(sampled)
-        proposed = torch.tensor([s.drafts + [-1] * (most - len(s.drafts)) for s in rows.sequences], device=self.device)
-        first = torch.tensor(rows.first, device=self.device)
-        places = first[:, None] + torch.arange(most, device=self.device)
-        confirmed = sampled[places.clamp_max(len(sampled) - 1)] == proposed
-        return sampled, confirmed.long().cumprod(1).sum(1)
+        return sampler.choose(sampler.adjust(logits, rows), choice)
 
-    def _draft(self, batch: _Batch, hidden: Tensor, rows: Rows, accepted: Tensor | None) -> dict[Sequence, list[int]]:
+    def _draft(self, batch: _Batch, hidden: Tensor, rows: Rows, accepted: list[int]) -> dict[Sequence, list[int]]:
         """The MTP module over all rows of the step, then on from each speculating sequence's last token.
 
         The module goes on from the main model's hidden state (eq. 21); for a second draft and later ones the same
@@ -175,54 +169,58 @@ class Runner:
         """
         hidden = self.model.step_ahead(1, hidden, batch.following, self.cache, batch.index)
         chosen = sorted((i for i, s in enumerate(rows.sequences) if s.depth), key=lambda i: -rows.sequences[i].depth)
-        if accepted is None or not chosen:
+        if not chosen:
             return {}
-        sequences = [rows.sequences[i] for i in chosen]
+        sequences, confirmed = [rows.sequences[i] for i in chosen], [accepted[i] for i in chosen]
         work_of = {work.sequence: i for i, work in enumerate(batch.works)}
         works = [work_of[s] for s in sequences]
-        first = [batch.starts[i] + batch.works[i].count - 1 for i in works]
-        where = torch.tensor([chosen, works, first], device=self.device)
-        confirmed = accepted[where[0]]
-        last = where[2] + confirmed
-        state = hidden[last]
+        last = [batch.starts[i] + batch.works[i].count - 1 + n for i, n in zip(works, confirmed, strict=True)]
+        state = self._picked(hidden, last)
         drafts: list[Tensor] = []
-        positions = pages = None  # of those who go on
         while True:  # the deepest come first, so that those who go on are a beginning
             choice = self._draft_choice(sequences[: len(state)], len(drafts), confirmed)
             drafts.append(sampler.choose(self.model.logits(state), choice))
             going = sum(s.depth > len(drafts) for s in sequences)
             if not going:
                 break
-            if positions is None or pages is None:
-                positions, pages = batch.index.positions[last], batch.index.pages[where[1]]
-            positions, pages = positions[:going] + 1, pages[:going]
-            index = self._singles(positions, pages)
+            ahead = [
+                s.computed + last[i] - batch.starts[works[i]] + len(drafts) for i, s in enumerate(sequences[:going])
+            ]
+            index = self._singles(sequences[:going], ahead, self._picked(batch.index.pages, works[:going]))
             state = self.model.step_ahead(1, state[:going], drafts[-1][:going], self.cache, index)
         columns = [column.tolist() for column in drafts]  # here the host waits
         return {s: [column[i] for column in columns[: s.depth]] for i, s in enumerate(sequences)}
 
-    def _draft_choice(self, sequences: Listing[Sequence], offset: int, confirmed: Tensor) -> Choice | None:
+    def _draft_choice(self, sequences: Listing[Sequence], offset: int, confirmed: Listing[int]) -> Choice | None:
         """How draft `offset` of each is chosen: with the noise of the position it is for, a draft is what the model
         would choose if it thought as its MTP module does."""
-        choice = Choice.of([s.params for s in sequences], [0] * len(sequences), self._vocab_size, self.device)
-        if choice is not None:
-            ahead = range(1, self._drafts + 2)  # as many drafts may be confirmed
-            keys = sampler.as_keys([[s.key(len(s.tokens) + offset + i) for i in ahead] for s in sequences], self.device)
-            choice.keys = keys.gather(1, confirmed[: len(sequences), None]).squeeze(1)
-        return choice
+        keys = [
+            0 if s.params.greedy else s.key(len(s.tokens) + offset + n + 1)
+            for s, n in zip(sequences, confirmed, strict=False)
+        ]
+        return Choice.of([s.params for s in sequences], keys, self._vocab_size, self.device)
 
-    def _singles(self, positions: Tensor, pages: Tensor) -> ops.CacheIndex:
-        """One new token at `positions` [S] of each sequence with `pages` [S, P]."""
-        page = pages.gather(1, (positions // self.page_size)[:, None]).squeeze(1)
-        slots = page * self.page_size + positions % self.page_size
-        offsets = torch.arange(len(positions) + 1, device=self.device)
-        return ops.CacheIndex(positions, slots, offsets, positions + 1, pages, self.page_size)
+    def _singles(self, sequences: Listing[Sequence], positions: list[int], pages: Tensor) -> ops.CacheIndex:
+        """One new token of each sequence at its position; pages [S, P]."""
+        size, n = self.page_size, len(sequences)
+        own = [s.pages[at // size] if at // size < len(s.pages) else self._scratch
+               for s, at in zip(sequences, positions, strict=True)]  # fmt: skip
+        slots = [page * size + at % size for page, at in zip(own, positions, strict=True)]
+        packed = array("q", [*positions, *slots, *range(n + 1), *(at + 1 for at in positions)])
+        parts = torch.frombuffer(packed, dtype=torch.int64).to(self.device).split([n, n, n + 1, n])
+        return ops.CacheIndex(parts[0], parts[1], parts[2], parts[3], pages, size)
+
+    def _picked(self, x: Tensor, rows: list[int]) -> Tensor:
+        """Rows of x; one is a view."""
+        return x[rows[0] : rows[0] + 1] if len(rows) == 1 else x[torch.tensor(rows, device=self.device)]
 
     # ---- results ----
 
-    def _collect(self, rows: Rows, logits: Tensor, sampled: Tensor, accepted: Tensor, result: StepResult) -> None:
-        tokens, confirmed = sampled.tolist(), accepted.tolist()  # here the host waits
-        for sequence, first, count in zip(rows.sequences, rows.first, confirmed, strict=True):
+    @staticmethod
+    def _collect(
+        rows: Rows, logits: Tensor, sampled: Tensor, tokens: list[int], accepted: list[int], result: StepResult
+    ) -> None:
+        for sequence, first, count in zip(rows.sequences, rows.first, accepted, strict=True):
             kept = slice(first, first + count + 1)
             result.tokens.append(tokens[kept])
             if sequence.params.logprobs is not None:
@@ -242,6 +240,11 @@ class Runner:
                 part = slice(row, min(row + PROMPT_LOGPROB_ROWS, start + count))
                 logits = self.model.logits(hidden[part])
                 scores += sampler.logprobs_of(logits, batch.following[part], wanted)
+
+
+def _confirmed(drafts: list[int], tokens: list[int]) -> int:
+    """How many drafts are what the model itself chose, up to the first that is not."""
+    return next((i for i, draft in enumerate(drafts) if draft != tokens[i]), len(drafts))
 
 
 class _Clock:

@@ -85,9 +85,7 @@ struct RoutedExperts {
         }
         auto* rows = new (arena.take<PreparedRows>(1)) PreparedRows(arena, pairs, gated, x_is_bf16);
         auto* act = new (arena.take<PreparedRows>(1)) PreparedRows(arena, pairs, down, x_is_bf16);
-        parallel_for(pairs > 64 ? pairs : 1, [&](int64_t i) {
-            for (long p = i; p < (pairs > 64 ? i + 1 : pairs); p++) rows->copy(place[p], x, p / route.top_k);
-        });
+        parallel_rows(pairs, gated.columns, [&](int64_t p) { rows->copy(place[p], x, p / route.top_k); });
         Group group{{}, rows, weight, act, arena.take<float>(pairs * down.rows)};
         for (long e = 0; e < count; e++)
             if (first[e + 1] > first[e])

@@ -282,7 +282,7 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, [[maybe_
     bf16* paired = nullptr;  // the queries as attend_narrow takes them
     if (narrow && narrow_fits(cache)) {
         paired = arena.take<bf16>(queries * W * LANES);
-        parallel_for(queries, [&](int64_t i) {
+        parallel_rows(queries, 4 * W * LANES, [&](int64_t i) {
             const long head = i % groups * LANES;
             pair_heads(q + i / groups * H * W, head, std::min<long>(LANES, H - head), W, paired + i * W * LANES);
         });
@@ -300,7 +300,7 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, [[maybe_
         transpose_heads(q + n * H * W, head, heads, W, transposed);
         attend_chunk(cache, pages, transposed, begin, end, heads, scale, space, partial[task]);
     });
-    parallel_for(queries, [&](int64_t i) {
+    parallel_rows(queries, LANES * V, [&](int64_t i) {
         const long n = i / groups, head = i % groups * LANES, heads = std::min<long>(LANES, H - head);
         Partial& state = partial[first_task[i]];
         for (long task = first_task[i] + 1; task < first_task[i + 1]; task++) merge(state, partial[task], heads, V);

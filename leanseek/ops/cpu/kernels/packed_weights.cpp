@@ -23,14 +23,14 @@ PreparedRows prepared(Arena& arena, const Matrix& w, int64_t x_type, const void*
     PreparedRows rows(arena, M, w, x_type == BF16);
     with_type(x_type, [&](auto* type) {
         const auto* from = static_cast<const ELEMENT(type)*>(x);
-        parallel_for(M, [&](int64_t m) { rows.set(m, from + m * w.columns, 0, w.columns); });
+        parallel_rows(M, w.columns, [&](int64_t m) { rows.set(m, from + m * w.columns, 0, w.columns); });
     });
     return rows;
 }
 
 // A token's experts add in the order of its choices.
 void combine(const Routing& route, const long* place, const float* parts, long D, float* out) {
-    parallel_for(route.tokens, [&](int64_t n) {
+    parallel_rows(route.tokens, route.top_k * D, [&](int64_t n) {
         lanes_of(D, [&](int64_t d, int lanes) {
             vec sum = zero();
             for (long k = 0; k < route.top_k; k++) sum = sum + load(parts + place[n * route.top_k + k] * D + d, lanes);

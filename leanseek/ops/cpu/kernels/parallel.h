@@ -49,3 +49,13 @@ template <class Body>
 static void parallel_ranges(int64_t n, int64_t grain, const Body& body) {
     parallel_for((n + grain - 1) / grain, [&](int64_t i) { body(i * grain, std::min(n, (i + 1) * grain)); });
 }
+
+// As parallel_for over rows that are `values` simple steps of work each: so little that threads are only worth waking for
+// many of them.
+template <class Body>
+static void parallel_rows(int64_t n, int64_t values, const Body& body) {
+    constexpr int64_t WORTH = 16384;
+    parallel_ranges(n, std::max<int64_t>(1, WORTH / values), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) body(i);
+    });
+}

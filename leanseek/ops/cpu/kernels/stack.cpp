@@ -64,7 +64,7 @@ void rotate(const float* x, long n, const float* cos, const float* sin, bool int
 
 PreparedRows prepared(Arena& arena, const Matrix& w, bool narrow, const float* x, long M) {
     PreparedRows rows(arena, M, w, narrow);
-    parallel_for(M, [&](int64_t m) { rows.set(m, x + m * w.columns, 0, w.columns); });
+    parallel_rows(M, w.columns, [&](int64_t m) { rows.set(m, x + m * w.columns, 0, w.columns); });
     return rows;
 }
 
@@ -94,7 +94,7 @@ void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, 
     const long N = step.batch.tokens, D = p.kv_a.columns, H = p.heads, C = p.w_uv.columns, W = C + p.rope;
     const long head = p.nope + p.rope, half = p.rope / 2;
     const bool compressed = p.q_a.data != nullptr;
-    parallel_for(N, [&](int64_t n) { rms_norm(h + n * D, D, p.input_norm, normed + n * D); });
+    parallel_rows(N, D, [&](int64_t n) { rms_norm(h + n * D, D, p.input_norm, normed + n * D); });
     float* query = arena.take<float>(N * H * head);
     float* latent = arena.take<float>(N * W);
     const Matrix& down = compressed ? p.q_a : p.q_b;
@@ -103,11 +103,11 @@ void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, 
     float* small = compressed ? arena.take<float>(N * p.q_a.rows) : query;
     multiply({{down, for_q.rows(), N, small, down.rows}, {p.kv_a, for_kv.rows(), N, latent, W}});
     if (compressed) {
-        parallel_for(N, [&](int64_t n) { rms_norm(small + n * p.q_a.rows, p.q_a.rows, p.q_norm, small + n * p.q_a.rows); });
+        parallel_rows(N, p.q_a.rows, [&](int64_t n) { rms_norm(small + n * p.q_a.rows, p.q_a.rows, p.q_norm, small + n * p.q_a.rows); });
         linear(p.q_b, prepared(arena, p.q_b, narrow, small, N).rows(), N, query);
     }
     float* q = arena.take<float>(N * H * W);
-    parallel_for(N, [&](int64_t n) {
+    parallel_rows(N, 4 * H * p.rope + W, [&](int64_t n) {
         const float *cos = step.cos + n * half, *sin = step.sin + n * half;
         for (long i = n * H; i < (n + 1) * H; i++)
             rotate(query + i * head + p.nope, p.rope, cos, sin, p.interleave, q + i * W + C);
@@ -125,7 +125,7 @@ void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, 
     float* heads = arena.take<float>(N * H * p.v);
     heads_linear(arena, p.w_uv, H, narrow, read, H * C, C, N, heads, p.v);
     linear(p.o, prepared(arena, p.o, narrow, heads, N).rows(), N, normed);
-    parallel_for(N, [&](int64_t n) {
+    parallel_rows(N, D, [&](int64_t n) {
         lanes_of(D, [&](int64_t d, int lanes) { store(h + n * D + d, load(h + n * D + d, lanes) + load(normed + n * D + d, lanes), lanes); });
     });
 }
@@ -184,7 +184,7 @@ void choose(const BlockPlan& p, float* logits, int64_t* indices, float* weights)
 // h += the block's feed-forward of its norm; `normed` [N][D] is space.
 void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, float* normed, float* h) {
     const long D = p.kv_a.columns;
-    parallel_for(N, [&](int64_t n) { rms_norm(h + n * D, D, p.post_norm, normed + n * D); });
+    parallel_rows(N, D, [&](int64_t n) { rms_norm(h + n * D, D, p.post_norm, normed + n * D); });
     std::vector<Group> groups;
     long* place = nullptr;
     const bool always = p.mlp_gated.data != nullptr;
@@ -195,7 +195,7 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
         linear(p.gate, prepared(arena, p.gate, false, normed, N).rows(), N, logits);  // in FP32
         auto* indices = arena.take<int64_t>(N * p.top_k);
         auto* weights = arena.take<float>(N * p.top_k);
-        parallel_for(N, [&](int64_t n) { choose(p, logits + n * p.experts, indices + n * p.top_k, weights + n * p.top_k); });
+        parallel_rows(N, 16 * p.experts, [&](int64_t n) { choose(p, logits + n * p.experts, indices + n * p.top_k, weights + n * p.top_k); });
         groups.push_back(experts.group(arena, rows, narrow, {indices, weights, N, p.top_k}, place));
     }
     const bool apart = always && p.gate.data && narrows(p.mlp_gated.kind) != narrows(p.gated.kind);
@@ -203,7 +203,7 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
     PreparedRows act(arena, N, always ? p.mlp_down : p.down, narrow);
     if (always) groups.push_back({{{p.mlp_gated, p.mlp_down, 0, N}}, &for_mlp, nullptr, &act, arena.take<float>(N * D)});
     feed_forward(groups);
-    parallel_for(N, [&](int64_t n) {  // a token's experts add in the order of its choices
+    parallel_rows(N, (p.top_k + 1) * D, [&](int64_t n) {  // a token's experts add in the order of its choices
         lanes_of(D, [&](int64_t d, int lanes) {
             vec sum = zero();
             if (place)
