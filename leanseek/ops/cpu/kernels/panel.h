@@ -324,6 +324,7 @@ struct Product {
     long ldy;
 };
 
+constexpr int64_t ALONE = 1 << 16;  // bytes that one thread has read before another is awake
 constexpr long CHUNK_ROWS = 256, FEW_ROWS = 32;  // rows of x that a task takes; fewer where a weight has few panels
 
 // Several products in one parallel region: emit(product, panel, first, m, out) for each panel and each chunk of m rows from
@@ -335,18 +336,22 @@ void for_panels(const std::vector<Product>& products, const Emit& emit) {
         long panel, first, m;
     };
     std::vector<Task> tasks;
+    int64_t work = 0;  // bytes read, more where many rows meet them
     for (const Product& p : products) {
         const long panels = panels_of(p.w), chunk = panels < 8 ? FEW_ROWS : CHUNK_ROWS;
+        work += panels * panel_bytes(p.w) * (p.count + 3) / 4;
         for (long panel = 0; panel < panels; panel++)
             for (long first = 0; first < p.count; first += chunk)
                 tasks.push_back({&p, panel, first, std::min(chunk, p.count - first)});
     }
-    parallel_for(int64_t(tasks.size()), [&](int64_t i) {
+    const auto run = [&](int64_t i) {
         const auto [product, panel, first, m] = tasks[i];
         float* out = scratch(6, m * PANEL_ROWS);
         multiply_panel(product->w, panel, product->x.from(first), m, out);
         emit(*product, panel, first, m, out);
-    });
+    };
+    if (work < ALONE) for (size_t i = 0; i < tasks.size(); i++) run(i);
+    else parallel_for(int64_t(tasks.size()), run);
 }
 
 inline void multiply(const std::vector<Product>& products) {
