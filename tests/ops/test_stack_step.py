@@ -78,6 +78,35 @@ def test_as_op_by_op(name: str, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", cpu.usable_variants())
 @torch.no_grad()
+def test_an_mtp_module_as_op_by_op(variant: str) -> None:
+    """Embedding and hidden state joined (eq. 21), with norms that differ; its latents go behind the main network's."""
+    model = model_of({"num_nextn_predict_layers": 1})
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
+    layers, n = model.config.num_hidden_layers, 10
+    index = ops.CacheIndex(
+        torch.arange(n), torch.arange(n), torch.tensor([0, n]), torch.tensor([n]), torch.arange(4)[None], 4
+    )
+    tokens = torch.arange(3, 3 + n)
+
+    def run() -> list[torch.Tensor]:
+        cache = torch.zeros(layers + 1, 16, model.config.cache_width)
+        hidden = model.step(tokens, cache, index)
+        ahead = model.step_ahead(1, hidden, tokens + 1, cache, index)
+        return [hidden, ahead, model.logits(ahead), cache]
+
+    with cpu.use_variant(variant), ops.row_invariant():
+        expected = run()
+        model.freeze()
+        got = run()
+    assert float(expected[3][layers].abs().max()) > 0
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", cpu.usable_variants())
+@torch.no_grad()
 def test_nearer_to_float32_than_bf16_op_by_op(variant: str) -> None:
     """In BF16 the planned step rounds less often. Every expert is chosen, so that no rounding changes the choice."""
     changes = NETWORKS["wide"] | {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
