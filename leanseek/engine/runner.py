@@ -101,7 +101,7 @@ class Runner:
                     logits = self.model.logits(hidden if place is None else hidden[place])
                 sampled = self._sample(logits, rows)
                 tokens = sampled.tolist()  # here the host waits
-                accepted = [_confirmed(s.drafts, tokens[at:]) for s, at in zip(rows.sequences, rows.first, strict=True)]
+                accepted = [_confirmed(s.drafts, tokens, at) for s, at in zip(rows.sequences, rows.first, strict=True)]
                 self._collect(rows, logits, sampled, tokens, accepted, result)
             if any(work.sequence.depth for work in works):
                 with clock("draft"):
@@ -242,9 +242,9 @@ class Runner:
                 scores += sampler.logprobs_of(logits, batch.following[part], wanted)
 
 
-def _confirmed(drafts: list[int], tokens: list[int]) -> int:
-    """How many drafts are what the model itself chose, up to the first that is not."""
-    return next((i for i, draft in enumerate(drafts) if draft != tokens[i]), len(drafts))
+def _confirmed(drafts: list[int], tokens: list[int], first: int) -> int:
+    """How many drafts are what the model itself chose, tokens from `first` on, up to the one that is not."""
+    return next((i for i, draft in enumerate(drafts) if draft != tokens[first + i]), len(drafts))
 
 
 class _Clock:

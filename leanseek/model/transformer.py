@@ -38,8 +38,8 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype) for k in range(config.num_nextn_predict_layers))
         self.rotary = Rotary(config, device)
         self._packed_head: ops.Packed | None = None
-        self._stack: ops.StackWeights | None = None  # the main network, planned by `freeze`
-        self._mtp_stacks: list[ops.StackWeights | None] = [None] * len(self.mtp)
+        # planned by `freeze`: the main network, then each MTP module by its depth
+        self._stacks: list[ops.StackWeights | None] = [None] * (1 + len(self.mtp))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> Transformer:
@@ -137,16 +137,16 @@ class Transformer(nn.Module):
     def freeze(self, release: bool = False) -> None:
         """For serving: from now on a step multiplies packed copies of the weights, all of it as one planned call.
 
-        The weights must not change any more. With `release` the originals' memory is theirs, and
-        only `step`, `step_ahead` and `head` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
+        The weights must not change any more. With `release` the originals' memory is theirs, and only `step`,
+        `step_ahead`, `head` and `logits` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
         """
         if self._packed_head is not None:
             return
         blocks = [cast(Block, block).freeze(release) for block in self.layers]
-        self._stack = self._planned(blocks, self.norm)
-        for k, module in enumerate(self.mtp):
+        self._stacks[0] = self._planned(blocks, self.norm)
+        for depth, module in enumerate(self.mtp, start=1):
             if (frozen := cast(MTPModule, module).freeze(release)) is not None:
-                self._mtp_stacks[k] = self._planned([frozen[1]], cast(RMSNorm, module.norm), frozen[0])
+                self._stacks[depth] = self._planned([frozen[1]], cast(RMSNorm, module.norm), frozen[0])
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if ops.can_pack(head.weight):
             own = release and self.lm_head is not None
@@ -165,16 +165,22 @@ class Transformer(nn.Module):
             self.embed_tokens.weight.data, rotary.inv_freq, rotary.scale, join, packed, norm.stored()
         )
 
+    def _run_planned(
+        self, depth: int, tokens: Tensor, hidden: Tensor | None, cache: Tensor, index: ops.CacheIndex
+    ) -> Tensor | None:
+        """As ops.stack_step; None also where `freeze` has planned nothing."""
+        stack = self._stacks[depth]
+        return None if stack is None else ops.stack_step(stack, tokens, hidden, cache, index)
+
     def step(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """New tokens of several sequences at once: tokens [N] -> hidden [N, D] after the final norm.
 
         cache [num_hidden_layers (+ D), slots, cache_width] is read and written in place; MTP modules use the layers
         after the main model's.
         """
-        if self._stack is not None:
-            planned = ops.stack_step(self._stack, tokens, None, cache, index)
-            if planned is not None:
-                return planned
+        planned = self._run_planned(0, tokens, None, cache, index)
+        if planned is not None:
+            return planned
         x = self.embed(tokens)
         cos, sin = self.rotary(index.positions)
         for block, layer_cache in zip(self.layers, cache, strict=False):
@@ -184,11 +190,9 @@ class Transformer(nn.Module):
     def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """MTP module `depth` (from 1) in serving: hidden [N, D] of depth - 1, the tokens [N] after them -> [N, D]."""
         layer = self.config.num_hidden_layers + depth - 1
-        stack = self._mtp_stacks[depth - 1]
-        if stack is not None:
-            planned = ops.stack_step(stack, tokens, hidden, cache[layer:], index)
-            if planned is not None:
-                return planned
+        planned = self._run_planned(depth, tokens, hidden, cache[layer:], index)
+        if planned is not None:
+            return planned
         cos, sin = self.rotary(index.positions)
         layer_cache = cache[layer]
         module = cast(MTPModule, self.mtp[depth - 1])

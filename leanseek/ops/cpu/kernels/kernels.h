@@ -15,11 +15,9 @@ enum Dtype : int64_t { FP32 = 0, BF16 = 1 };
 
 // Calls body with a null pointer of the element type: with_type(dtype, [&](auto* t) { using T = ...; }).
 template <class Body>
-static void with_type(int64_t dtype, const Body& body) {
-    if (dtype == BF16)
-        body(static_cast<bf16*>(nullptr));
-    else
-        body(static_cast<float*>(nullptr));
+static auto with_type(int64_t dtype, const Body& body) {
+    if (dtype == BF16) return body(static_cast<bf16*>(nullptr));
+    return body(static_cast<float*>(nullptr));
 }
 
 template <class Body>

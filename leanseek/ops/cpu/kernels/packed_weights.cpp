@@ -20,12 +20,7 @@ void pack_panel(const int64_t* rows, int64_t offset, int64_t k_stride, int64_t k
 
 // x [M][K] of either type.
 PreparedRows prepared(Arena& arena, const Matrix& w, int64_t x_type, const void* x, long M) {
-    PreparedRows rows(arena, M, w, x_type == BF16);
-    with_type(x_type, [&](auto* type) {
-        const auto* from = static_cast<const ELEMENT(type)*>(x);
-        parallel_rows(M, w.columns, [&](int64_t m) { rows.set(m, from + m * w.columns, 0, w.columns); });
-    });
-    return rows;
+    return with_type(x_type, [&](auto* type) { return prepared(arena, w, x_type == BF16, static_cast<const ELEMENT(type)*>(x), M); });
 }
 
 // A token's experts add in the order of its choices.

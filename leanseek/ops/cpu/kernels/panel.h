@@ -315,6 +315,14 @@ class PreparedRows {
     char* data_;
 };
 
+// The M rows of x as w meets them.
+template <class T>
+PreparedRows prepared(Arena& arena, const Matrix& w, bool x_is_bf16, const T* x, long M) {
+    PreparedRows rows(arena, M, w, x_is_bf16);
+    parallel_rows(M, w.columns, [&](int64_t m) { rows.set(m, x + m * w.columns, 0, w.columns); });
+    return rows;
+}
+
 // y[m][n] = Σ_k x[m][k] w[n][k] for `count` rows of x; row m of y is at y + m * ldy.
 struct Product {
     Matrix w;

@@ -62,21 +62,13 @@ void rotate(const float* x, long n, const float* cos, const float* sin, bool int
     }
 }
 
-PreparedRows prepared(Arena& arena, const Matrix& w, bool narrow, const float* x, long M) {
-    PreparedRows rows(arena, M, w, narrow);
-    parallel_rows(M, w.columns, [&](int64_t m) { rows.set(m, x + m * w.columns, 0, w.columns); });
-    return rows;
-}
-
 // ---- attention ----
 
 // out[n][h][..] = W of head h times x[n][h][..], whose rows are ldx values apart, head h's at ldh * h.
 void heads_linear(Arena& arena, const Matrix& w, long H, bool narrow, const float* x, long ldx, long ldh, long N, float* out,
                   long ldo) {
     PreparedRows rows(arena, H * N, w, narrow);  // a head's rows together
-    parallel_ranges(N * H, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) rows.set(i % H * N + i / H, x + i / H * ldx + i % H * ldh, 0, w.columns);
-    });
+    parallel_rows(N * H, w.columns, [&](int64_t i) { rows.set(i % H * N + i / H, x + i / H * ldx + i % H * ldh, 0, w.columns); });
     std::vector<Product> products;
     for (long h = 0; h < H; h++) products.push_back({expert_of(w, h), rows.rows(h * N), N, out + h * ldo, H * ldo});
     multiply(products);
@@ -213,17 +205,16 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
         });
     });
 }
-}  // namespace
 
-namespace {
+// ---- before the first block ----
 
 // cos and sin of each position's angles [N][half].
 void angles(const StackPlan& p, const int64_t* positions, long N, long half, float* cos, float* sin) {
-    parallel_ranges(N, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * half; i < end * half; i++) {
-            const float angle = float(positions[i / half]) * p.inv_freq[i % half];
-            cos[i] = std::cos(angle) * float(p.rotary_scale);
-            sin[i] = std::sin(angle) * float(p.rotary_scale);
+    parallel_rows(N, 16 * half, [&](int64_t n) {
+        for (long i = 0; i < half; i++) {
+            const float angle = float(positions[n]) * p.inv_freq[i];
+            cos[n * half + i] = std::cos(angle) * float(p.rotary_scale);
+            sin[n * half + i] = std::sin(angle) * float(p.rotary_scale);
         }
     });
 }
@@ -235,17 +226,15 @@ void begin(Arena& arena, const StackPlan& p, long N, long D, const int64_t* toke
     float* rows = joined ? arena.take<float>(N * width) : h;
     with_type(p.type, [&](auto* type) {
         using T = ELEMENT(type);
-        parallel_ranges(N, 16, [&](int64_t first, int64_t last) {
-            for (int64_t n = first; n < last; n++) {
-                const T* from = static_cast<const T*>(p.embedding) + tokens[n] * D;
-                float *to = rows + n * width, *second = to + D;
-                lanes_of(D, [&](int64_t d, int lanes) { store(to + d, load(from + d, lanes), lanes); });
-                if (!joined) continue;
-                rms_norm(to, D, p.enorm, to);
-                const T* state = static_cast<const T*>(hidden) + n * D;
-                lanes_of(D, [&](int64_t d, int lanes) { store(second + d, load(state + d, lanes), lanes); });
-                rms_norm(second, D, p.hnorm, second);
-            }
+        parallel_rows(N, width, [&](int64_t n) {
+            const T* from = static_cast<const T*>(p.embedding) + tokens[n] * D;
+            float *to = rows + n * width, *second = to + D;
+            lanes_of(D, [&](int64_t d, int lanes) { store(to + d, load(from + d, lanes), lanes); });
+            if (!joined) return;
+            rms_norm(to, D, p.enorm, to);
+            const T* state = static_cast<const T*>(hidden) + n * D;
+            lanes_of(D, [&](int64_t d, int lanes) { store(second + d, load(state + d, lanes), lanes); });
+            rms_norm(second, D, p.hnorm, second);
         });
     });
     if (joined) linear(p.join, prepared(arena, p.join, p.type == BF16, rows, N).rows(), N, h);
@@ -276,11 +265,9 @@ KERNEL stack_step(const StackPlan* plan, const int64_t* tokens, const void* hidd
     }
     with_type(p.type, [&](auto* type) {
         using T = ELEMENT(type);
-        parallel_ranges(N, 16, [&](int64_t first, int64_t last) {
-            for (int64_t n = first; n < last; n++) {
-                rms_norm(h + n * D, D, p.norm, normed + n * D);
-                lanes_of(D, [&](int64_t d, int lanes) { store(static_cast<T*>(out) + n * D + d, load(normed + n * D + d, lanes), lanes); });
-            }
+        parallel_rows(N, D, [&](int64_t n) {
+            rms_norm(h + n * D, D, p.norm, normed + n * D);
+            lanes_of(D, [&](int64_t d, int lanes) { store(static_cast<T*>(out) + n * D + d, load(normed + n * D + d, lanes), lanes); });
         });
     });
 }
