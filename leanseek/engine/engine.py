@@ -14,8 +14,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from typing import Any
 
-import torch
-
 from leanseek.engine.guidance import Grammars
 from leanseek.engine.outputs import Delta, EngineStats, FinishReason, TokenLogprob
 from leanseek.engine.pages import PagePool
@@ -194,7 +192,6 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run one step; what it added, choice by choice."""
-        torch.get_num_threads()  # on a new thread this sets OpenMP's number, which the native kernels go by
         start = time.perf_counter()
         deltas, self._told = self._told, []
         works = self._scheduler.schedule(self._budget(), self._step_tokens)

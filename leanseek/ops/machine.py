@@ -38,7 +38,7 @@ def use_threads(count: int | None) -> None:
     """Run torch and the native kernels, which share its pool, on `count` CPU threads.
 
     None: as many as torch picks, and at most one a physical core, unless OMP_NUM_THREADS says how many. OpenMP keeps
-    the number for each thread apart; a thread that begins later has it from its first `torch.get_num_threads()` on.
+    the number for each thread apart; a thread that begins later has it from its first native kernel on.
 
     Raises:
         InputError: fewer than one, or more than four for each of the machine's CPUs.

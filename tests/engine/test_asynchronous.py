@@ -260,8 +260,9 @@ def test_the_engine_s_thread_runs_on_as_many_threads_as_were_set(
     run = Runner.run
 
     def spy(*arguments: Any) -> Any:
+        result = run(*arguments)
         found.append(ctypes.CDLL(None).omp_get_max_threads())
-        return run(*arguments)
+        return result
 
     monkeypatch.setattr(Runner, "run", spy)
 

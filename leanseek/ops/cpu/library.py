@@ -60,6 +60,7 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
         return function
 
     def call(*arguments: object) -> None:
+        torch.get_num_threads()  # on a new thread this sets OpenMP's number, which the kernels go by
         bound(_FORCED[-1] if _FORCED else _usable()[0])(*arguments)
 
     return call
