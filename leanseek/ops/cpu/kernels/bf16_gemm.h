@@ -26,7 +26,6 @@ inline Cell* cell_scratch(int slot, int64_t n) {
 
 #if defined(__AVX512BF16__)
 
-inline __m512i narrow_two(vec low, vec high) { return __m512i(_mm512_cvtne2ps_pbh(high, low)); }
 inline __m512i pairs_of(vec a, vec b) {  // a0 b0 a1 b1 ...
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
                                            20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

@@ -15,6 +15,7 @@
 namespace {
 
 constexpr long CHUNK = 256;  // keys that share a softmax maximum before chunks are merged
+constexpr long BLOCK_UNITS = 8, MANY_UNITS = 64;  // see attend
 constexpr long KEYS = 64;    // keys held in FP32 at a time (64 x 576 floats: in L2)
 
 // One row of the cache, in FP32.
@@ -121,12 +122,16 @@ constexpr long NARROW_KEYS = 128;  // keys scored at a time
 constexpr int SCORE_TILE = 8;      // keys whose scores are in registers
 
 // score[key][lane] = q[lane] . key for `tile` keys; q [pairs of columns][LANES][2]. A key's pair meets all heads at once.
+// Meanwhile the keys that are next come into the cache: rows are too short for the CPU to see the streams by itself.
 template <int TILE>
-void score_narrow(const bf16* const* keys, const bf16* q, long pairs, float* score) {
+void score_narrow(const bf16* const* keys, const bf16* const* next, const bf16* q, long pairs, float* score) {
     vec sum[TILE];
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; i++) sum[i] = zero();
     for (long p = 0; p < pairs; p++) {
+        if (p % 16 == 0)
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE; i++) __builtin_prefetch(next[i] + 2 * p);
         const pairs_of_bf16 query = pairs_of_bf16(_mm512_loadu_si512(q + p * 2 * LANES));
 #pragma GCC unroll 8
         for (int i = 0; i < TILE; i++) sum[i] = _mm512_dpbf16_ps(sum[i], query, broadcast_pair(keys[i] + 2 * p));
@@ -201,9 +206,9 @@ void add_pairs(const bf16* weights, const bf16* paired, long pairs, long V, cons
         for (int c = 0; c < VALUE_VECS; c++) store(values + h * V + c * LANES, sum[h][c]);
 }
 
-// As attend_chunk, from q in BF16 [pairs of columns][LANES][2]. The cache is read where it lies.
-void attend_narrow(const LatentCache& cache, const int64_t* pages, const bf16* q, long first, long last, long heads, float scale,
-                   Partial& out) {
+// As attend_chunk, from q in BF16 [pairs of columns][LANES][2]. The cache is read where it lies; the context ends at `end`.
+void attend_narrow(const LatentCache& cache, const int64_t* pages, const bf16* q, long first, long last, long end, long heads,
+                   float scale, Partial& out) {
     const long V = cache.value_width;
     float* score = scratch(4, NARROW_KEYS * (2 * LANES + VALUE_COLUMNS));  // [NARROW_KEYS][LANES]
     bf16* weights = reinterpret_cast<bf16*>(score + NARROW_KEYS * LANES);
@@ -212,13 +217,14 @@ void attend_narrow(const LatentCache& cache, const int64_t* pages, const bf16* q
     std::fill_n(out.values, heads * V, 0.0f);
     for (long start = first; start < last; start += NARROW_KEYS) {
         const long n = std::min(NARROW_KEYS, last - start);
-        const bf16* keys[NARROW_KEYS];
-        for (long i = 0; i < n; i++) {
-            const long row = pages[(start + i) / cache.page_size] * cache.page_size + (start + i) % cache.page_size;
+        const bf16* keys[NARROW_KEYS + SCORE_TILE];
+        for (long i = 0; i < n + SCORE_TILE; i++) {
+            const long key = std::min(start + i, end - 1);
+            const long row = pages[key / cache.page_size] * cache.page_size + key % cache.page_size;
             keys[i] = static_cast<const bf16*>(cache.data) + row * cache.width;
         }
         row_tiles<SCORE_TILE>(n, [&](auto tile, long i) {
-            score_narrow<tile.value>(keys + i, q, cache.width / 2, score + i * LANES);
+            score_narrow<tile.value>(keys + i, keys + i + tile.value, q, cache.width / 2, score + i * LANES);
         });
         float shrink[LANES];
         store(shrink, soften(score, n, scale, maximum, sum, weights));
@@ -239,9 +245,16 @@ inline bool narrow_fits(const LatentCache& cache) {
 
 // Heads [first, first + heads) of one query, [H][W] at q, to [W / 2][LANES][2] with zeros past the last head.
 void pair_heads(const float* q, long first, long heads, long W, bf16* out) {
-    std::fill_n(out, W * LANES, bf16{0});
-    for (long h = 0; h < heads; h++)
-        for (long w = 0; w < W; w++) put(out + w / 2 * 2 * LANES + 2 * h + w % 2, q[(first + h) * W + w]);
+    for (long w = 0; w < W; w += 2 * LANES) {
+        const int low = int(std::min<long>(LANES, W - w)), high = int(std::min<long>(LANES, W - w - low));
+        vec rows[LANES];  // a head's columns from w on, in pairs
+        for (long h = 0; h < LANES; h++) {
+            const float* from = q + (first + h) * W + w;
+            rows[h] = h < heads ? vec(narrow_two(load(from, low), high ? load(from + LANES, high) : zero())) : zero();
+        }
+        transpose(rows);
+        for (long p = 0; p < (low + high) / 2; p++) _mm512_storeu_ps(out + (w / 2 + p) * 2 * LANES, rows[p]);
+    }
 }
 #endif
 
@@ -265,51 +278,84 @@ void transpose_heads(const float* q, long first, long heads, long W, float* out)
 }  // namespace
 
 // out[N][H][V] = softmax(q[N][H][W] . rows * scale) rows[:, :V], each query over its own past.
+//
+// A unit is LANES heads of one query. Few units are cut into chunks, a task each, so that one long context has all threads;
+// of many, a task takes a block of units through the context, and a chunk of keys that is in the cache serves them all.
 void attend(Arena& arena, const LatentCache& cache, const Batch& batch, [[maybe_unused]] bool narrow, const float* q, long H,
             float scale, float* out) {
-    const long W = cache.width, V = cache.value_width, groups = (H + LANES - 1) / LANES, queries = batch.tokens * groups;
-    std::vector<long> sequence(batch.tokens);
+    const long W = cache.width, V = cache.value_width, groups = (H + LANES - 1) / LANES, units = batch.tokens * groups;
+    struct Unit {
+        long n, head, heads, context;
+        const int64_t* pages;
+    };
+    std::vector<Unit> unit;
+    Partial* state = arena.take<Partial>(units);  // of the context's beginning; its values are in `out`
     for (long s = 0; s < batch.sequences; s++)
-        std::fill(sequence.begin() + batch.row_offsets[s], sequence.begin() + batch.row_offsets[s + 1], s);
-    std::vector<long> first_task(queries + 1, 0);  // a task is one chunk of one (query, head group)
-    for (long i = 0; i < queries; i++) first_task[i + 1] = first_task[i] + batch.positions[i / groups] / CHUNK + 1;
-    std::vector<long> owner(first_task.back());
-    for (long i = 0; i < queries; i++) std::fill(owner.begin() + first_task[i], owner.begin() + first_task[i + 1], i);
-    Partial* partial = arena.take<Partial>(first_task.back());
-    for (long task = 0; task < first_task.back(); task++)
-        partial[task].values = arena.take<float>(std::min<long>(LANES, H) * V);
+        for (long n = batch.row_offsets[s]; n < batch.row_offsets[s + 1]; n++)
+            for (long head = 0; head < H; head += LANES) {
+                state[unit.size()].values = out + (n * H + head) * V;
+                unit.push_back({n, head, std::min<long>(LANES, H - head), batch.positions[n] + 1, batch.pages + s * batch.pages_per_sequence});
+            }
+    const auto chunks = [&](long i) { return (unit[i].context + CHUNK - 1) / CHUNK; };
 #if defined(__AVX512BF16__)
     bf16* paired = nullptr;  // the queries as attend_narrow takes them
     if (narrow && narrow_fits(cache)) {
-        paired = arena.take<bf16>(queries * W * LANES);
-        parallel_rows(queries, 4 * W * LANES, [&](int64_t i) {
-            const long head = i % groups * LANES;
-            pair_heads(q + i / groups * H * W, head, std::min<long>(LANES, H - head), W, paired + i * W * LANES);
+        paired = arena.take<bf16>(units * W * LANES);
+        parallel_rows(units, 4 * W * LANES, [&](int64_t i) {
+            pair_heads(q + unit[i].n * H * W, unit[i].head, unit[i].heads, W, paired + i * W * LANES);
         });
     }
 #endif
-    parallel_for(first_task.back(), [&](int64_t task) {
-        const long i = owner[task], n = i / groups, head = i % groups * LANES, heads = std::min<long>(LANES, H - head);
-        const long begin = (task - first_task[i]) * CHUNK, end = std::min(begin + CHUNK, batch.positions[n] + 1);
-        const int64_t* pages = batch.pages + sequence[n] * batch.pages_per_sequence;
+    const auto attend_to = [&](long i, long chunk, Partial& to) {
+        const auto& [n, head, heads, context, pages] = unit[i];
+        const long begin = chunk * CHUNK, end = std::min(begin + CHUNK, context);
 #if defined(__AVX512BF16__)
-        if (paired) return attend_narrow(cache, pages, paired + i * W * LANES, begin, end, heads, scale, partial[task]);
+        if (paired) return attend_narrow(cache, pages, paired + i * W * LANES, begin, end, context, heads, scale, to);
 #endif
         float* space = scratch(4, KEYS * (W + LANES) + W * LANES);
         float* transposed = space + KEYS * (W + LANES);
         transpose_heads(q + n * H * W, head, heads, W, transposed);
-        attend_chunk(cache, pages, transposed, begin, end, heads, scale, space, partial[task]);
-    });
-    parallel_rows(queries, LANES * V, [&](int64_t i) {
-        const long n = i / groups, head = i % groups * LANES, heads = std::min<long>(LANES, H - head);
-        Partial& state = partial[first_task[i]];
-        for (long task = first_task[i] + 1; task < first_task[i + 1]; task++) merge(state, partial[task], heads, V);
-        for (long h = 0; h < heads; h++) {
-            const vec inverse = set1(1.0f / state.sum[h]);
-            lanes_of(V, [&](int64_t v, int lanes) {
-                store(out + (n * H + head + h) * V + v, load(state.values + h * V + v, lanes) * inverse, lanes);
-            });
+        attend_chunk(cache, pages, transposed, begin, end, heads, scale, space, to);
+    };
+    const auto finish = [&](long i) {
+        for (long h = 0; h < unit[i].heads; h++) {
+            const vec inverse = set1(1.0f / state[i].sum[h]);
+            float* values = state[i].values + h * V;
+            lanes_of(V, [&](int64_t v, int lanes) { store(values + v, load(values + v, lanes) * inverse, lanes); });
         }
+    };
+    if (units >= MANY_UNITS) {
+        parallel_ranges(units, BLOCK_UNITS, [&](int64_t first, int64_t last) {
+            Partial next{{}, {}, scratch(7, LANES * V)};
+            long longest = 0;
+            for (long i = first; i < last; i++) longest = std::max(longest, chunks(i));
+            for (long chunk = 0; chunk < longest; chunk++)
+                for (long i = first; i < last; i++) {
+                    if (chunk >= chunks(i)) continue;
+                    attend_to(i, chunk, chunk ? next : state[i]);
+                    if (chunk) merge(state[i], next, unit[i].heads, V);
+                }
+            for (long i = first; i < last; i++) finish(i);
+        });
+        return;
+    }
+    struct Task {
+        long unit, chunk;
+        Partial* to;
+    };
+    std::vector<Task> tasks;
+    for (long i = 0; i < units; i++)
+        for (long chunk = 0; chunk < chunks(i); chunk++) {
+            Partial* to = chunk ? arena.take<Partial>(1) : state + i;
+            if (chunk) to->values = arena.take<float>(unit[i].heads * V);
+            tasks.push_back({i, chunk, to});
+        }
+    parallel_for(int64_t(tasks.size()), [&](int64_t t) { attend_to(tasks[t].unit, tasks[t].chunk, *tasks[t].to); });
+    parallel_rows(units, LANES * V, [&](int64_t i) {
+        const auto after = [](const Task& task, long other) { return task.unit < other; };
+        auto task = std::lower_bound(tasks.begin(), tasks.end(), i, after) + 1;
+        for (; task != tasks.end() && task->unit == i; task++) merge(state[i], *task->to, unit[i].heads, V);
+        finish(i);
     });
 }
 

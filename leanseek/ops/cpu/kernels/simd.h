@@ -81,6 +81,9 @@ static inline __m256i narrow(vec a) {  // not vcvtneps2bf16, which flushes subno
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
+#if defined(__AVX512BF16__)
+static inline __m512i narrow_two(vec low, vec high) { return __m512i(_mm512_cvtne2ps_pbh(high, low)); }  // these flush
+#endif
 static inline vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 static inline vec load(const bf16* p, int n) {
     touch(p, n);
