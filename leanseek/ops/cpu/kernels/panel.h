@@ -50,7 +50,7 @@ inline void row_tiles(long m, const Body& body) {
     }
 }
 
-constexpr long AHEAD = 2048;  // bytes by which a panel is prefetched
+constexpr long AHEAD = 4096;  // bytes by which a panel is prefetched
 
 // ---- exact: vectors of LANES / 2 rows, two columns each; a half of a panel is PARTS of VECS vectors ----
 
@@ -150,24 +150,21 @@ struct CodeSource {  // the two bytes of each code's BF16 are looked up by its l
             low[i] = _mm512_load_si512(bytes[1] + 64 * i);
         }
     }
-    inline __attribute__((always_inline)) void decode(const char* p, pairs_of_bf16 (&out)[4]) const {
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            const __m512i code = _mm512_loadu_si512(p + 64 * i);
-            __m512i upper = _mm512_permutex2var_epi8(high[0], code, high[1]);
-            upper = _mm512_ternarylogic_epi32(upper, code, _mm512_set1_epi8(char(0x80)), 0xf8);  // upper | (code & sign)
-            const __m512i lower = _mm512_permutex2var_epi8(low[0], code, low[1]);
-            out[2 * i] = pairs_of_bf16(_mm512_unpacklo_epi8(lower, upper));
-            out[2 * i + 1] = pairs_of_bf16(_mm512_unpackhi_epi8(lower, upper));
-        }
+    inline __attribute__((always_inline)) void decode(const char* p, int half, pairs_of_bf16 (&out)[2]) const {
+        const __m512i code = _mm512_loadu_si512(p + 64 * half);
+        __m512i upper = _mm512_permutex2var_epi8(high[0], code, high[1]);
+        upper = _mm512_ternarylogic_epi32(upper, code, _mm512_set1_epi8(char(0x80)), 0xf8);  // upper | (code & sign)
+        const __m512i lower = _mm512_permutex2var_epi8(low[0], code, low[1]);
+        out[0] = pairs_of_bf16(_mm512_unpacklo_epi8(lower, upper));
+        out[1] = pairs_of_bf16(_mm512_unpackhi_epi8(lower, upper));
     }
 };
 
 struct WideSource {  // BF16 as stored, or decoded
     static constexpr long BYTES = 4 * PANEL_ROWS;
-    inline __attribute__((always_inline)) void decode(const char* p, pairs_of_bf16 (&out)[4]) const {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) out[i] = pairs_of_bf16(_mm512_loadu_si512(p + 64 * i));
+    inline __attribute__((always_inline)) void decode(const char* p, int half, pairs_of_bf16 (&out)[2]) const {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) out[i] = pairs_of_bf16(_mm512_loadu_si512(p + 128 * half + 64 * i));
     }
 };
 
@@ -190,13 +187,16 @@ void narrow_tile(const Source& source, const char* w, const bf16* x, long pairs,
     for (long p = 0; p < pairs; p++, w += Source::BYTES) {
 #pragma GCC unroll 4
         for (long i = 0; i < FETCH; i += 64) __builtin_prefetch(ahead + p * FETCH + i);
-        pairs_of_bf16 values[4];
-        source.decode(w, values);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {  // so that few registers hold values beside the sums
+            pairs_of_bf16 values[2];
+            source.decode(w, half, values);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            const pairs_of_bf16 pair = broadcast_pair(x + m * BLOCK + 2 * p);
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], values[v], pair);
+            for (int m = 0; m < M; m++) {
+                const pairs_of_bf16 pair = broadcast_pair(x + m * BLOCK + 2 * p);
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; v++) sum[m][2 * half + v] = _mm512_dpbf16_ps(sum[m][2 * half + v], values[v], pair);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -210,8 +210,8 @@ void narrow_tile(const Source& source, const char* w, const bf16* x, long pairs,
 }
 
 constexpr int NARROW_ROWS = 6;  // 24 sums of 32 registers
-constexpr int DIRECT_ROWS = 4;  // beside the tables of codes
-constexpr long DIRECT_MOST = 8; // rows of x up to which decoding again beats decoding once into L1
+constexpr int DIRECT_ROWS = 6;  // beside the tables of codes
+constexpr long DIRECT_MOST = 32; // rows of x up to which decoding again beats decoding once into L1
 
 template <bool SCALED>
 void narrow_codes(const Matrix& w, const char* panel, const float* scale, const Rows& x, long m, float* out) {
@@ -231,10 +231,14 @@ void narrow_codes(const Matrix& w, const char* panel, const float* scale, const 
             continue;
         }
         for (long p = 0; p < pairs; p++) {
-            pairs_of_bf16 values[4];
-            codes.decode(from + p * CodeSource::BYTES, values);
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) _mm512_store_si512(wide + p * WideSource::BYTES + 64 * v, __m512i(values[v]));
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                pairs_of_bf16 values[2];
+                codes.decode(from + p * CodeSource::BYTES, half, values);
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; v++)
+                    _mm512_store_si512(wide + p * WideSource::BYTES + 128 * half + 64 * v, __m512i(values[v]));
+            }
         }
         row_tiles<NARROW_ROWS>(m, [&](auto tile, long first) {
             float* to = out + first * PANEL_ROWS;
