@@ -112,12 +112,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--shards", type=Path, default=Path("shards/shakespeare"))
+    parser.add_argument("--shards", type=Path, default=Path("shards/english"))
     arguments = parser.parse_args()
     if not arguments.shards.exists():
-        texts = Path("corpora/shakespeare")
+        texts = Path("corpora/english")
         if not texts.exists():
-            fetch("shakespeare", texts)
+            fetch("english", texts)
         prepare([texts], arguments.shards, train_vocab=4096)
     curves: dict[str, list[float]] = {}
     for name, run in configs(arguments.shards, arguments.steps).items():

@@ -278,19 +278,19 @@ class Engine:
     def _end(self, s: Sequence, token: int) -> tuple[FinishReason, int | str | None] | None:
         """Take the token's text; why the sequence ends with it, if it does."""
         params = s.params
-        s.counts[token] += 1
         if s.matcher:
             s.matcher.advance(token)
         if token in self.eos_token_ids and not params.ignore_eos:
             return "stop", None
         if params.stop_token_ids and token in params.stop_token_ids:
             return "stop", token
-        matched = s.text.add(token, s.output_length >= params.min_tokens) if s.text else None
+        length = s.output_length
+        matched = s.text.add(token, length >= params.min_tokens) if s.text else None
         if matched is not None:
             return "stop", matched
         if s.matcher and s.matcher.finished:
             return "stop", None
-        return ("length", None) if s.output_length >= s.max_tokens else None
+        return ("length", None) if length >= s.max_tokens else None
 
     def _stop_ids(self, s: Sequence) -> list[int]:
         """Tokens that end the sequence."""

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal
 
 from leanseek.errors import InputError
@@ -143,9 +144,15 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @cached_property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before a token is chosen (a guide's masks apart)."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(penalties or self.logit_bias or self.min_tokens)
 
 
 def _is_number(value: object) -> bool:

@@ -231,8 +231,7 @@ class Runner:
         """Log-probabilities of prompt tokens, for the requests that ask: of the token after each row of the work."""
         for work, start in zip(batch.works, batch.starts, strict=False):
             s = work.sequence
-            count = min(work.count, s.prompt_length - 1 - s.computed)
-            if count <= 0 or not s.scores_prompt:
+            if not s.scores_prompt or (count := min(work.count, s.prompt_length - 1 - s.computed)) <= 0:
                 continue
             wanted = s.params.prompt_logprobs or 0
             scores = result.prompt_logprobs[s] = []
@@ -244,7 +243,10 @@ class Runner:
 
 def _confirmed(drafts: list[int], tokens: list[int], first: int) -> int:
     """How many drafts are what the model itself chose, tokens from `first` on, up to the one that is not."""
-    return next((i for i, draft in enumerate(drafts) if draft != tokens[first + i]), len(drafts))
+    for i, draft in enumerate(drafts):
+        if draft != tokens[first + i]:
+            return i
+    return len(drafts)
 
 
 class _Clock:

@@ -9,6 +9,7 @@ Compare Daliri et al., "Coupling without communication and drafter-invariant spe
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
@@ -52,10 +53,8 @@ class Rows:
         if sequence.matcher:
             del sequence.drafts[len(masks) - 1 :]
         start, params = len(self), sequence.params
-        plain = not masks and params.repetition_penalty == 1 and not params.presence_penalty
-        plain = plain and not params.frequency_penalty and not params.logit_bias and not params.min_tokens
         rows = range(len(sequence.drafts) + 1)
-        if not plain:
+        if masks or params.adjusts:
             ends = stop_ids(sequence)
             for offset, (seen, ids, values) in enumerate([self._adjustments(sequence, j, ends) for j in rows]):
                 if len(seen):
@@ -77,7 +76,7 @@ class Rows:
         seen = np.unique([*sequence.tokens, *drafts]) if params.repetition_penalty != 1 else np.empty(0, np.int64)
         added: dict[int, float] = dict(params.logit_bias or {})
         if params.presence_penalty or params.frequency_penalty:
-            for token, count in (sequence.counts + type(sequence.counts)(drafts)).items():
+            for token, count in Counter([*sequence.tokens[sequence.prompt_length :], *drafts]).items():
                 penalty = params.presence_penalty + params.frequency_penalty * count
                 added[token] = added.get(token, 0.0) - penalty
         if sequence.output_length + offset < params.min_tokens:

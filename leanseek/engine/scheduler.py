@@ -51,9 +51,11 @@ class Scheduler:
 
     def _decodes(self) -> list[Work]:
         """One token, and its drafts, of every sequence whose other tokens are in the cache."""
-        works = []
+        works, preemptions = [], self.preemptions
         for sequence in list(self.running):
-            if sequence.remaining != 1 or sequence not in self.running:  # preempted by an older one
+            if sequence.remaining != 1:
+                continue
+            if self.preemptions != preemptions and sequence not in self.running:  # an older one took its pages
                 continue
             while not self._grow(sequence, 1 + len(sequence.drafts)):
                 if sequence.drafts:
@@ -91,6 +93,8 @@ class Scheduler:
 
     def _prompts(self, decodes: list[Work], budget: int, most: int) -> list[Work]:
         """Shares of the step for the sequences that have more than one token to compute."""
+        if len(decodes) == len(self.running):
+            return []
         decoding = {work.sequence for work in decodes}
         prompts = [s for s in self.running if s not in decoding]
         short = sum(s.remaining <= TOGETHER * budget for s in prompts)
@@ -118,9 +122,9 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, rows: int) -> bool:
         """Give a sequence the pages for its next `rows` rows; none at all if they are not there."""
-        missing = self._missing(sequence, rows)
-        if not missing:
+        if sequence.computed + rows <= len(sequence.pages) * self.pool.page_size:
             return True
+        missing = self._missing(sequence, rows)
         if missing > self.pool.available:
             return False
         sequence.pages.extend(page for _ in range(missing) if (page := self.pool.take()) is not None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections import Counter
 from dataclasses import dataclass, field
 
 from leanseek.engine.guidance import Matcher
@@ -47,6 +46,7 @@ class Sequence:
     tokens: list[int] = field(init=False)  # prompt and output
     prompt_length: int = field(init=False)
     params: SamplingParams = field(init=False)
+    scores_prompt: bool = field(init=False)  # the prompt's own log-probabilities are asked for: all of it is computed
     computed: int = 0  # tokens whose latents are in the cache
     pages: array[int] = field(default_factory=lambda: array("q"))  # an array, for the step's tensors are made of it
     registered: int = 0  # pages that are findable by their tokens
@@ -58,7 +58,6 @@ class Sequence:
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
-    counts: Counter[int] = field(default_factory=Counter)  # of output tokens, for penalties
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     scheduled: float = 0.0
@@ -68,6 +67,7 @@ class Sequence:
         self.params = self.request.params
         self.tokens = list(self.request.prompt_token_ids)
         self.prompt_length = len(self.tokens)
+        self.scores_prompt = self.params.prompt_logprobs is not None and self.index == 0
 
     @property
     def remaining(self) -> int:
@@ -81,11 +81,6 @@ class Sequence:
     @property
     def prefilled(self) -> bool:
         return self.computed >= self.prompt_length
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether the prompt's own log-probabilities are asked for: then all of it is computed."""
-        return self.params.prompt_logprobs is not None and self.index == 0
 
     def key(self, position: int) -> int:
         """The random number behind the token at a position: 64 bits of the request's seed and nothing else."""

@@ -100,9 +100,8 @@ class TextStream:
         """Take a token; the stop string it completes, if any, ends the text."""
         if self._skip_special and self._tokenizer.is_special(token):
             return None
-        fresh = self._decoder.decode(self._tokenizer.token_bytes(token))
         searched = len(self._held)
-        self._held += fresh
+        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
         if not self._stop or not match_stop:
             return None
         found = []
@@ -122,7 +121,10 @@ class TextStream:
         """The text that can be given out now; all of it when `final`."""
         if final:
             self._held += self._decoder.decode(b"", final=True)
-        keep = self._possible_stop() if self._stop and not final else 0
+        if not self._stop:
+            text, self._held = self._held, ""
+            return text
+        keep = 0 if final else self._possible_stop()
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 
