@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -107,10 +108,19 @@ def test_many_at_once_a_third_of_whom_leave(real: Any) -> None:
 
 
 def test_a_client_that_leaves_frees_its_pages(real: Any) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "n": 4}
-        httpx.post(f"{real.url}/v1/completions", json=body, timeout=0.1)
+    """Also one that does not stream, and so is never written to before its answer is whole."""
+    aborted = real.engine.stats().finished.get("abort", 0)
+    host, port = real.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port))
+    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "n": 8}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    deadline = time.monotonic() + 10
+    while not real.engine.stats().running:
+        assert time.monotonic() < deadline, "never ran"
+        time.sleep(0.001)
+    connection.close()
     idle(real)
+    assert real.engine.stats().finished["abort"] > aborted
     assert real.http.get("/health").json()["cache_usage"] == 0
 
 
