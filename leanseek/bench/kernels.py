@@ -124,7 +124,9 @@ def _gpu_cases(size: int, device: torch.device) -> Iterator[list[Case]]:
     for m, n, k in _shapes(size):
         yield _gpu_product(draw(m, k), draw(n, k))
     yield _gpu_experts(draw(size * 2, wide), draw(8, 2 * narrow, wide))
-    yield from _gpu_quantisers(draw(size * 2, wide), draw(dense, wide), draw(size * 2, 2 * narrow))
+    yield from _gpu_quantisers(
+        draw(size * 2, wide), torch.randn(dense, wide, device=device), draw(size * 2, 2 * narrow)
+    )
 
 
 def _gpu_product(a: Tensor, b: Tensor) -> list[Case]:
@@ -191,20 +193,28 @@ def _gpu_experts(x: Tensor, weight: Tensor) -> list[Case]:
 
 
 def _gpu_quantisers(x: Tensor, weight: Tensor, hidden: Tensor) -> Iterator[list[Case]]:
-    from leanseek.ops.triton.quantize import quantize_blocks, quantize_both, quantize_tiles
+    from leanseek.ops.triton.quantize import quantize_blocks, quantize_both, quantize_tiles, turn_tiles
     from leanseek.ops.triton.swiglu import swiglu_backward_quantize, swiglu_quantize
 
-    values, scale = x.numel(), 4 / 128
+    values, code = x.numel(), 1 + 4 / 128  # a code and its share of a scale
     act = hidden.numel() / 2
     grad = torch.randn_like(hidden[:, : hidden.shape[1] // 2])
+    kept = quantize_tiles(hidden, True)
+    index = torch.randint(0, x.shape[0], (x.shape[0],), device=x.device)
     yield [
-        Case("quantise 1×128", lambda: quantize_tiles(x), bytes=values * (2 + 1 + scale)),
-        Case("quantise 1×128 and transpose", lambda: quantize_both(x), bytes=values * (2 + 2 + 2 * scale)),
-        Case("quantise 128×128", lambda: quantize_blocks(weight), bytes=weight.numel() * 3.0),
-        Case("SwiGLU and quantise", lambda: swiglu_quantize(hidden), bytes=act * (4 + 1 + scale)),
+        Case("quantise 1×128", lambda: quantize_tiles(x, True), bytes=values * (2 + code)),
+        Case("quantise 1×128 and transpose", lambda: quantize_both(x, True), bytes=values * (2 + 2 * code)),
+        Case("transpose of chosen rows", lambda: turn_tiles(x, True, index=index), bytes=values * (2 + code)),
+        Case("rows of experts", lambda: kept.take(index), bytes=2 * hidden.numel() * code),
         Case(
-            "SwiGLU backward and quantise", lambda: swiglu_backward_quantize(grad, hidden),
-            bytes=act * (2 + 4 + 5 * (1 + scale)),
+            "quantise 128×128 and transpose", lambda: quantize_blocks(weight, True, transpose=True),
+            bytes=weight.numel() * (weight.element_size() + 2.0),
+        ),
+        Case("SwiGLU and quantise", lambda: swiglu_quantize(hidden, None, True), bytes=act * (4 + 3 * code)),
+        Case(
+            "SwiGLU backward and quantise",
+            lambda: swiglu_backward_quantize(grad, kept, power_of_two=True),
+            bytes=act * (2 + 7 * code),
         ),
     ]  # fmt: skip
 

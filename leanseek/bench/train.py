@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from leanseek.bench.workers import Worker, peer_command, serve
+from leanseek.model import Transformer
 from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype, read_bandwidth
 from leanseek.planning import train_flops_per_token
 from leanseek.training import RunConfig, Trainer
@@ -123,18 +124,28 @@ def _run(preset: str, batch: int, seq_len: int, precision: str = "bf16") -> RunC
 
 
 def profile(preset: str, batch: int, seq_len: int) -> str:
-    """torch's profile of one step: what it is spent on."""
-    trainer, tokens = _ready(_run(preset, batch, seq_len))
-    trainer.step(tokens, 0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    """torch's profile of one step in each precision: what it is spent on."""
+    cuda = default_device().type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    tables = []
+    for precision in ("bf16", "fp8"):
+        trainer, tokens = _ready(_run(preset, batch, seq_len, precision))
         trainer.step(tokens, 0)
-    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45)
+        with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as found:
+            trainer.step(tokens, 0)
+        by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        tables += [precision, found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=45)]
+        del trainer
+    return "\n".join(tables)
 
 
 def _ready(run: RunConfig) -> tuple[Trainer, Tensor]:
     """A trainer and a batch of random tokens [B, T + 1 + D] for it."""
     shape = (run.train.batch_size, run.data.seq_len + 1 + run.model.num_nextn_predict_layers)
-    return Trainer(run), torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    device = default_device()
+    model = Transformer(run.model, device).init_weights(torch.Generator(device).manual_seed(0))
+    tokens = torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return Trainer(run, model), tokens
 
 
 def _worker(preset: str, batch: str, seq_len: str, precision: str) -> None:
@@ -148,7 +159,8 @@ def _worker(preset: str, batch: str, seq_len: str, precision: str) -> None:
             start = time.perf_counter()
             trainer.step(tokens, 0)
             seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds}
+        memory = {"peak_memory_bytes": torch.cuda.max_memory_allocated()} if trainer.device.type == "cuda" else {}
+        return {"seconds": seconds, **memory}
 
     serve({"pid": os.getpid(), "activation_bytes_per_token": kept}, work)
 

@@ -55,12 +55,13 @@ class Worker:
 
 
 def serve(ready: dict[str, Any], work: Callable[[int], dict[str, Any]]) -> None:
-    """The worker's side: announce `ready`, then answer every line with `work(rounds)` and the peak memory so far."""
+    """The worker's side: announce `ready`, then answer every line with `work(rounds)` and the peak memory so far, the
+    process's unless `work` knows better."""
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:
         found = work(int(line))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(found | {"peak_memory_bytes": peak}), flush=True)
+        print(json.dumps({"peak_memory_bytes": peak} | found), flush=True)
 
 
 def peer_command(name: str, *arguments: str) -> list[str] | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leanseek.fp8.formats import TILE
 from leanseek.fp8.products import cuts, grouped_gradient, grouped_product, product
-from leanseek.fp8.quantize import Kept, Operand, row_bands, take
+from leanseek.fp8.quantize import Coded, Kept, Operand, Weight, take
 from leanseek.fp8.recipe import Cast
-from leanseek.ops.experts import route_order
+from leanseek.ops import Groups, triton
+from leanseek.ops.experts import combine_rows, route_order
 
 
 def linear(x: Tensor, weight: Tensor, cast: Cast) -> Tensor:
@@ -51,8 +53,7 @@ def _input(x: Tensor, cast: Cast) -> tuple[Operand, Kept]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, cast, operand, kept):  # type: ignore[no-untyped-def]
-        out = torch.empty(x.shape[:-1].numel(), weight.shape[0], dtype=x.dtype, device=x.device)
-        product(operand, take(cast.weight(0, x.dtype, weight), 0), cuts(x.shape[-1]), out)
+        out = product(operand, take(cast.weight(0, x.dtype, weight), 0), cuts(x.shape[-1]), x.dtype)
         ctx.save_for_backward(weight, *([x] if cast.wide_input else kept))
         ctx.cast, ctx.shape = cast, x.shape
         return out.view(*x.shape[:-1], -1)
@@ -63,14 +64,12 @@ class _Linear(torch.autograd.Function):
         cast, dtype, columns = ctx.cast, grad.dtype, ctx.shape[-1]
         grad = grad.reshape(-1, weight.shape[0]).contiguous()
         cast.note("gradient", grad)
-        bands = row_bands([grad.shape[0]], grad.device)
-        g = cast.recipe.both(grad, bands)
-        dx = torch.empty(grad.shape[0], columns, dtype=dtype, device=grad.device)
-        product(g.rows, take(cast.weight(0, dtype, weight), 0).t(), cuts(weight.shape[0]), dx)
+        groups = Groups(grad.shape[0], grad.device)
+        g = cast.recipe.both(grad, groups)
+        dx = product(g.rows, take(cast.weight(0, dtype, weight), 0).t(), cuts(weight.shape[0]), dtype)
         x = kept[0].reshape(-1, columns) if cast.wide_input else Kept(*kept)
-        turned = cast.recipe.turn(x, bands, dtype)
-        dweight = torch.empty(1, *weight.shape, dtype=weight.dtype, device=grad.device)
-        grouped_gradient(g.turned, turned, [grad.shape[0]], bands, dweight)
+        turned = cast.recipe.turn(x, groups, dtype)
+        dweight = grouped_gradient(g.turned, turned, groups, weight.dtype)
         return dx.view(ctx.shape), dweight[0], None, None, None
 
 
@@ -82,59 +81,65 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, indices, weights, cast, operand, kept, down, *ups):  # type: ignore[no-untyped-def]
-        d, i = down.shape[-2:]
+        d = down.shape[-2]
         flat = x.reshape(-1, d)
-        w_up, w_down = _weights(cast, x.dtype, down, ups)
-        token = place = order = row_weight = None
-        ends = [flat.shape[0]]
+        inner = _inner(down)
+        w_up, w_down = _weights(cast, x.dtype, down, ups, inner)
+        token = place = row_weight = None
+        groups = Groups(flat.shape[0], x.device)
         if indices is not None:
-            order, place, edges = route_order(indices, down.shape[0])
-            token, ends = order // indices.shape[1], edges.tolist()
+            order, place, ends = route_order(indices, down.shape[0])
+            token, groups = order // indices.shape[1], Groups(order.numel(), x.device, ends)
             row_weight = weights.float().flatten()[order]
             operand = take(operand, token)
-        hidden = torch.empty(ends[-1], 2 * i, dtype=x.dtype, device=x.device)
-        grouped_product(operand, w_up, ends, cuts(d), hidden)
+        hidden = grouped_product(operand, w_up, groups, cuts(d), x.dtype)
         act, kept_hidden = cast.recipe.swiglu(hidden, row_weight)
-        out = torch.empty(ends[-1], d, dtype=x.dtype, device=x.device)
-        grouped_product(act, w_down, ends, cuts(i), out)
+        out = grouped_product(act, w_down, groups, cuts(inner), x.dtype)
         ctx.save_for_backward(*kept, *kept_hidden, row_weight, token, place, down, *ups)
-        ctx.cast, ctx.ends, ctx.shape = cast, ends, x.shape
-        return _combine(out, place, flat.shape[0]).view(x.shape)
+        ctx.cast, ctx.groups, ctx.shape = cast, groups, x.shape
+        out = out if place is None else combine_rows(out, place, flat.shape[0])
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         codes, scales, hidden_codes, hidden_scales, row_weight, token, place, down, *ups = ctx.saved_tensors
-        cast, recipe, ends, dtype = ctx.cast, ctx.cast.recipe, ctx.ends, grad.dtype
+        cast, recipe, groups, dtype = ctx.cast, ctx.cast.recipe, ctx.groups, grad.dtype
         d, i = down.shape[-2:]
+        inner = _inner(down)
         grad = grad.reshape(-1, d).contiguous()
         cast.note("gradient", grad)
-        w_up, w_down = _weights(cast, dtype, down, ups)
-        bands = row_bands(ends, grad.device)
-        g_turned = recipe.turn(grad, bands, dtype, token)
-        g, _ = recipe.rows(grad)
-        dact = torch.empty(ends[-1], i, dtype=dtype, device=grad.device)
-        grouped_product(g if token is None else take(g, token), w_down.transpose(1, 2), ends, cuts(d), dact)
-        found = recipe.swiglu_backward(dact, Kept(hidden_codes, hidden_scales), row_weight, bands)
-        ddown = torch.empty(len(ends), d, i, dtype=down.dtype, device=grad.device)
-        grouped_gradient(g_turned, found.act, ends, bands, ddown)
-        x_turned = recipe.turn(Kept(codes, scales), bands, dtype, token)
-        dups = torch.empty(len(ends), 2 * i, d, dtype=down.dtype, device=grad.device)
-        grouped_gradient(found.hidden.turned, x_turned, ends, bands, dups)
-        dx = torch.empty(ends[-1], d, dtype=dtype, device=grad.device)
-        grouped_product(found.hidden.rows, w_up.transpose(1, 2), ends, cuts(2 * i, halves=2), dx)
-        dx = _combine(dx, place, grad.shape[0]).view(ctx.shape)
+        w_up, w_down = _weights(cast, dtype, down, ups, inner)
+        if token is None:
+            g, g_turned = recipe.both(grad, groups)
+        else:
+            g, g_turned = take(recipe.rows(grad)[0], token), recipe.turn(grad, groups, dtype, token)
+        dact = grouped_product(g, w_down.transpose(1, 2), groups, cuts(d), dtype)
+        found = recipe.swiglu_backward(dact, Kept(hidden_codes, hidden_scales), row_weight, groups)
+        ddown = grouped_gradient(g_turned, found.act, groups, down.dtype)[..., :i]
+        x_turned = recipe.turn(Kept(codes, scales), groups, dtype, token)
+        dups = grouped_gradient(found.hidden.turned, x_turned, groups, down.dtype)
+        dups = dups.view(-1, 2, inner, d)[:, :, :i].reshape(-1, 2 * i, d)
+        dx = grouped_product(found.hidden.rows, w_up.transpose(1, 2), groups, cuts(2 * inner, halves=2), dtype)
+        dx = (dx if place is None else combine_rows(dx, place, grad.shape[0])).view(ctx.shape)
         dweights = None if place is None else found.weight[place].view(grad.shape[0], -1)
         split = dups[0].chunk(2) if len(ups) == 2 else [dups]
-        return dx, None, dweights, None, None, None, ddown.view(down.shape), *split
+        return dx, None, dweights, None, None, None, ddown.reshape(down.shape), *split
 
 
-def _weights(cast: Cast, dtype: torch.dtype, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Operand, Operand]:
+def _inner(down: Tensor) -> int:
+    """The width I as the products see it: on a GPU whole tiles, zeros at the end, so that none spans gate and up."""
+    return -(-down.shape[-1] // TILE) * TILE if not triton.refusal(down.device) else down.shape[-1]
+
+
+def _weights(
+    cast: Cast, dtype: torch.dtype, down: Tensor, ups: tuple[Tensor, ...], inner: int
+) -> tuple[Weight, Weight]:
     """As [E, 2I, D] and [E, D, I]. Gate and up are cut into blocks apart, as they are published."""
     d, i = down.shape[-2:]
     halves = ups if len(ups) == 2 else (ups[0].view(-1, i, d),)
-    return cast.weight(0, dtype, *halves).view(-1, 2 * i, d), cast.weight(1, dtype, down)
-
-
-def _combine(rows: Tensor, place: Tensor | None, tokens: int) -> Tensor:
-    """[M, D] sorted by expert -> [N, D], the sum of each token's rows."""
-    return rows if place is None else rows.index_select(0, place).view(tokens, -1, rows.shape[1]).sum(1)
+    joined = inner % TILE == 0  # no block of the two as one spans both
+    up = cast.weight(0, dtype, *halves, shape=(inner, d), stack=2 if joined else 1)
+    if not joined:
+        assert isinstance(up, Tensor | Coded)
+        up = up.view(-1, 2 * inner, d)
+    return up, cast.weight(1, dtype, down, shape=(d, inner))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from leanseek import ops
 from leanseek.fp8.formats import TILE
 from leanseek.fp8.quantize import Coded, Operand, take
+from leanseek.ops import Groups
 
 Cuts = list[int]  # where K is cut: a scale is that of a whole piece
 
@@ -20,12 +22,14 @@ def cuts(length: int, halves: int = 1) -> Cuts:
     return [0, *(half * part + min(start + TILE, part) for half in range(halves) for start in range(0, part, TILE))]
 
 
-def product(a: Operand, b: Operand, k_cuts: Cuts, out: Tensor) -> Tensor:
-    """a [M, K] · b [N, K]ᵀ into out [M, N], rounded once, to out's dtype."""
+def product(a: Operand, b: Operand, k_cuts: Cuts, dtype: torch.dtype) -> Tensor:
+    """a [M, K] · b [N, K]ᵀ -> [M, N], rounded once, to `dtype`."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        out = torch.empty(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
         return ops.grouped_product(a, b[None], [a.shape[0]], out)
-    assert isinstance(a, Coded) and isinstance(b, Coded)
-    return out.copy_(exact_product(a, b, k_cuts))
+    if isinstance(a, Coded) and isinstance(b, Coded):
+        return exact_product(a, b, k_cuts).to(dtype)
+    return _gpu().product(a, b, dtype)
 
 
 def exact_product(a: Coded, b: Coded, k_cuts: Cuts) -> Tensor:
@@ -38,26 +42,37 @@ def exact_product(a: Coded, b: Coded, k_cuts: Cuts) -> Tensor:
     return total
 
 
-def grouped_product(a: Operand, b: Operand, ends: list[int], k_cuts: Cuts, out: Tensor) -> Tensor:
-    """Rows of a [M, K] up to each of `ends` times that expert's b [E, N, K]ᵀ -> out [M, N]."""
+def grouped_product(a: Operand, b: Operand, groups: Groups, k_cuts: Cuts, dtype: torch.dtype) -> Tensor:
+    """Each group's rows of a [M, K] times its b [G, N, K]ᵀ -> [M, N]."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return ops.grouped_product(a, b, ends, out)
-    for expert, (start, stop) in enumerate(pairwise([0, *ends])):
-        if stop > start:
-            product(take(a, slice(start, stop)), take(b, expert), k_cuts, out[start:stop])
-    return out
+        out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+        return ops.grouped_product(a, b, groups.ends, out)
+    if isinstance(a, Coded) and isinstance(b, Coded):
+        parts = pairwise([0, *groups.ends])
+        return torch.cat([product(take(a, slice(*rows)), take(b, e), k_cuts, dtype) for e, rows in enumerate(parts)])
+    if groups.tiles is None:
+        return _gpu().product(a, take(b, 0), dtype)
+    return _gpu().grouped_product(a, b, groups.tiles, dtype)
 
 
-def grouped_gradient(a: Operand, b: Operand, ends: list[int], bands: Tensor, out: Tensor) -> Tensor:
-    """aᵀ · b over each expert's own rows of a [M, N], b [M, K] (turned) -> out [E, N, K]; zero where there are none."""
+def grouped_gradient(a: Operand, b: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+    """aᵀ · b over each group's own rows of a [M, N], b [M, K] (turned) -> [G, N, K]; zero where there are none."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return ops.grouped_gradient(a, b, ends, out)
-    edges = bands.tolist()
-    for expert, (start, stop) in enumerate(pairwise([0, *ends])):
-        if stop == start:
-            out[expert].zero_()
-            continue
-        rows = slice(start, stop)
-        inner = [edge - start for edge in edges if start <= edge <= stop]
-        product(take(a, rows).t(), take(b, rows).t(), inner, out[expert])
-    return out
+        out = torch.empty(len(groups.ends), a.shape[1], b.shape[1], dtype=dtype, device=a.device)
+        return ops.grouped_gradient(a, b, groups.ends, out)
+    if isinstance(a, Coded) and isinstance(b, Coded):
+        edges, found = groups.bands.tolist(), []
+        for start, stop in pairwise([0, *groups.ends]):
+            inner = [edge - start for edge in edges if start <= edge <= stop]
+            rows = slice(start, stop)
+            found.append(product(a.take(rows).t(), b.take(rows).t(), inner, dtype))
+        return torch.stack(found)
+    if groups.tiles is None:
+        return _gpu().product(a, b, dtype)[None]
+    return _gpu().grouped_weight_gradient(a, b, groups.tiles, dtype)
+
+
+def _gpu() -> ModuleType:
+    from leanseek.ops.triton import paths
+
+    return paths

@@ -1,14 +1,15 @@
 """What FP8 products are fed with: operands, and what is kept of an activation for backward.
 
-Each function has a native form (ops/cpu/fp8.py) and this torch form. The native ones write q · scale in the compute
-type, and products are ordinary ones: with power-of-two scales BF16 holds q · scale exactly, so every single product is
-that of the codes. The torch ones hand on codes and scales, for products in the exact arithmetic (products.py).
+Each function has three forms. The native one (ops/cpu/fp8.py) writes q · scale in the compute type, and products are
+ordinary ones: with power-of-two scales BF16 holds q · scale exactly, so every single product is that of the codes. The
+GPU's (ops/triton/training.py) hands on codes of one byte and scales, for its FP8 products. This one in torch hands on
+both in float32, for products in the exact arithmetic (products.py).
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from leanseek.fp8.formats import E5M6, TILE, quantize, spread
 from leanseek.ops.dispatch import pick
+from leanseek.ops.grouped import Groups
+
+if TYPE_CHECKING:
+    from leanseek.ops.triton.quantize import Blocks, Codes
 
 FP8 = torch.float8_e4m3fn
 
@@ -39,7 +44,9 @@ class Coded(NamedTuple):
         return Coded(self.codes[rows], self.scale[rows])
 
 
-Operand = Tensor | Coded  # a tensor holds q · scale
+# A tensor holds q · scale; codes are a GPU's, blocks those of its weights.
+Weight: TypeAlias = "Tensor | Coded | Blocks"
+Operand: TypeAlias = "Tensor | Coded | Codes | Blocks"
 
 
 class Kept(NamedTuple):
@@ -53,9 +60,13 @@ class Kept(NamedTuple):
         return self.codes.float() * spread(self.scales, (1, TILE), self.codes.shape)
 
 
+@overload
+def take(a: Weight, rows: int) -> Weight: ...
+@overload
+def take(a: Operand, rows: int | slice | Tensor) -> Operand: ...
 def take(a: Operand, rows: int | slice | Tensor) -> Operand:
-    if isinstance(a, Coded):
-        return a.take(rows)
+    if not isinstance(a, Tensor):
+        return a.take(rows)  # type: ignore[arg-type]  # rows of codes by a tensor, experts of blocks by number
     return a.index_select(0, rows) if isinstance(rows, Tensor) else a[rows]
 
 
@@ -72,29 +83,28 @@ class SwiGLUBackward(NamedTuple):
 
 def rows(x: Tensor, power_of_two: bool, fixed: Tensor | None = None) -> tuple[Operand, Kept]:
     """x [M, K] in 1×128 tiles: the operand, and what is kept. `fixed` is one scale for all of it."""
-    operand, kept = pick("fp8_rows", _rows, x)(x, power_of_two, fixed)
+    operand, kept = pick("fp8_rows", _rows, x, fixed)(x, power_of_two, fixed)
     return operand, Kept(*kept)
 
 
 def turn(
-    x: Tensor | Kept, bands: Tensor, power_of_two: bool, dtype: torch.dtype, index: Tensor | None = None
+    x: Tensor | Kept, groups: Groups, power_of_two: bool, dtype: torch.dtype, index: Tensor | None = None
 ) -> Operand:
-    """Rows `index` (all when None) of x [.., C] in 128×1 tiles: [M, C].
+    """Rows `index` (all when None) of x [.., C] in 128×1 tiles: [M, C], a GPU's [C, ..] as its products read them.
 
-    bands [n + 1] int64 cuts the M rows into runs of at most 128, which share a scale in each column. `dtype` is that
-    of the compute.
+    Runs of at most 128 rows of one group share a scale in each column. `dtype` is that of the compute.
     """
-    return pick("fp8_turn", _turn, x if isinstance(x, Tensor) else x.codes)(x, bands, power_of_two, dtype, index)
+    return pick("fp8_turn", _turn, x if isinstance(x, Tensor) else x.codes)(x, groups, power_of_two, dtype, index)
 
 
-def both(x: Tensor, bands: Tensor, power_of_two: bool) -> Both:
+def both(x: Tensor, groups: Groups, power_of_two: bool) -> Both:
     """`rows` and `turn` of x [M, C] in one pass."""
-    return Both(*pick("fp8_both", _both, x)(x, bands, power_of_two))
+    return Both(*pick("fp8_both", _both, x)(x, groups, power_of_two))
 
 
-def blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: Tensor | None = None) -> Operand:
+def blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: Tensor | None = None) -> Weight:
     """weight [E, rows, columns] in 128×128 blocks, as [E, rows, columns]. `dtype` is that of the compute."""
-    return pick("fp8_blocks", _blocks, weight)(weight, power_of_two, dtype, fixed)
+    return pick("fp8_blocks", _blocks, weight, fixed)(weight, power_of_two, dtype, fixed)
 
 
 def swiglu(hidden: Tensor, weight: Tensor | None, power_of_two: bool) -> tuple[Operand, Kept]:
@@ -107,11 +117,11 @@ def swiglu(hidden: Tensor, weight: Tensor | None, power_of_two: bool) -> tuple[O
 
 
 def swiglu_backward(
-    grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor, power_of_two: bool
+    grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups, power_of_two: bool
 ) -> SwiGLUBackward:
     """grad [M, I] of the activation, and the hidden that was kept, as the four products of backward take them."""
     run = pick("fp8_swiglu_backward", _swiglu_backward, grad)
-    by_rows, turned, act, dweight = run(grad, hidden, weight, bands, power_of_two)
+    by_rows, turned, act, dweight = run(grad, hidden, weight, groups, power_of_two)
     return SwiGLUBackward(Both(by_rows, turned), act, dweight)
 
 
@@ -125,15 +135,6 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     return pick("fp8_stored_blocks", _quantize_blocks, weight)(weight)
 
 
-def row_bands(ends: list[int], device: torch.device) -> Tensor:
-    """Runs of at most 128 rows, none of which crosses an end in `ends` (ascending; the last is the number of rows)."""
-    cuts, start = [0], 0
-    for end in ends:
-        cuts += [*range(start + TILE, end, TILE), end] if end > start else []
-        start = end
-    return torch.tensor(cuts, device=device)
-
-
 # ---- in torch ----
 
 
@@ -142,19 +143,19 @@ def _rows(x: Tensor, power_of_two: bool, fixed: Tensor | None) -> tuple[Coded, K
     return Coded(q, spread(scales, (1, TILE), x.shape)), Kept(q.to(FP8), scales)
 
 
-def _turn(x: Tensor | Kept, bands: Tensor, power_of_two: bool, dtype: torch.dtype, index: Tensor | None) -> Coded:
+def _turn(x: Tensor | Kept, groups: Groups, power_of_two: bool, dtype: torch.dtype, index: Tensor | None) -> Coded:
     wide = x.wide() if isinstance(x, Kept) else x
     if index is not None:
         wide = wide[index]
     codes, scale = torch.empty(wide.shape, device=wide.device), torch.empty(wide.shape, device=wide.device)
-    for start, stop in pairwise(bands.tolist()):
+    for start, stop in pairwise(groups.bands.tolist()):
         q, scales = quantize(wide[start:stop], (TILE, 1), power_of_two)
         codes[start:stop], scale[start:stop] = q, scales
     return Coded(codes, scale)
 
 
-def _both(x: Tensor, bands: Tensor, power_of_two: bool) -> tuple[Coded, Coded]:
-    return _rows(x, power_of_two, None)[0], _turn(x, bands, power_of_two, x.dtype, None)
+def _both(x: Tensor, groups: Groups, power_of_two: bool) -> tuple[Coded, Coded]:
+    return _rows(x, power_of_two, None)[0], _turn(x, groups, power_of_two, x.dtype, None)
 
 
 def _blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: Tensor | None) -> Coded:
@@ -193,13 +194,13 @@ def swiglu_gradient(grad: Tensor, hidden: Kept, weight: Tensor | None) -> tuple[
 
 
 def _swiglu_backward(
-    grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor, power_of_two: bool
+    grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups, power_of_two: bool
 ) -> tuple[Coded, Coded, Coded, Tensor | None]:
     dgate, dup, act, dweight = swiglu_gradient(grad, hidden, weight)
     halves = [_rows(d, power_of_two, None)[0] for d in (dgate, dup)]
     by_rows = Coded(*(torch.cat(parts, dim=-1) for parts in zip(*halves, strict=True)))
-    turned = _turn(torch.cat((dgate, dup), dim=-1), bands, power_of_two, grad.dtype, None)
-    return by_rows, turned, _turn(act, bands, power_of_two, grad.dtype, None), dweight
+    turned = _turn(torch.cat((dgate, dup), dim=-1), groups, power_of_two, grad.dtype, None)
+    return by_rows, turned, _turn(act, groups, power_of_two, grad.dtype, None), dweight
 
 
 def _round_e5m6(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from leanseek.fp8 import quantize as q
 from leanseek.fp8.formats import TILE, Counts, counts, quantize, spread, tile_scale
-from leanseek.fp8.quantize import Both, Kept, Operand, SwiGLUBackward
+from leanseek.fp8.quantize import Both, Kept, Operand, SwiGLUBackward, Weight
+from leanseek.ops.grouped import Groups
 
 PRECISIONS = ("bf16", "fp8", "fp8-tensorwise")
 
@@ -26,13 +27,13 @@ class Tilewise:
     def rows(self, x: Tensor) -> tuple[Operand, Kept]:
         return q.rows(x, self.power_of_two)
 
-    def turn(self, x: Tensor | Kept, bands: Tensor, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
-        return q.turn(x, bands, self.power_of_two, dtype, index)
+    def turn(self, x: Tensor | Kept, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
+        return q.turn(x, groups, self.power_of_two, dtype, index)
 
-    def both(self, x: Tensor, bands: Tensor) -> Both:
-        return q.both(x, bands, self.power_of_two)
+    def both(self, x: Tensor, groups: Groups) -> Both:
+        return q.both(x, groups, self.power_of_two)
 
-    def blocks(self, weight: Tensor, dtype: torch.dtype) -> Operand:
+    def blocks(self, weight: Tensor, dtype: torch.dtype) -> Weight:
         return q.blocks(weight, self.power_of_two, dtype)
 
     def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Operand, Kept]:
@@ -42,8 +43,8 @@ class Tilewise:
         """The one scale [1] of all of x; None where each tile has its own."""
         return None
 
-    def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor) -> SwiGLUBackward:
-        return q.swiglu_backward(grad, hidden, weight, bands, self.power_of_two)
+    def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups) -> SwiGLUBackward:
+        return q.swiglu_backward(grad, hidden, weight, groups, self.power_of_two)
 
 
 class Tensorwise(Tilewise):
@@ -52,18 +53,18 @@ class Tensorwise(Tilewise):
     def rows(self, x: Tensor) -> tuple[Operand, Kept]:
         return q.rows(x, self.power_of_two, self.whole_scale(x))
 
-    def turn(self, x: Tensor | Kept, bands: Tensor, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
+    def turn(self, x: Tensor | Kept, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
         if isinstance(x, Kept):  # on the grid of its one scale: the same codes again
             operand, _ = q.rows(x.wide().to(dtype), self.power_of_two, x.scales.flatten()[:1])
         else:
             operand, _ = self.rows(x)
         return operand if index is None else q.take(operand, index)
 
-    def both(self, x: Tensor, bands: Tensor) -> Both:
+    def both(self, x: Tensor, groups: Groups) -> Both:
         operand, _ = self.rows(x)
         return Both(operand, operand)
 
-    def blocks(self, weight: Tensor, dtype: torch.dtype) -> Operand:
+    def blocks(self, weight: Tensor, dtype: torch.dtype) -> Weight:
         each = [q.blocks(w[None], self.power_of_two, dtype, self.whole_scale(w)) for w in weight]
         if isinstance(each[0], Tensor):
             return torch.cat([w for w in each if isinstance(w, Tensor)])
@@ -77,9 +78,9 @@ class Tensorwise(Tilewise):
         kept = Kept(torch.cat([k.codes for k in halves], -1), torch.cat([k.scales for k in halves], -1))
         return self.rows((act if weight is None else act * weight[:, None]).to(hidden.dtype))[0], kept
 
-    def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor) -> SwiGLUBackward:
+    def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups) -> SwiGLUBackward:
         dgate, dup, act, dweight = q.swiglu_gradient(grad, hidden, weight)
-        dhidden = self.both(torch.cat((dgate, dup), dim=-1).to(grad.dtype), bands)
+        dhidden = self.both(torch.cat((dgate, dup), dim=-1).to(grad.dtype), groups)
         return SwiGLUBackward(dhidden, self.rows(act.to(grad.dtype))[0], dweight)
 
     def whole_scale(self, x: Tensor) -> Tensor:
@@ -97,19 +98,30 @@ class Cast:
     def __init__(self, recipe: Tilewise, wide_input: bool = False):
         self.recipe, self.wide_input = recipe, wide_input
         self.seen: dict[str, Counts] | None = None
-        self._casts: dict[int, tuple[object, Operand]] = {}
+        self._casts: dict[int, tuple[object, Weight]] = {}
 
-    def weight(self, place: int, dtype: torch.dtype, *parameters: Tensor) -> Operand:
-        """Equal parameters [.., rows, columns], stacked, in blocks: [n, rows, columns]. Cast anew when one has changed.
+    def weight(
+        self,
+        place: int,
+        dtype: torch.dtype,
+        *parameters: Tensor,
+        shape: tuple[int, int] | None = None,
+        stack: int = 1,
+    ) -> Weight:
+        """Equal parameters [.., rows, columns] in blocks: [n, rows, columns]. Cast anew when one has changed.
 
-        `place` tells a module's weights apart.
+        `place` tells a module's weights apart. `shape` of a matrix with zeros added to its end; `stack` of them follow
+        each other in one.
         """
         key = (dtype, *((p._version, p.data_ptr()) for p in parameters))
         found = self._casts.get(place)
         if found is None or found[0] != key:
             found_at = [p.detach() for p in parameters]
             stacked = found_at[0] if len(found_at) == 1 else torch.stack(found_at)
-            stacked = stacked.view(-1, *stacked.shape[-2:])
+            rows, columns = shape or stacked.shape[-2:]
+            if (rows, columns) != stacked.shape[-2:]:
+                stacked = F.pad(stacked, (0, columns - stacked.shape[-1], 0, rows - stacked.shape[-2]))
+            stacked = stacked.view(-1, stack * rows, columns)
             found = (key, self.recipe.blocks(stacked, dtype))
             self._casts[place] = found
             self.note("weight", stacked, (TILE, TILE))

@@ -5,7 +5,7 @@ from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.cross_entropy import linear_cross_entropy
 from leanseek.ops.dispatch import row_invariant, table, use
 from leanseek.ops.experts import experts, route_order
-from leanseek.ops.grouped import grouped_gradient, grouped_product
+from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
 from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
 from leanseek.ops.linear import dense, dequantize_blocks, linear, quantize_rows
@@ -24,6 +24,7 @@ __all__ = [
     "BlockWeights",
     "CacheIndex",
     "Choice",
+    "Groups",
     "Join",
     "Packed",
     "StackWeights",

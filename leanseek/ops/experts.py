@@ -49,7 +49,8 @@ def route_order(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    ends = torch.bincount(flat, minlength=n_experts).cumsum(0, dtype=torch.int32)
+    # torch.bincount would wait for a GPU
+    ends = torch.searchsorted(flat[order], torch.arange(n_experts, device=flat.device), right=True, out_int32=True)
     return order, place, ends
 
 
@@ -84,29 +85,51 @@ class _Experts(torch.autograd.Function):
         order, place, ends = route_order(indices, gate_up.shape[0])
         token = order // k
         hidden = _grouped(x.index_select(0, token), gate_up.transpose(1, 2), ends)  # [N·K, 2I]
-        weight = weights.flatten()[order, None].to(x.dtype)
-        gate, up = hidden.chunk(2, dim=-1)
-        out = _grouped(F.silu(gate) * up * weight, down.transpose(1, 2), ends)  # [N·K, D]
+        weight = weights.flatten()[order].to(x.dtype)
+        act = pick("weighted_swiglu", _weighted, hidden, weight)(hidden, weight)
+        out = _grouped(act, down.transpose(1, 2), ends)  # [N·K, D]
         ctx.save_for_backward(x, weight, gate_up, down, hidden, token, place, ends)
         ctx.k = k
-        return out.index_select(0, place).view(n, k, x.shape[1]).sum(1)
+        return combine_rows(out, place, n)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, gate_up, down, hidden, token, place, ends = ctx.saved_tensors
-        gate, up = hidden.chunk(2, dim=-1)
-        sig = torch.sigmoid(gate)
-        silu = gate * sig
-        act = silu * up
         grad_out = grad.index_select(0, token)  # [N·K, D]
         grad_act = _grouped(grad_out, down, ends)  # [N·K, I]
-        grad_down = _grouped(grad_out.t(), act * weight, ends)  # [E, D, I]
-        grad_weight = (grad_act * act).sum(-1, dtype=torch.float32)
-        grad_act = grad_act * weight
-        grad_hidden = torch.cat((grad_act * up * (sig + silu * (1 - sig)), grad_act * silu), dim=-1)
+        backward = pick("weighted_swiglu_backward", _weighted_backward, hidden, weight, grad_act)
+        act, grad_hidden, grad_weight = backward(hidden, weight, grad_act)
+        grad_down = _grouped(grad_out.t(), act, ends)  # [E, D, I]
         grad_gate_up = _grouped(grad_hidden.t(), x.index_select(0, token), ends)  # [E, 2I, D]
-        grad_x = _grouped(grad_hidden, gate_up, ends).index_select(0, place).view(-1, ctx.k, x.shape[1]).sum(1)
+        grad_x = combine_rows(_grouped(grad_hidden, gate_up, ends), place, x.shape[0])
         return grad_x, None, grad_weight[place].view(-1, ctx.k), grad_gate_up, grad_down
+
+
+def combine_rows(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
+    """The sum of each token's rows: rows [N·K, D] as `route_order` sorts them, place its inverse -> [N, D]."""
+    return pick("combine_rows", _combine, rows)(rows, place, tokens)
+
+
+def _combine(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
+    return rows.index_select(0, place).view(tokens, place.numel() // max(1, tokens), rows.shape[1]).sum(1)
+
+
+def _weighted(hidden: Tensor, weight: Tensor) -> Tensor:
+    """weight [M] · silu(gate) · up of hidden [M, 2I]."""
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up * weight[:, None]
+
+
+def _weighted_backward(hidden: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_weighted` again, and the gradients of hidden and weight."""
+    gate, up = hidden.chunk(2, dim=-1)
+    sig = torch.sigmoid(gate)
+    silu = gate * sig
+    act = silu * up
+    grad_weight = (grad * act).sum(-1, dtype=torch.float32)
+    grad = grad * weight[:, None]
+    grad_hidden = torch.cat((grad * up * (sig + silu * (1 - sig)), grad * silu), dim=-1)
+    return act * weight[:, None], grad_hidden, grad_weight
 
 
 def _experts_from_blocks(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leanseek import ops
 from leanseek.fp8 import quantize as q
-from leanseek.fp8.quantize import Coded, Kept, Operand, row_bands
+from leanseek.fp8.quantize import Coded, Kept, Operand
 from leanseek.ops.cpu import usable_variants, use_variant
 
 if not usable_variants():
@@ -34,6 +34,10 @@ def hard(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def groups_of(*ends: int) -> ops.Groups:
+    return ops.Groups(ends[-1], torch.device("cpu"), torch.tensor(ends, dtype=torch.int32))
+
+
 def same(fast: Operand, exact: Operand) -> None:
     assert isinstance(fast, Tensor) and isinstance(exact, Coded)
     value = (exact.codes * exact.scale).to(fast.dtype)
@@ -54,17 +58,17 @@ def same_kept(fast: Kept, exact: Kept) -> None:
 def test_rows_turned_and_blocks(shape: tuple[int, int], dtype: torch.dtype, power_of_two: bool) -> None:
     x = hard(*shape, dtype)
     index = torch.randint(0, shape[0], (shape[0] + 3,))
-    bands = row_bands([2, 2, shape[0] + 3], x.device)
+    groups = groups_of(2, 2, shape[0] + 3)
     operand, kept = q.rows(x, power_of_two)
     found = (
-        operand, q.turn(x, bands, power_of_two, dtype, index), q.turn(kept, bands, power_of_two, dtype, index),
-        *q.both(x, row_bands([shape[0]], x.device), power_of_two), q.blocks(x[None], power_of_two, dtype),
+        operand, q.turn(x, groups, power_of_two, dtype, index), q.turn(kept, groups, power_of_two, dtype, index),
+        *q.both(x, groups_of(shape[0]), power_of_two), q.blocks(x[None], power_of_two, dtype),
     )  # fmt: skip
     with ops.use("torch"):
         operand, exact = q.rows(x, power_of_two)
         expected = (
-            operand, q.turn(x, bands, power_of_two, dtype, index), q.turn(exact, bands, power_of_two, dtype, index),
-            *q.both(x, row_bands([shape[0]], x.device), power_of_two), q.blocks(x[None], power_of_two, dtype),
+            operand, q.turn(x, groups, power_of_two, dtype, index), q.turn(exact, groups, power_of_two, dtype, index),
+            *q.both(x, groups_of(shape[0]), power_of_two), q.blocks(x[None], power_of_two, dtype),
         )  # fmt: skip
     same_kept(kept, exact)
     for a, b in zip(found, expected, strict=True):
@@ -87,12 +91,12 @@ def test_swiglu_forward_and_backward(size: int, weighted: bool) -> None:
     """The exponential differs by a few last bits: a value may fall on the other side of a rounding, rarely."""
     hidden, grad = torch.randn(150, 2 * size).bfloat16(), torch.randn(150, size).bfloat16()
     weight = torch.rand(150) if weighted else None
-    bands = row_bands([100, 100, 150], hidden.device)
+    groups = groups_of(100, 100, 150)
     act, kept = q.swiglu(hidden, weight, True)
-    back = q.swiglu_backward(grad, kept, weight, bands, True)
+    back = q.swiglu_backward(grad, kept, weight, groups, True)
     with ops.use("torch"):
         exact_act, exact_kept = q.swiglu(hidden, weight, True)
-        exact = q.swiglu_backward(grad, kept, weight, bands, True)
+        exact = q.swiglu_backward(grad, kept, weight, groups, True)
     same_kept(kept, exact_kept)
     for a, b in ((act, exact_act), (back.hidden.rows, exact.hidden.rows), (back.hidden.turned, exact.hidden.turned),
                  (back.act, exact.act)):  # fmt: skip

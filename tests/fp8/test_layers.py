@@ -209,6 +209,6 @@ def test_a_scale_for_the_whole_tensor_is_visibly_worse_beside_one_outlier() -> N
 
 def test_bands_end_where_experts_do() -> None:
     ends = [0, 5, 5, 300, 428]
-    bands = q.row_bands(ends, torch.device("cpu")).tolist()
+    bands = ops.Groups(428, torch.device("cpu"), torch.tensor(ends, dtype=torch.int32)).bands.tolist()
     assert set(ends) <= set(bands)
     assert all(0 < b - a <= 128 for a, b in pairwise(bands))

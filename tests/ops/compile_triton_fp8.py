@@ -12,10 +12,21 @@ from leanseek.ops.triton import gemm, quantize, swiglu
 
 H100 = GPUTarget("cuda", 90, 32)
 KINDS = {
-    "fp8e4nv": ("codes", "codes_t", "turned", "act_t", "a", "b"),
-    "fp32": ("scales", "scales_t", "act_scales_t", "hidden_scales", "weights", "weight", "partial", "sa", "sb"),
+    "fp8e4nv": ("codes", "codes_t", "turned", "act_t", "kept", "a", "b"),
+    "fp32": (
+        "scales",
+        "scales_t",
+        "act_scales_t",
+        "hidden_scales",
+        "kept_scales",
+        "x_scales",
+        "weights",
+        "partial",
+        "sa",
+        "sb",
+    ),
     "i32": ("starts", "stops", "experts", "firsts"),
-    "bf16": ("x", "grad", "hidden", "out"),
+    "bf16": ("x", "grad", "hidden", "out", "weight"),
 }
 POINTERS = {name: f"*{kind}" for kind, names in KINDS.items() for name in names}
 TABLES = KINDS["i32"]
@@ -40,11 +51,20 @@ def check(text: str, *wanted: str) -> None:
 def main() -> None:
     tile = {"TILE": 128, "POWER_OF_TWO": False}
     saturating = "cvt.rn.satfinite.e4m3x2.f32"
-    rows_only = {"starts": None, "stops": None, "codes_t": None, "scales_t": None}
-    small = tile | rows_only | {"GROUPED": False, "TURN": False, "ROWS": 32}
-    check(ptx(quantize._tiles, small, {"num_warps": 4}), saturating, "div.rn.f32")
-    check(ptx(quantize._tiles, tile | {"GROUPED": True, "TURN": True, "ROWS": 128}, {"num_warps": 16}), saturating)
+    absent = dict.fromkeys(("x_scales", "index", "starts", "stops", "codes_t", "scales_t"))
+    check(
+        ptx(quantize._tiles, tile | absent | {"GROUPED": False, "ROWS": 32, "COLUMNS": 128}, {"num_warps": 4}),
+        saturating,
+        "div.rn",
+    )
+    both = tile | dict.fromkeys(("x_scales", "index")) | {"GROUPED": True, "ROWS": 128, "COLUMNS": 128}
+    check(ptx(quantize._tiles, both, {"num_warps": 16}), saturating)
+    turn = (
+        tile | dict.fromkeys(("codes", "scales")) | {"GROUPED": True, "ROWS": 128, "COLUMNS": 64, "POWER_OF_TWO": True}
+    )
+    check(ptx(quantize._tiles, turn, {"num_warps": 16}, x="*fp8e4nv", index="*i64"), saturating)
     check(ptx(quantize._blocks, tile | {"TURN": True, "POWER_OF_TWO": True}, {"num_warps": 16}), saturating)
+    ptx(quantize._e5m6, {"TILE": 128, "ROWS": 32}, {"num_warps": 4})
     product = gemm._product.fn
     config = gemm._product.configs[0]
     for group, rows in ((0, 128), (0, 1), (1, 128), (2, 1)):
@@ -52,12 +72,10 @@ def main() -> None:
         constants |= dict.fromkeys(TABLES) if group == 0 else {}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         check(ptx(product, constants, options), "wgmma.mma_async", "f32.e4m3.e4m3", "cp.async")
-    for coded in (False, True):
-        kinds = {"hidden": "*fp8e4nv"} if coded else {}
-        constants = tile | {"CODED": coded, "WEIGHTED": True} | ({} if coded else {"hidden_scales": None})
-        check(ptx(swiglu._forward, constants | {"ROWS": 32}, {"num_warps": 4}, **kinds), saturating)
-    constants = tile | {"CODED": True, "WEIGHTED": True, "GROUPED": True}
-    check(ptx(swiglu._backward, constants, {"num_warps": 16}, hidden="*fp8e4nv"), saturating)
+    check(ptx(swiglu._forward, tile | {"ROWS": 16}, {"num_warps": 4}), saturating)
+    check(ptx(swiglu._backward_rows, tile | {"ROWS": 16}, {"num_warps": 4}, hidden="*fp8e4nv"), saturating)
+    turned = tile | {"GROUPED": True, "COLUMNS": 32}
+    check(ptx(swiglu._backward_turned, turned, {"num_warps": 4}, hidden="*fp8e4nv"), saturating)
 
 
 if __name__ == "__main__":

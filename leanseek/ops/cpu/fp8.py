@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanseek.ops.cpu.library import DTYPES, accepts, kernel, pointers
 from leanseek.ops.dispatch import register
+from leanseek.ops.grouped import Groups
 
 _rows = kernel("fp8_rows", "nnnn pn nn p ppp")
 _turn = kernel("fp8_turn", "nnn ppp pp nn pp")
@@ -31,7 +32,7 @@ def _tiles(columns: int) -> int:
     return -(-columns // 128)
 
 
-@register("fp8_rows", "cpu", accepts)
+@register("fp8_rows", "cpu", lambda x, _: accepts(x))
 def rows(x: Tensor, power_of_two: bool, fixed: Tensor | None) -> tuple[Tensor, Kept]:
     m, k = x.shape
     codes, scales = torch.empty(m, k, dtype=FP8), torch.empty(m, _tiles(k))
@@ -59,18 +60,17 @@ def _accepts_kept(x: Tensor) -> bool:
 
 
 @register("fp8_turn", "cpu", _accepts_kept)
-def turn(x: Tensor | Kept, bands: Tensor, power_of_two: bool, dtype: torch.dtype, index: Tensor | None) -> Tensor:
+def turn(x: Tensor | Kept, groups: Groups, power_of_two: bool, dtype: torch.dtype, index: Tensor | None) -> Tensor:
     columns = (x if isinstance(x, Tensor) else x[0]).shape[1]
-    m = int(bands[-1])
-    out = _values((m, columns), dtype, power_of_two)
-    _run_turn(x, bands, power_of_two, index, None, out)
+    out = _values((groups.rows, columns), dtype, power_of_two)
+    _run_turn(x, groups.bands, power_of_two, index, None, out)
     return out
 
 
 @register("fp8_both", "cpu", accepts)
-def both(x: Tensor, bands: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def both(x: Tensor, groups: Groups, power_of_two: bool) -> tuple[Tensor, Tensor]:
     by_rows, turned = (_values(tuple(x.shape), x.dtype, power_of_two) for _ in range(2))
-    _run_turn(x, bands, power_of_two, None, by_rows, turned)
+    _run_turn(x, groups.bands, power_of_two, None, by_rows, turned)
     return by_rows, turned
 
 
@@ -85,7 +85,7 @@ def _run_turn(
     )  # fmt: skip
 
 
-@register("fp8_blocks", "cpu", accepts)
+@register("fp8_blocks", "cpu", lambda weight, _: accepts(weight))
 def blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: Tensor | None) -> Tensor:
     weight = weight.contiguous()
     out = _values(tuple(weight.shape), dtype, power_of_two)
@@ -122,8 +122,9 @@ def swiglu(hidden: Tensor, weight: Tensor | None, power_of_two: bool) -> tuple[T
 
 @register("fp8_swiglu_backward", "cpu", accepts)
 def swiglu_backward(
-    grad: Tensor, hidden: Kept, weight: Tensor | None, bands: Tensor, power_of_two: bool
+    grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    bands = groups.bands
     m, i = grad.shape
     by_rows, turned, act = (_values((m, n), grad.dtype, power_of_two) for n in (2 * i, 2 * i, i))
     dweight = None if weight is None else torch.empty(m)

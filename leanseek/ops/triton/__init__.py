@@ -3,18 +3,18 @@
 numbers.py  a tile's scale, rounding         quantize.py  1×128 tiles and their transposes, weight blocks
 tiles.py    rows of experts, cut in 128      swiglu.py    SwiGLU with quantisation, forward and backward
 gemm.py     block-scaled products            paths.py     Triton, cuBLASLt or DeepGEMM, and which one ran
+training.py what leanseek/fp8 asks for, as ops
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
-from torch import Tensor
-
-from leanseek.ops.dispatch import register
 
 
+@functools.cache
 def refusal(device: torch.device) -> str:
     """Empty where these kernels run, else the reason."""
     if device.type != "cuda":
@@ -26,9 +26,4 @@ def refusal(device: torch.device) -> str:
     return ""
 
 
-@register("fp8_stored_blocks", "triton", lambda weight: not refusal(weight.device))
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    from leanseek.ops.triton.quantize import quantize_blocks
-
-    codes, scales, _ = quantize_blocks(weight)
-    return codes, scales
+from leanseek.ops.triton import training  # noqa: E402, F401  (registers; refusal is read when an op is picked)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 TILE = 128  # values along K that share a scale (3.3.2)
 E4M3_MAX = tl.constexpr(448.0)
+E5M6_MAX = tl.constexpr(65024.0)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -24,9 +25,9 @@ def magnitude(v):
 
 
 @triton.jit
-def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
+def tile_scale(amax, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr = E4M3_MAX):
     """amax / 448, or the next power of two (ue8m0); 1 for a tile of zeros."""
-    scale = tl.div_rn(amax, tl.full(amax.shape, E4M3_MAX, tl.float32))
+    scale = tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32))
     if POWER_OF_TWO:  # a mantissa of any 1 carries into the exponent
         bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         scale = bits.to(tl.float32, bitcast=True)
@@ -34,13 +35,23 @@ def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def encode(v, scale):
+def divide(v, scale, POWER_OF_TWO: tl.constexpr):
+    """v / scale, rounded as IEEE does; scale broadcasts to v's shape."""
+    if POWER_OF_TWO:  # then times 1 / scale is exact, and ten times cheaper
+        q = v * (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    else:
+        q = tl.div_rn(v, tl.broadcast_to(scale, v.shape))
+    return q
+
+
+@triton.jit
+def encode(v, scale, POWER_OF_TWO: tl.constexpr):
     """v / scale as E4M3 codes; scale broadcasts to v's shape. What is not finite becomes NaN."""
     finite = tl.abs(v) < float("inf")
-    q = tl.div_rn(v, tl.broadcast_to(scale, v.shape))
+    q = divide(v, scale, POWER_OF_TWO)
     q = tl.minimum(tl.maximum(q, -E4M3_MAX), E4M3_MAX)
     if INTERPRETED:
-        bits = _on_e4m3_grid(q).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        bits = on_grid(q, E4M3_MAX, 3, -6).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         codes = tl.where(finite, bits, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     else:
         codes = tl.where(finite, q, float("nan")).to(tl.float8e4nv)
@@ -58,9 +69,11 @@ def narrow(v, dtype: tl.constexpr):
 
 
 @triton.jit
-def _on_e4m3_grid(q):
-    """q rounded to nearest even with a step of an eighth of its power of two, which is at least 2^-6."""
-    power = tl.maximum(q.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000).to(tl.float32, bitcast=True)
-    magic = power * 1572864.0  # 1.5 · 2^20: the last bit of magic is power / 8
+def on_grid(q, LARGEST: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr):
+    """q saturated and rounded to nearest even, with MANTISSA bits after its power of two, at least 2^SMALLEST."""
+    q = tl.minimum(tl.maximum(q, -LARGEST), LARGEST)
+    least: tl.constexpr = (127 + SMALLEST) << 23
+    power = tl.maximum(q.to(tl.int32, bitcast=True) & 0x7F800000, least).to(tl.float32, bitcast=True)
+    magic = power * (1.5 * 2.0 ** (23 - MANTISSA))  # the last bit of magic is the step between neighbours at q
     rounded = ((q + magic) - magic).to(tl.int32, bitcast=True)
     return (rounded | (q.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)  # also of -0

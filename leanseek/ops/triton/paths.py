@@ -1,7 +1,7 @@
-"""Which kernel a block-scaled product takes on this GPU: DeepGEMM, cuBLASLt through torch, or Triton's own.
+"""Which kernel a block-scaled product takes on this GPU: DeepGEMM, cuBLASLt through torch, ours for SM90, or Triton's.
 
-A library takes part only after a small product of it, run here once, agreed with Triton's: an absent package, an old
-cuBLASLt or a changed interface shows as a reason in `status`. `ran` counts which one computed what.
+All but Triton's take part only after a small product, run here once, agreed with it: an absent package, an old cuBLASLt
+or a changed interface shows as a reason in `status`. `ran` counts which one computed what.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from leanseek.ops.triton import gemm
 from leanseek.ops.triton.numbers import TILE
-from leanseek.ops.triton.quantize import FP8, Codes, quantize_blocks, quantize_tiles
+from leanseek.ops.triton.quantize import FP8, Codes, quantize_blocks, quantize_both, quantize_tiles
 from leanseek.ops.triton.tiles import Tiles, group_tiles
 
 _RAN: Counter[tuple[str, str]] = Counter()
@@ -29,6 +29,8 @@ def product(a: Codes, b: Codes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return _counted(op, "deepgemm", _deepgemm(a, b))
     if _cublaslt_takes(a, b) and not _refusal("cublaslt", op, dtype, a.codes.device):
         return _counted(op, "cublaslt", _cublaslt(a, b, dtype))
+    if _hopper_takes(a, b, op, dtype):
+        return _counted(op, "hopper", _hopper().product(a, b, dtype))
     return _counted(op, "triton", gemm.product(a, b, dtype))
 
 
@@ -37,11 +39,17 @@ def grouped_product(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch
     op = "grouped product"
     if _deepgemm_takes(a, b, dtype) and not _refusal("deepgemm", op, dtype, a.codes.device):
         return _counted(op, "deepgemm", _deepgemm_grouped(a, b, tiles))
+    if _hopper_takes(a, b, op, dtype):
+        return _counted(op, "hopper", _hopper().grouped_product(a, b, tiles, dtype))
     return _counted(op, "triton", gemm.grouped_product(a, b, tiles, dtype))
 
 
 def grouped_weight_gradient(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch.float32) -> Tensor:
-    return _counted("grouped weight gradient", "triton", gemm.grouped_weight_gradient(a, b, tiles, dtype))
+    """Each expert's aᵀ · b over its own tiles, as `gemm.grouped_weight_gradient`."""
+    op = "grouped weight gradient"
+    if _hopper_takes(a, b, op, dtype):
+        return _counted(op, "hopper", _hopper().grouped_weight_gradient(a, b, tiles, dtype))
+    return _counted(op, "triton", gemm.grouped_weight_gradient(a, b, tiles, dtype))
 
 
 def ran() -> dict[str, dict[str, int]]:
@@ -59,6 +67,9 @@ def status(device: torch.device) -> dict[str, str]:
         ("deepgemm", "grouped product", torch.bfloat16),
         ("cublaslt", "product", torch.bfloat16),
         ("cublaslt", "weight gradient", torch.float32),
+        ("hopper", "product", torch.bfloat16),
+        ("hopper", "grouped product", torch.bfloat16),
+        ("hopper", "grouped weight gradient", torch.float32),
     ]
     return {f"{path}: {op}": _refusal(path, op, dtype, device) or "runs" for path, op, dtype in asked}
 
@@ -89,24 +100,49 @@ def _refusal(path: str, op: str, dtype: torch.dtype, device: torch.device) -> st
 
 
 def _trial(path: str, op: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same small product by Triton and by the library."""
+    """The same small product by Triton and by the other."""
     draw = functools.partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
-    a = quantize_tiles(draw(256, 512))
+    tiles = group_tiles(torch.tensor([100, 256], dtype=torch.int32, device=device), 256)
+    a, rows = quantize_tiles(draw(256, 512)), quantize_tiles(draw(384, 512))
+    if op == "grouped weight gradient":
+        a, b = (quantize_both(draw(256, n), tiles=tiles)[1] for n in (384, 256))
+        by_triton = gemm.grouped_weight_gradient(a, b, tiles, dtype)
+        return by_triton, _hopper().grouped_weight_gradient(a, b, tiles, dtype)
     if op == "grouped product":
         b = Codes(*quantize_blocks(draw(2, 384, 512))[:2])
-        tiles = group_tiles(torch.tensor([100, 256], dtype=torch.int32, device=device), 256)
-        return gemm.grouped_product(a, b, tiles, dtype), _deepgemm_grouped(a, b, tiles)
-    b = Codes(*quantize_blocks(draw(384, 512))[:2]) if op == "product" else quantize_tiles(draw(384, 512))
-    return gemm.product(a, b, dtype), _deepgemm(a, b) if path == "deepgemm" else _cublaslt(a, b, dtype)
+        other = _deepgemm_grouped if path == "deepgemm" else _hopper().grouped_product
+        return gemm.grouped_product(a, b, tiles, dtype), other(a, b, tiles)
+    b = Codes(*quantize_blocks(draw(384, 512))[:2]) if op == "product" else rows
+    others = {
+        "deepgemm": lambda: _deepgemm(a, b),
+        "cublaslt": lambda: _cublaslt(a, b, dtype),
+        "hopper": lambda: _hopper().product(a, b, dtype),
+    }
+    return gemm.product(a, b, dtype), others[path]()
+
+
+# ---- our own for SM90 ----
+
+
+def _hopper_takes(a: Codes, b: Codes, op: str, dtype: torch.dtype) -> bool:
+    return not _refusal("hopper", op, dtype, a.codes.device) and _hopper().takes(a, b)
+
+
+def _hopper() -> Any:
+    """Gluon came with Triton 3.4, its interface still changes: it is imported where it is used."""
+    from leanseek.ops.triton import hopper
+
+    return hopper
 
 
 # ---- cuBLASLt ----
 
 
 def _cublaslt_takes(a: Codes, b: Codes) -> bool:
-    """Scales of rows lie with stride [1, rows] exactly, so rows come in fours; operands in 16 bytes."""
+    """Scales of rows lie with stride [1, rows] exactly, so rows come in fours; K in whole tiles, and b's rows in whole
+    blocks, or in sixteens where each has a scale."""
     (m, k), n = a.codes.shape, b.codes.shape[0]
-    return m % 4 == 0 and n % 16 == 0 and k % 16 == 0 and hasattr(F, "scaled_mm")
+    return m % 4 == 0 and n % (TILE if _in_blocks(b) else 16) == 0 and k % TILE == 0 and hasattr(F, "scaled_mm")
 
 
 def _cublaslt(a: Codes, b: Codes, dtype: torch.dtype) -> Tensor:

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.ops.triton.numbers import TILE, encode, magnitude, tile_scale
+from leanseek.ops.triton.numbers import E5M6_MAX, TILE, divide, encode, magnitude, narrow, on_grid, tile_scale
 from leanseek.ops.triton.tiles import Tiles
 
 FP8 = torch.float8_e4m3fn
+BLOCK_WARPS = 8
 
 
 class Codes(NamedTuple):
@@ -26,6 +27,32 @@ class Codes(NamedTuple):
 
     codes: Tensor
     scales: Tensor
+
+    def take(self, rows: Tensor) -> Codes:
+        """Rows in another order, or several times."""
+        found = new_codes(rows.numel(), self.codes.shape[1], self.codes.device)
+        wide = torch.int64 if self.codes.shape[1] % 8 == 0 else torch.uint8  # copied 8 codes at a time
+        torch.index_select(self.codes.view(wide), 0, rows, out=found.codes.view(wide))
+        torch.index_select(self.scales.t(), 1, rows, out=found.scales.t())
+        return found
+
+
+class Blocks(NamedTuple):
+    """Weights in 128×128 blocks: codes [.., N, K], scales [.., ceil(N / 128), ceil(K / 128)] float32, and the same
+    codes as [.., K, N], because FP8 products read both operands along the side that is summed."""
+
+    codes: Tensor
+    scales: Tensor
+    turned: Tensor
+
+    def take(self, expert: int) -> Blocks:
+        return Blocks(self.codes[expert], self.scales[expert], self.turned[expert])
+
+    def transpose(self, a: int, b: int) -> Blocks:
+        return Blocks(self.turned, self.scales.transpose(a, b), self.codes)
+
+    def t(self) -> Blocks:
+        return self.transpose(0, 1)
 
 
 def new_codes(rows: int, columns: int, device: torch.device) -> Codes:
@@ -44,7 +71,7 @@ def quantize_tiles(x: Tensor, power_of_two: bool = False) -> Codes:
     """x [M, K], float32 or BF16, in 1×128 tiles."""
     m, k = x.shape
     out = new_codes(m, k, x.device)
-    _launch(x, out, None, None, power_of_two, rows=32)
+    _launch(x, out, None, None, power_of_two, m)
     return out
 
 
@@ -55,8 +82,30 @@ def quantize_both(x: Tensor, power_of_two: bool = False, tiles: Tiles | None = N
     """
     m, k = x.shape
     out, transposed = new_codes(m, k, x.device), new_transposed(m, k, tiles, x.device)
-    _launch(x, out, transposed, tiles, power_of_two, rows=TILE)
+    _launch(x, out, transposed, tiles, power_of_two, m)
     return out, transposed
+
+
+def turn_tiles(
+    x: Tensor | Codes, power_of_two: bool = False, tiles: Tiles | None = None, index: Tensor | None = None
+) -> Codes:
+    """The second part of `quantize_both` alone, of rows `index` of x (all when None), which may be codes."""
+    values = x if isinstance(x, Tensor) else x.codes
+    m = values.shape[0] if index is None else index.numel()
+    transposed = new_transposed(m, values.shape[1], tiles, values.device)
+    _launch(x, None, transposed, tiles, power_of_two, m, index)
+    return transposed
+
+
+def round_e5m6(x: Tensor) -> Tensor:
+    """x [..., C] as E5M6 with a power-of-two scale for each 128 holds it, in x's dtype."""
+    flat = x.reshape(-1, x.shape[-1])
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        grid = (triton.cdiv(flat.shape[0], 32), triton.cdiv(flat.shape[1], TILE))
+        _e5m6[grid](flat, out, *flat.shape, flat.stride(0), 32, TILE, num_warps=8)
+    return out.view(x.shape)
 
 
 def quantize_blocks(
@@ -72,39 +121,76 @@ def quantize_blocks(
     turned = torch.empty(*weight.shape[:-2], k, n, dtype=FP8, device=weight.device) if transpose else None
     if rows.numel():
         _blocks[(blocks[1], blocks[0], experts)](
-            rows, codes, turned, scales, n, k, transpose, power_of_two, TILE, num_warps=16
+            rows, codes, turned, scales, n, k, transpose, power_of_two, TILE, num_warps=BLOCK_WARPS
         )
     return codes, scales, turned
 
 
-def _launch(x: Tensor, out: Codes, turned: Codes | None, tiles: Tiles | None, power_of_two: bool, rows: int) -> None:
-    if not x.numel():
+def _launch(
+    x: Tensor | Codes,
+    out: Codes | None,
+    turned: Codes | None,
+    tiles: Tiles | None,
+    power_of_two: bool,
+    m: int,
+    index: Tensor | None = None,
+) -> None:
+    values, scales = x if isinstance(x, Codes) else (x, None)
+    k = values.shape[1]
+    if not m * k:
         return
-    x = x if x.stride(1) == 1 else x.contiguous()
-    count = -(-x.shape[0] // rows) if tiles is None else tiles.start.numel()
+    values = values if values.stride(1) == 1 else values.contiguous()
+    rows = 32 if turned is None else TILE
+    count = -(-m // rows) if tiles is None else tiles.start.numel()
     start, stop = (None, None) if tiles is None else (tiles.start, tiles.stop)
+    codes, new_scales = (None, None) if out is None else out
     codes_t, scales_t = (None, None) if turned is None else turned
-    _tiles[(count, -(-x.shape[1] // TILE))](
-        x, out.codes, out.scales, codes_t, scales_t, start, stop, *x.shape, x.stride(0), out.scales.stride(1),
+    columns, warps = (64, 2) if out is None and scales is None else (TILE, 4)  # measured on an H100
+    _tiles[(count, -(-k // columns))](
+        values, scales, index, codes, new_scales, codes_t, scales_t, start, stop, m, k, values.stride(0),
+        0 if scales is None else scales.stride(1), 0 if new_scales is None else new_scales.stride(1),
         0 if codes_t is None else codes_t.stride(0), 0 if scales_t is None else scales_t.stride(1),
-        tiles is not None, turned is not None, power_of_two, rows, TILE, num_warps=16 if rows == TILE else 4,
+        tiles is not None, power_of_two, rows, columns, TILE, num_warps=warps,
     )  # fmt: skip
 
 
 @triton.jit
 def _tiles(
-    x, codes, scales, codes_t, scales_t, starts, stops, M, K, stride_x, stride_s, stride_t, stride_ts,
-    GROUPED: tl.constexpr, TURN: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    x, x_scales, index, codes, scales, codes_t, scales_t, starts, stops, M, K,
+    stride_x, stride_xs, stride_s, stride_t, stride_ts,
+    GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """What is None is not there: x's scales where x is no codes, the index, either result. Codes by rows need tiles
+    128 columns wide, turned ones 128 rows."""
     t, kb = tl.program_id(0), tl.program_id(1)
     start, stop = row_range(t, starts, stops, M, GROUPED, ROWS)
     if start < stop:
-        rows, columns = start + tl.arange(0, ROWS), kb * TILE + tl.arange(0, TILE)
+        rows, columns = start + tl.arange(0, ROWS), kb * COLUMNS + tl.arange(0, COLUMNS)
+        source = rows
+        if index is not None:
+            source = tl.load(index + rows, mask=rows < stop, other=0)
         inside = (rows[:, None] < stop) & (columns[None, :] < K)
-        v = tl.load(x + rows[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        store_rows(v, codes, scales, rows, stop, columns, K, kb, K, stride_s, POWER_OF_TWO)
-        if TURN:
+        places = source[:, None].to(tl.int64) * stride_x + columns[None, :]
+        v = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        if x_scales is not None:
+            v *= tl.load(x_scales + kb * COLUMNS // TILE * stride_xs + source, mask=rows < stop, other=0.0)[:, None]
+        if codes is not None:
+            store_rows(v, codes, scales, rows, stop, columns, K, kb, K, stride_s, POWER_OF_TWO)
+        if codes_t is not None:
             store_columns(v, codes_t, scales_t, t, columns, K, stride_t, stride_ts, POWER_OF_TWO, TILE)
+
+
+@triton.jit
+def _e5m6(x, out, M, K, stride, ROWS: tl.constexpr, TILE: tl.constexpr):
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = (rows[:, None] < M) & (columns[None, :] < K)
+    v = tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tile_scale(tl.max(magnitude(v), 1), True, E5M6_MAX)[:, None]
+    rounded = on_grid(divide(v, scale, True), E5M6_MAX, 6, -14) * scale
+    rounded = tl.where(tl.abs(v) < float("inf"), rounded, float("nan"))
+    tl.store(
+        out + rows[:, None].to(tl.int64) * K + columns[None, :], narrow(rounded, out.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -123,7 +209,11 @@ def store_rows(v, codes, scales, rows, stop, columns, limit, kb, stride, stride_
     """v [rows, 128] float32, zero outside, as codes with one scale a row, which is column `kb` of the scales."""
     scale = tile_scale(tl.max(magnitude(v), 1), POWER_OF_TWO)
     inside = (rows[:, None] < stop) & (columns[None, :] < limit)
-    tl.store(codes + rows[:, None].to(tl.int64) * stride + columns[None, :], encode(v, scale[:, None]), mask=inside)
+    tl.store(
+        codes + rows[:, None].to(tl.int64) * stride + columns[None, :],
+        encode(v, scale[:, None], POWER_OF_TWO),
+        mask=inside,
+    )
     tl.store(scales + kb * stride_s + rows, scale, mask=rows < stop)
 
 
@@ -134,7 +224,7 @@ def store_columns(
     """v [128, 128] as transposed codes: columns 128 t to 128 (t + 1) of [limit, 128 T], one scale a column of v."""
     scale = tile_scale(tl.max(magnitude(v), 0), POWER_OF_TWO)
     places = t * TILE + tl.arange(0, TILE)
-    q = tl.trans(encode(v, scale[None, :]))
+    q = tl.trans(encode(v, scale[None, :], POWER_OF_TWO))
     tl.store(codes + columns[:, None].to(tl.int64) * stride + places[None, :], q, mask=columns[:, None] < limit)
     tl.store(scales + t * stride_s + columns, scale, mask=columns < limit)
 
@@ -146,12 +236,12 @@ def _blocks(weight, codes, turned, scales, N, K, TURN: tl.constexpr, POWER_OF_TW
     inside = (rows[:, None] < N) & (columns[None, :] < K)
     places = expert * N * K + rows[:, None].to(tl.int64) * K + columns[None, :]
     v = tl.load(weight + places, mask=inside, other=0.0).to(tl.float32)
-    scale = tile_scale(tl.max(tl.max(magnitude(v), 1, keep_dims=True), 0, keep_dims=True), POWER_OF_TWO)  # [1, 1]
-    q = encode(v, scale)
-    tl.store(codes + places, q, mask=inside)
-    one = tl.arange(0, 1)
+    amax = tl.max(tl.max(magnitude(v), 1), 0)
+    scale = tile_scale(tl.full((TILE,), 0.0, tl.float32) + amax, POWER_OF_TWO)  # of each row, and of each column
+    tl.store(codes + places, encode(v, scale[:, None], POWER_OF_TWO), mask=inside)
     block = (expert * tl.num_programs(1) + nb) * tl.num_programs(0) + kb
-    tl.store(scales + block + one[:, None] + one[None, :], scale)
+    tl.store(scales + block, tl.max(scale, 0))
     if TURN:
         places = expert * N * K + columns[:, None].to(tl.int64) * N + rows[None, :]
-        tl.store(turned + places, tl.trans(q), mask=(columns[:, None] < K) & (rows[None, :] < N))
+        q = tl.trans(encode(v, scale[None, :], POWER_OF_TWO))
+        tl.store(turned + places, q, mask=(columns[:, None] < K) & (rows[None, :] < N))

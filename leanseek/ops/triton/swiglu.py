@@ -1,8 +1,7 @@
 """SwiGLU fused with quantisation, forward and backward: the activation never lies in memory in BF16 (3.3.3).
 
-The pre-activation [M, 2I] holds gate then up; it is BF16 or FP32, or the FP8 codes that were kept for backward, from
-which SwiGLU is computed again. `weight` [M] is the gate's weight of a routed row. I must be a multiple of 128, so that
-no tile spans gate and up.
+The pre-activation [M, 2I] holds gate then up; backward computes SwiGLU again from its FP8 codes. `weight` [M] is the
+gate's weight of a routed row. I must be a multiple of 128, so that no tile spans gate and up.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,6 +19,8 @@ from leanseek.ops.triton.numbers import TILE
 from leanseek.ops.triton.quantize import Codes, new_codes, new_transposed, row_range, store_columns, store_rows
 from leanseek.ops.triton.tiles import Tiles
 
+COLUMNS = 32  # of a turned tile: all four tensors of it in registers
+
 
 class Backward(NamedTuple):
     hidden: Codes  # gradient of the pre-activation [M, 2I], 1×128 tiles: for the input's gradient
@@ -28,103 +29,127 @@ class Backward(NamedTuple):
     weight: Tensor | None  # gradient of `weight` [M] float32
 
 
-def swiglu_quantize(hidden: Tensor | Codes, weight: Tensor | None = None, power_of_two: bool = False) -> Codes:
-    """weight · silu(gate) · up in 1×128 tiles [M, I]."""
-    values, scales = hidden if isinstance(hidden, Codes) else (hidden, None)
-    m, i = values.shape[0], values.shape[1] // 2
-    out = new_codes(m, i, values.device)
+def swiglu_quantize(hidden: Tensor, weight: Tensor | None = None, power_of_two: bool = False) -> tuple[Codes, Codes]:
+    """weight · silu(gate) · up in 1×128 tiles [M, I], and hidden [M, 2I] in tiles: what is kept for backward."""
+    m, i = hidden.shape[0], hidden.shape[1] // 2
+    out, kept = new_codes(m, i, hidden.device), new_codes(m, 2 * i, hidden.device)
     if out.codes.numel():
-        _forward[(triton.cdiv(m, 32), i // TILE)](
-            values, scales, weight, *out, m, i, values.stride(0), 0 if scales is None else scales.stride(1),
-            out.scales.stride(1), scales is not None, weight is not None, power_of_two, 32, TILE, num_warps=4,
+        _forward[(triton.cdiv(m, 16), i // TILE)](
+            hidden, weight, *out, *kept, m, i, hidden.stride(0), out.scales.stride(1), kept.scales.stride(1),
+            power_of_two, 16, TILE, num_warps=4,
         )  # fmt: skip
-    return out
+    return out, kept
 
 
 def swiglu_backward_quantize(
     grad: Tensor,
-    hidden: Tensor | Codes,
+    hidden: Codes,
     weight: Tensor | None = None,
     tiles: Tiles | None = None,
     power_of_two: bool = False,
 ) -> Backward:
-    """grad [M, I] of the activation -> everything that the four products of backward read, in one pass.
+    """grad [M, I] of the activation -> everything that the four products of backward read.
 
-    With `tiles`, rows of no expert are left as they were in memory.
+    With `tiles`, turned rows of no expert are left as they were in memory.
     """
-    values, scales = hidden if isinstance(hidden, Codes) else (hidden, None)
     m, i = grad.shape
     out, out_t = new_codes(m, 2 * i, grad.device), new_transposed(m, 2 * i, tiles, grad.device)
     act_t = new_transposed(m, i, tiles, grad.device)
     partial = None if weight is None else torch.zeros(i // TILE, m, device=grad.device)
     start, stop = (None, None) if tiles is None else (tiles.start, tiles.stop)
     if grad.numel():
+        strides = grad.stride(0), hidden.codes.stride(0), hidden.scales.stride(1)
+        _backward_rows[(triton.cdiv(m, 16), i // TILE)](
+            grad, *hidden, weight, *out, partial, m, i, *strides, out.scales.stride(1), power_of_two, 16, TILE,
+            num_warps=4,
+        )  # fmt: skip
         count = triton.cdiv(m, TILE) if tiles is None else tiles.start.numel()
-        _backward[(3, count, i // TILE)](
-            grad, values, scales, weight, *out, *out_t, *act_t, partial, start, stop, m, i, grad.stride(0),
-            values.stride(0), 0 if scales is None else scales.stride(1), out.scales.stride(1), out_t.codes.stride(0),
-            out_t.scales.stride(1), act_t.scales.stride(1), scales is not None, weight is not None, tiles is not None,
-            power_of_two, TILE, num_warps=16,
+        _backward_turned[(3, count, i // COLUMNS)](
+            grad, *hidden, weight, *out_t, *act_t, start, stop, m, i, *strides, out_t.codes.stride(0),
+            out_t.scales.stride(1), act_t.scales.stride(1), tiles is not None, power_of_two, COLUMNS, TILE,
+            num_warps=4,
         )  # fmt: skip
     return Backward(out, out_t, act_t, None if partial is None else partial.sum(0))
 
 
 @triton.jit
 def _forward(
-    hidden, hidden_scales, weights, codes, scales, M, I, stride_h, stride_hs, stride_s,
-    CODED: tl.constexpr, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    hidden, weights, codes, scales, kept, kept_scales, M, I, stride_h, stride_s, stride_ks,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     rows, kb = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-    gate = _load_half(hidden, hidden_scales, rows, M, kb, stride_h, stride_hs, CODED, TILE)
-    up = _load_half(hidden, hidden_scales, rows, M, kb + I // TILE, stride_h, stride_hs, CODED, TILE)
+    columns, up_kb = kb * TILE + tl.arange(0, TILE), kb + I // TILE
+    places = rows[:, None].to(tl.int64) * stride_h + columns[None, :]
+    gate = tl.load(hidden + places, mask=rows[:, None] < M, other=0.0).to(tl.float32)
+    up = tl.load(hidden + places + I, mask=rows[:, None] < M, other=0.0).to(tl.float32)
     act = gate * _sigmoid(gate) * up
-    if WEIGHTED:
+    if weights is not None:
         act *= tl.load(weights + rows, mask=rows < M, other=0.0)[:, None]
-    store_rows(act, codes, scales, rows, M, kb * TILE + tl.arange(0, TILE), I, kb, I, stride_s, POWER_OF_TWO)
+    store_rows(act, codes, scales, rows, M, columns, I, kb, I, stride_s, POWER_OF_TWO)
+    store_rows(gate, kept, kept_scales, rows, M, columns, 2 * I, kb, 2 * I, stride_ks, POWER_OF_TWO)
+    store_rows(up, kept, kept_scales, rows, M, columns + I, 2 * I, up_kb, 2 * I, stride_ks, POWER_OF_TWO)
 
 
 @triton.jit
-def _backward(
-    grad, hidden, hidden_scales, weights, codes, scales, codes_t, scales_t, act_t, act_scales_t, partial, starts, stops,
-    M, I, stride_g, stride_h, stride_hs, stride_s, stride_t, stride_ts, stride_as,
-    CODED: tl.constexpr, WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
+def _backward_rows(
+    grad, hidden, hidden_scales, weights, codes, scales, partial, M, I, stride_g, stride_h, stride_hs, stride_s,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile and a part: the gradient of gate, of up, or the activation. Side by side, so that the second
-    and third read from the cache; together they would not fit into the registers."""
-    part, t, kb = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """The pre-activation's gradient in 1×128 tiles, and a tile's part in the weights' gradient."""
+    rows, kb = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    columns = kb * TILE + tl.arange(0, TILE)
+    g, gate, up, sig, weight = _load_tile(
+        grad, hidden, hidden_scales, weights, rows, M, columns, I, kb, stride_g, stride_h, stride_hs, TILE
+    )
+    if weights is not None:
+        tl.store(partial + kb * M + rows, tl.sum(g * (gate * sig * up), 1), mask=rows < M)
+    g *= weight[:, None]
+    into_gate, into_up = g * up * (sig + gate * sig * (1 - sig)), g * (gate * sig)
+    store_rows(into_gate, codes, scales, rows, M, columns, 2 * I, kb, 2 * I, stride_s, POWER_OF_TWO)
+    store_rows(into_up, codes, scales, rows, M, columns + I, 2 * I, kb + I // TILE, 2 * I, stride_s, POWER_OF_TWO)
+
+
+@triton.jit
+def _backward_turned(
+    grad, hidden, hidden_scales, weights, codes_t, scales_t, act_t, act_scales_t, starts, stops,
+    M, I, stride_g, stride_h, stride_hs, stride_t, stride_ts, stride_as,
+    GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of gate and up and the activation, turned: a program each, side by side, so that the second and
+    third read from the cache; together they would not fit into the registers."""
+    part, t = tl.program_id(0), tl.program_id(1)
     start, stop = row_range(t, starts, stops, M, GROUPED, TILE)
     if start < stop:
-        rows, columns = start + tl.arange(0, TILE), kb * TILE + tl.arange(0, TILE)
-        places = rows[:, None].to(tl.int64) * stride_g + columns[None, :]
-        g = tl.load(grad + places, mask=rows[:, None] < stop, other=0.0).to(tl.float32)
-        gate = _load_half(hidden, hidden_scales, rows, stop, kb, stride_h, stride_hs, CODED, TILE)
-        up = _load_half(hidden, hidden_scales, rows, stop, kb + I // TILE, stride_h, stride_hs, CODED, TILE)
-        weight = tl.full((TILE,), 1.0, tl.float32)
-        if WEIGHTED:
-            weight = tl.load(weights + rows, mask=rows < stop, other=0.0)
-        sig = _sigmoid(gate)
+        rows, columns = start + tl.arange(0, TILE), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+        kb = tl.program_id(2) * COLUMNS // TILE
+        g, gate, up, sig, weight = _load_tile(
+            grad, hidden, hidden_scales, weights, rows, stop, columns, I, kb, stride_g, stride_h, stride_hs, TILE
+        )
         if part == 2:
-            act = gate * sig * up
-            if WEIGHTED:
-                tl.store(partial + kb * M + rows, tl.sum(g * act, 1), mask=rows < stop)
-            act *= weight[:, None]
+            act = gate * sig * up * weight[:, None]
             store_columns(act, act_t, act_scales_t, t, columns, I, stride_t, stride_as, POWER_OF_TWO, TILE)
         else:
             slope = tl.where(part == 0, up * (sig + gate * sig * (1 - sig)), gate * sig)
-            d = g * weight[:, None] * slope
-            into, kb_into = columns + part * I, kb + part * (I // TILE)
-            store_rows(d, codes, scales, rows, stop, into, 2 * I, kb_into, 2 * I, stride_s, POWER_OF_TWO)
+            d, into = g * weight[:, None] * slope, columns + part * I
             store_columns(d, codes_t, scales_t, t, into, 2 * I, stride_t, stride_ts, POWER_OF_TWO, TILE)
 
 
 @triton.jit
-def _load_half(hidden, scales, rows, stop, kb, stride, stride_s, CODED: tl.constexpr, TILE: tl.constexpr):
-    """128 columns of the pre-activation as float32, zero past `stop`."""
-    places = rows[:, None].to(tl.int64) * stride + kb * TILE + tl.arange(0, TILE)[None, :]
-    v = tl.load(hidden + places, mask=rows[:, None] < stop, other=0.0).to(tl.float32)
-    if CODED:
-        v *= tl.load(scales + kb * stride_s + rows, mask=rows < stop, other=0.0)[:, None]
-    return v
+def _load_tile(
+    grad, hidden, scales, weights, rows, stop, columns, I, kb, stride_g, stride_h, stride_s, TILE: tl.constexpr
+):
+    """The activation's gradient, gate, up, gate's sigmoid as float32 and the rows' weights: zero past `stop`."""
+    inside, wide = rows < stop, rows.to(tl.int64)
+    g = tl.load(grad + wide[:, None] * stride_g + columns[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    places = wide[:, None] * stride_h + columns[None, :]
+    gate = tl.load(hidden + places, mask=inside[:, None], other=0.0).to(tl.float32)
+    gate *= tl.load(scales + kb * stride_s + rows, mask=inside, other=0.0)[:, None]
+    up = tl.load(hidden + places + I, mask=inside[:, None], other=0.0).to(tl.float32)
+    up *= tl.load(scales + (kb + I // TILE) * stride_s + rows, mask=inside, other=0.0)[:, None]
+    weight = tl.where(inside, 1.0, 0.0)
+    if weights is not None:
+        weight = tl.load(weights + rows, mask=inside, other=0.0)
+    return g, gate, up, _sigmoid(gate), weight
 
 
 @triton.jit

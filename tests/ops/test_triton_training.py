@@ -1,0 +1,81 @@
+"""A training step's Triton kernels that are no products, against the torch references: on a GPU as compiled, elsewhere by
+Triton's interpreter (tests/conftest.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from leanseek import ops
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanseek.ops.triton.refusal", lambda device: "")
+
+
+def run(function: Callable[..., Tensor], backend: str, *inputs: Tensor) -> list[Tensor]:
+    leaves = [t.to(DEVICE, copy=True).requires_grad_(t.is_floating_point()) for t in inputs]
+    with ops.use(backend):
+        out = function(*leaves)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out))
+    return [out.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+
+def agree(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Within a step of BF16 of the largest value; float32 within sums in another order."""
+    found, expected = run(function, "triton", *inputs), run(function, "torch", *inputs)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        step = 2**-7 if a.dtype == torch.bfloat16 or inputs[0].dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(a, b, rtol=step, atol=step * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 7, 100), (1030, 64)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    agree(lambda x, w: ops.rms_norm(x, w, 1e-6), torch.randn(shape).to(dtype), torch.rand(shape[-1]) + 0.5)
+
+
+def test_rms_norm_of_a_part_of_a_row() -> None:
+    """The latent is a slice of what one product writes."""
+    agree(lambda x, w: ops.rms_norm(x[..., :40], w, 1e-6), torch.randn(5, 56).bfloat16(), torch.rand(40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(dtype: torch.dtype) -> None:
+    agree(ops.swiglu, *torch.randn(2, 3, 5, 1100).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts(dtype: torch.dtype) -> None:
+    indices = torch.tensor([[0, 1], [0, 3], [4, 0]])[torch.randint(0, 3, (30,))]
+    agree(
+        lambda x, w, up, down: ops.experts(x, indices.to(DEVICE), w, up, down),
+        torch.randn(30, 48).to(dtype), torch.rand(30, 2), torch.randn(6, 80, 48) * 0.2, torch.randn(6, 48, 40) * 0.2,
+    )  # fmt: skip
+
+
+def test_adamw_is_torchs_in_float32_rounded_once() -> None:
+    rule = ops.AdamW(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    ours, theirs = ([torch.randn(37, 70, generator=torch.Generator().manual_seed(1)).to(DEVICE)] for _ in range(2))
+    for state in (ours, theirs):
+        state += [torch.zeros(37, 70, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+        state += [torch.zeros((), device=DEVICE)]
+    for step in range(3):
+        grad = torch.randn(37, 70, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        for backend, (weight, m, v, count) in (("triton", ours), ("torch", theirs)):
+            with ops.use(backend):
+                ops.adamw(weight, grad, m, v, count, rule)
+    assert int(ours[3]) == 3
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours[1:3], theirs[1:3], strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=2**-7, atol=1e-6)
