@@ -61,4 +61,4 @@ def test_cases_take_turns_and_the_first_turn_is_not_counted() -> None:
 def test_the_gpu_cases_name_the_path_that_ran() -> None:
     found = kernels.bench_kernels(256, rounds=1)
     paths = [r["path"] for r in found["results"].values() if "path" in r]
-    assert len(paths) == 8 and set(paths) <= {"triton", "cublaslt", "deepgemm"}
+    assert len(paths) == 8 and set(paths) <= {"triton", "hopper", "cublaslt", "deepgemm"}

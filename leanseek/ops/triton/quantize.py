@@ -237,11 +237,13 @@ def _blocks(weight, codes, turned, scales, N, K, TURN: tl.constexpr, POWER_OF_TW
     places = expert * N * K + rows[:, None].to(tl.int64) * K + columns[None, :]
     v = tl.load(weight + places, mask=inside, other=0.0).to(tl.float32)
     amax = tl.max(tl.max(magnitude(v), 1), 0)
-    scale = tile_scale(tl.full((TILE,), 0.0, tl.float32) + amax, POWER_OF_TWO)  # of each row, and of each column
+    scale = tile_scale(tl.full((TILE,), 0.0, tl.float32) + amax, POWER_OF_TWO)  # of each row
     tl.store(codes + places, encode(v, scale[:, None], POWER_OF_TWO), mask=inside)
     block = (expert * tl.num_programs(1) + nb) * tl.num_programs(0) + kb
     tl.store(scales + block, tl.max(scale, 0))
     if TURN:
+        # Read again: ptxas 12.8 packs the codes above for their store and then takes lone bytes from a dead register.
+        tl.debug_barrier()
+        q = tl.trans(tl.load(codes + places, mask=inside, other=0.0))
         places = expert * N * K + columns[:, None].to(tl.int64) * N + rows[None, :]
-        q = tl.trans(encode(v, scale[None, :], POWER_OF_TWO))
         tl.store(turned + places, q, mask=(columns[:, None] < K) & (rows[None, :] < N))
