@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 from leanseek.engine.sequence import Sequence
@@ -44,7 +44,7 @@ class Speculation:
         self.proposed = [0] * drafts  # per draft position
         self.accepted = [0] * drafts
         self._chances = [HOPE] * drafts  # of each position's draft, where those before it were right
-        self._costs: dict[int, _Cost] = {}
+        self._costs: defaultdict[int, _Cost] = defaultdict(_Cost)  # by the batch's bit length
         self._begun = 0  # requests since drafts do not pay
 
     def begin(self, sequence: Sequence, batch: int) -> None:
@@ -107,4 +107,4 @@ class Speculation:
         return max(range(len(rates)), key=rates.__getitem__)
 
     def _cost(self, batch: int) -> _Cost:
-        return self._costs.setdefault(batch.bit_length(), _Cost())
+        return self._costs[batch.bit_length()]

@@ -93,16 +93,19 @@ class TextStream:
         self._stop = tuple(stop)
         self._skip_special = skip_special
         self._include_stop = include_stop
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes = b""  # not yet decoded
         self._held = ""  # decoded and not yet given out
 
     def add(self, token: int, match_stop: bool = True) -> str | None:
         """Take a token; the stop string it completes, if any, ends the text."""
         if self._skip_special and self._tokenizer.is_special(token):
             return None
+        self._bytes += self._tokenizer.token_bytes(token)
+        if not self._stop:
+            return None
         searched = len(self._held)
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
-        if not self._stop or not match_stop:
+        self._held += self._decode(final=False)
+        if not match_stop:
             return None
         found = []
         for stop in self._stop:
@@ -113,26 +116,27 @@ class TextStream:
             return None
         place, _, stop = min(found)  # the first; of two at one place, the longer
         self._held = self._held[: place + (len(stop) if self._include_stop else 0)]
-        self._decoder.reset()
-        self._stop = ()
+        self._bytes, self._stop = b"", ()
         return stop
 
     def take(self, final: bool) -> str:
         """The text that can be given out now; all of it when `final`."""
-        if final:
-            self._held += self._decoder.decode(b"", final=True)
-        if not self._stop:
-            text, self._held = self._held, ""
-            return text
-        keep = 0 if final else self._possible_stop()
-        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        text = self._held + self._decode(final)
+        given = len(text) if final or not self._stop else len(text) - self._possible_stop(text)
+        self._held = text[given:]
+        return text[:given]
+
+    def _decode(self, final: bool) -> str:
+        """The whole characters of the bytes there are; a beginning of one stays unless it is `final`."""
+        text, used = codecs.utf_8_decode(self._bytes, "replace", final)
+        self._bytes = self._bytes[used:]
         return text
 
-    def _possible_stop(self) -> int:
+    def _possible_stop(self, text: str) -> int:
         """Length of the longest tail that a stop string starts with."""
-        longest = min(max(map(len, self._stop), default=1) - 1, len(self._held))
+        longest = min(max(map(len, self._stop), default=1) - 1, len(text))
         for length in range(longest, 0, -1):
-            tail = self._held[-length:]
+            tail = text[-length:]
             if any(stop.startswith(tail) for stop in self._stop):
                 return length
         return 0
