@@ -10,12 +10,11 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from typing import Any
 
 from leanseek.engine.guidance import Grammars
-from leanseek.engine.outputs import Delta, EngineStats, FinishReason, TokenLogprob
+from leanseek.engine.outputs import Delta, EngineStats, FinishReason
 from leanseek.engine.pages import PagePool
 from leanseek.engine.params import EngineError, SamplingParams
 from leanseek.engine.runner import Runner, StepResult, Work
@@ -92,6 +91,7 @@ class Engine:
         self._serial = 0
         self._finished: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
+        self._steps = self._generated = 0
         self._forward_seconds = self._step_seconds = 0.0
         self._told: list[Delta] = []  # of requests that ended between steps
         self.check_invariants()
@@ -168,6 +168,8 @@ class Engine:
                 leader=choices[0] if choices else None,
                 text=text,
                 matcher=matcher.copy() if matcher else None,
+                ends=frozenset(params.stop_token_ids or ())
+                | (frozenset() if params.ignore_eos else self.eos_token_ids),
             )
             self._speculation.begin(sequence, len(self._scheduler.running) + 1)
             choices.append(sequence)
@@ -195,25 +197,27 @@ class Engine:
         start = time.perf_counter()
         deltas, self._told = self._told, []
         works = self._scheduler.schedule(self._budget(), self._step_tokens)
-        now = time.monotonic()
         for work in works:
-            work.sequence.scheduled = work.sequence.scheduled or now
-        decoding = all(work.count == 1 and work.samples for work in works)
-        if decoding and self._speculation.probes(len(works)):
+            if not work.sequence.scheduled:
+                work.sequence.scheduled = time.monotonic()
+        if self._speculation.probes(len(works)) and all(work.count == 1 and work.samples for work in works):
             for work in works:
                 work.sequence.drafts.clear()
-        self._run(works, decoding, deltas)
-        self._totals["steps"] += 1
+        self._run(works, deltas)
+        self._steps += 1
         self._step_seconds += time.perf_counter() - start
         return deltas
 
-    def _run(self, works: list[Work], decoding: bool, deltas: list[Delta]) -> None:
-        """Run works, and let their sequences take what came of it; if that fails, each alone: only one shall end."""
+    def _run(self, works: list[Work], deltas: list[Delta]) -> None:
+        """Run works, and let their sequences take what came of it; what goes wrong ends the sequence it belongs to."""
         start = time.perf_counter()
         rows = Rows()
         for work in works:
-            if work.samples:
-                self._guarded(work.sequence, deltas, rows.add, work.sequence, self._stop_ids)
+            try:
+                if work.samples:
+                    rows.add(work.sequence)
+            except Exception as error:
+                deltas.append(self._fail(work.sequence, error))
         works = [work for work in works if work.sequence.finish_reason is None]
         if not works:
             return
@@ -223,44 +227,53 @@ class Engine:
             if len(works) == 1:
                 deltas.append(self._fail(works[0].sequence, error))
                 return
-            for work in works:
-                self._run([work], decoding, deltas)
+            for work in works:  # each alone: only one shall end
+                self._run([work], deltas)
             return
-        tokens = dict(zip(rows.sequences, result.tokens, strict=True))
+        sampled = iter(result.tokens)
         for work in works:
-            s = work.sequence
-            self._guarded(s, deltas, self._take, work, tokens.get(s), result, len(works))
-        self._measure(works, rows, result, decoding, time.perf_counter() - start)
+            try:
+                if work.samples:
+                    deltas.append(self._take(work.sequence, next(sampled), result, len(works)))
+                else:
+                    self._advance(work, result)
+            except Exception as error:
+                deltas.append(self._fail(work.sequence, error))
+        self._measure(len(works), rows, result, time.perf_counter() - start)
 
-    def _take(self, work: Work, tokens: list[int] | None, result: StepResult, batch: int) -> Delta | None:
-        """What a work computed becomes the sequence's: its place in the cache, and sampled tokens up to the end."""
+    def _advance(self, work: Work, result: StepResult) -> None:
+        """A part of a prompt is in the cache."""
         s = work.sequence
-        if s in result.prompt_logprobs:
-            self._take_prompt_logprobs(s, result.prompt_logprobs[s])
+        self._take_prompt_logprobs(s, result)
         s.computed += work.count
-        if tokens is None:
-            self._register_pages(s)
-            return None
+        self._register_pages(s)
+
+    def _take(self, s: Sequence, tokens: list[int], result: StepResult, batch: int) -> Delta:
+        """All known tokens are in the cache; sampled ones up to the end become the sequence's."""
+        self._take_prompt_logprobs(s, result)
         if s.drafts:
             self._speculation.judge(s, len(tokens) - 1, batch)
-        delta, end = Delta(s.request.request_id, s.index), None
         if not s.first_token:
             s.first_token = time.monotonic()
+        end, count = None, 0
         for token in tokens:
             s.tokens.append(token)
-            delta.token_ids.append(token)
+            count += 1
             end = self._end(s, token)
             if end:
                 break
+        del tokens[count:]
+        self._generated += count
         s.computed = len(s.tokens) - 1  # accepted drafts are in the cache; the last token is not
         if s.depth:
             s.drafts = result.drafts.get(s, [])[: s.max_tokens - s.output_length - 1]
         elif s.drafts:
             s.drafts = []
         self._register_pages(s)
-        self._totals["generated_tokens"] += len(delta.token_ids)
-        delta.text = s.text.take(final=end is not None) if s.text else ""
-        delta.logprobs = result.logprobs[s][: len(delta.token_ids)] if s in result.logprobs else None
+        text = s.text.take(final=end is not None) if s.text else ""
+        delta = Delta(s.request.request_id, s.index, tokens, text)
+        if result.logprobs and s in result.logprobs:
+            delta.logprobs = result.logprobs[s][:count]
         if s.prompt_logprobs:
             delta.prompt_logprobs, s.prompt_logprobs = s.prompt_logprobs, []
         if end:
@@ -269,33 +282,27 @@ class Engine:
             delta.usage, delta.timing = last.usage, last.timing
         return delta
 
-    def _take_prompt_logprobs(self, s: Sequence, scored: list[TokenLogprob]) -> None:
+    def _take_prompt_logprobs(self, s: Sequence, result: StepResult) -> None:
+        if s not in result.prompt_logprobs:
+            return
         s.prompt_logprobs = s.prompt_logprobs or [None]  # nothing comes before the first token
-        for place, each in enumerate(scored, start=s.computed + 1):
+        for place, each in enumerate(result.prompt_logprobs[s], start=s.computed + 1):
             if place == len(s.prompt_logprobs):  # else known from before a preemption
                 s.prompt_logprobs.append(each)
 
     def _end(self, s: Sequence, token: int) -> tuple[FinishReason, int | str | None] | None:
         """Take the token's text; why the sequence ends with it, if it does."""
-        params = s.params
         if s.matcher:
             s.matcher.advance(token)
-        if token in self.eos_token_ids and not params.ignore_eos:
-            return "stop", None
-        if params.stop_token_ids and token in params.stop_token_ids:
-            return "stop", token
+        if token in s.ends:
+            return "stop", None if token in self.eos_token_ids and not s.params.ignore_eos else token
         length = s.output_length
-        matched = s.text.add(token, length >= params.min_tokens) if s.text else None
+        matched = s.text.add(token, length >= s.params.min_tokens) if s.text else None
         if matched is not None:
             return "stop", matched
         if s.matcher and s.matcher.finished:
             return "stop", None
         return ("length", None) if length >= s.max_tokens else None
-
-    def _stop_ids(self, s: Sequence) -> list[int]:
-        """Tokens that end the sequence."""
-        eos = () if s.params.ignore_eos else self.eos_token_ids
-        return [*eos, *(s.params.stop_token_ids or ())]
 
     def _register_pages(self, s: Sequence) -> None:
         """Make the pages that are now full findable by their tokens."""
@@ -306,15 +313,6 @@ class Engine:
             s.registered += 1
 
     # ---- ends ----
-
-    def _guarded(self, sequence: Sequence, deltas: list[Delta], part: Callable[..., Delta | None], *args: Any) -> None:
-        """A sequence's own part of a step: what it raises is the end of that sequence alone."""
-        try:
-            delta = part(*args)
-        except Exception as error:
-            delta = self._fail(sequence, error)
-        if delta is not None:
-            deltas.append(delta)
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
         log.error("request %s failed", sequence.request.request_id, exc_info=error)
@@ -344,13 +342,12 @@ class Engine:
             return min(self._step_tokens, 2 * MIN_STEP_ROWS)
         return min(self._step_tokens, max(MIN_STEP_ROWS, int(self._step_goal / self._row_seconds)))
 
-    def _measure(self, works: list[Work], rows: Rows, result: StepResult, decoding: bool, seconds: float) -> None:
+    def _measure(self, works: int, rows: Rows, result: StepResult, seconds: float) -> None:
         self._forward_seconds += result.main_seconds + result.draft_seconds
-        if decoding:
-            verified = len(rows) - len(rows.sequences)
-            self._speculation.measured(len(works), verified, seconds, result.draft_seconds)
+        if len(rows) == result.rows:  # it only decoded
+            self._speculation.measured(works, len(rows) - works, seconds, result.draft_seconds)
         else:
-            each = seconds / sum(work.rows for work in works)
+            each = seconds / result.rows
             self._row_seconds += (each - self._row_seconds) * (0.2 if self._row_seconds else 1.0)
 
     def stats(self) -> EngineStats:
@@ -368,8 +365,8 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             prompt_tokens=totals["prompt_tokens"],
             cached_tokens=totals["cached_tokens"],
-            generated_tokens=totals["generated_tokens"],
-            steps=totals["steps"],
+            generated_tokens=self._generated,
+            steps=self._steps,
             forward_seconds=self._forward_seconds,
             step_seconds=self._step_seconds,
             draft_tokens=list(self._speculation.proposed),

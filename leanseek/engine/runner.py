@@ -5,12 +5,11 @@ The host waits for the tokens, and works out there which drafts they confirm; th
 
 from __future__ import annotations
 
-import contextlib
 import time
 from array import array
-from collections.abc import Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,16 +25,13 @@ from leanseek.model import Transformer
 PROMPT_LOGPROB_ROWS = 64  # rows whose logits over the whole vocabulary are held at a time
 
 
-@dataclass
+@dataclass(slots=True)
 class Work:
     """A sequence's part of a step: `count` known tokens, and its drafts when those are the last known ones."""
 
     sequence: Sequence
     count: int
-    samples: bool = field(init=False)  # whether its last row is to become a token
-
-    def __post_init__(self) -> None:
-        self.samples = self.count == self.sequence.remaining
+    samples: bool  # whether these are all known tokens: the last row is to become the next
 
     @property
     def rows(self) -> int:
@@ -46,6 +42,7 @@ class Work:
 class StepResult:
     """What came of a step."""
 
+    rows: int  # that were computed
     tokens: list[list[int]] = field(default_factory=list)  # per `Rows.sequences`: the accepted drafts and one more
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # what may come after them
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)  # of `tokens`, where asked for
@@ -61,7 +58,7 @@ class _Batch:
     works: Listing[Work]
     starts: list[int]  # first row of each work, and the number of rows
     tokens: Tensor  # [N]
-    following: Tensor  # [N] the token after each row; 0 where it is about to be sampled
+    following: Tensor  # [N] the token after each row; anything where it is about to be sampled
     index: ops.CacheIndex
 
 
@@ -87,27 +84,29 @@ class Runner:
     @torch.inference_mode()
     def run(self, works: Listing[Work], rows: Rows) -> StepResult:
         """Compute the works; `rows` are the sampled rows of those that sample, in their order."""
-        result, clock = StepResult(), _Clock(self.device)
+        clock = _Clock(self.device)
         with ops.row_invariant():
             batch = self._batch(works)
-            with clock("main"):
-                hidden = self.model.step(batch.tokens, self.cache, batch.index)
-            self._score_prompts(batch, hidden, result)
-            tokens: list[int] = []
-            accepted: list[int] = []
+            result = StepResult(batch.starts[-1])
+            clock.turn("main")
+            hidden = self.model.step(batch.tokens, self.cache, batch.index)
+            clock.turn("host")
+            place = None
+            if len(rows) < result.rows:  # there are prompts
+                self._score_prompts(batch, hidden, result)
+                place = self._logit_rows(batch)
             if len(rows):
-                place = None if len(rows) == len(hidden) else self._logit_rows(batch)
-                with clock("main"):
-                    logits = self.model.logits(hidden if place is None else hidden[place])
-                sampled = self._sample(logits, rows)
-                tokens = sampled.tolist()  # here the host waits
-                accepted = [_confirmed(s.drafts, tokens, at) for s, at in zip(rows.sequences, rows.first, strict=True)]
-                self._collect(rows, logits, sampled, tokens, accepted, result)
-            if any(work.sequence.depth for work in works):
-                with clock("draft"):
-                    if tokens:
-                        batch.following[slice(None) if place is None else place] = sampled
-                    result.drafts = self._draft(batch, hidden, rows, accepted)
+                clock.turn("main")
+                logits = self.model.logits(hidden if place is None else hidden[place])
+                clock.turn("host")
+                sampled = sampler.choose(sampler.adjust(logits, rows), rows.choice(self._vocab_size, self.device))
+                self._collect(rows, logits, sampled, result)
+            if self._drafts and any(work.sequence.depth for work in works):
+                clock.turn("draft")
+                if len(rows):
+                    batch.following[slice(None) if place is None else place] = sampled
+                result.drafts = self._draft(batch, hidden, rows, result.tokens)
+                clock.turn("host")
         result.main_seconds, result.draft_seconds = clock.seconds("main"), clock.seconds("draft")
         return result
 
@@ -116,32 +115,36 @@ class Runner:
     def _batch(self, works: Listing[Work]) -> _Batch:
         size, width = self.page_size, 1
         tokens: list[int] = []
-        following: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         starts, lengths = [0], []
+        ahead: list[tuple[int, int]] = []  # rows whose next token is another than the next row's, and that token
         for work in works:
-            s, first = work.sequence, work.sequence.computed
-            stop = first + work.rows
+            s = work.sequence
+            first, pages = s.computed, s.pages
             if work.samples:
-                tokens += s.tokens[first:] + s.drafts if s.drafts else s.tokens[first:]
-                following += s.tokens[first + 1 :]
-                following += [0] * (len(s.drafts) + 1)
+                tokens += s.tokens[first:]
+                tokens += s.drafts
             else:
-                tokens += s.tokens[first:stop]
-                following += s.tokens[first + 1 : stop + 1]
-            positions += range(first, stop)
-            pages = s.pages
-            slots += [pages[at // size] * size + at % size for at in range(first, stop)]
+                tokens += s.tokens[first : first + work.count]
+                ahead.append((len(tokens) - 1, s.tokens[first + work.count]))
+            stop = first + len(tokens) - starts[-1]
+            for at in range(first, stop):
+                positions.append(at)
+                slots.append(pages[at // size] * size + at % size)
             starts.append(len(tokens))
             lengths.append(stop)
-            width = max(width, (stop + self._drafts) // size + 1)  # drafts write ahead
+            width = max(width, len(pages), (stop + self._drafts) // size + 1)  # drafts write ahead
+        following = [*tokens[1:], 0]
+        for row, token in ahead:
+            following[row] = token
         packed = array("q", [*tokens, *following, *positions, *slots, *starts, *lengths])  # one transfer
         for work in works:
-            packed.extend(work.sequence.pages[:width])
+            packed += work.sequence.pages
             packed.extend([self._scratch] * (width - len(work.sequence.pages)))
         n, m = len(tokens), len(works)
-        parts = torch.frombuffer(packed, dtype=torch.int64).to(self.device).split([n, n, n, n, m + 1, m, m * width])
+        numbers = torch.frombuffer(packed, dtype=torch.int64).to(self.device)
+        parts = numbers.split_with_sizes((n, n, n, n, m + 1, m, m * width))
         index = ops.CacheIndex(parts[2], parts[3], parts[4], parts[5], parts[6].view(m, width), size)
         return _Batch(works, starts, parts[0], parts[1], index)
 
@@ -155,13 +158,7 @@ class Runner:
 
     # ---- tokens ----
 
-    def _sample(self, logits: Tensor, rows: Rows) -> Tensor:
-        """Tokens [R] of the sampled rows."""
-        params = [rows.sequences[i].params for i in rows.row_sequence]
-        choice = Choice.of(params, rows.keys, logits.shape[1], self.device)
-        return sampler.choose(sampler.adjust(logits, rows), choice)
-
-    def _draft(self, batch: _Batch, hidden: Tensor, rows: Rows, accepted: list[int]) -> dict[Sequence, list[int]]:
+    def _draft(self, batch: _Batch, hidden: Tensor, rows: Rows, tokens: list[list[int]]) -> dict[Sequence, list[int]]:
         """The MTP module over all rows of the step, then on from each speculating sequence's last token.
 
         The module goes on from the main model's hidden state (eq. 21); for a second draft and later ones the same
@@ -171,7 +168,7 @@ class Runner:
         chosen = sorted((i for i, s in enumerate(rows.sequences) if s.depth), key=lambda i: -rows.sequences[i].depth)
         if not chosen:
             return {}
-        sequences, confirmed = [rows.sequences[i] for i in chosen], [accepted[i] for i in chosen]
+        sequences, confirmed = [rows.sequences[i] for i in chosen], [len(tokens[i]) - 1 for i in chosen]
         work_of = {work.sequence: i for i, work in enumerate(batch.works)}
         works = [work_of[s] for s in sequences]
         last = [batch.starts[i] + batch.works[i].count - 1 + n for i, n in zip(works, confirmed, strict=True)]
@@ -217,15 +214,14 @@ class Runner:
     # ---- results ----
 
     @staticmethod
-    def _collect(
-        rows: Rows, logits: Tensor, sampled: Tensor, tokens: list[int], accepted: list[int], result: StepResult
-    ) -> None:
-        for sequence, first, count in zip(rows.sequences, rows.first, accepted, strict=True):
-            kept = slice(first, first + count + 1)
-            result.tokens.append(tokens[kept])
-            if sequence.params.logprobs is not None:
-                values = sampler.logprobs_of(logits[kept], sampled[kept], sequence.params.logprobs)
-                result.logprobs[sequence] = values
+    def _collect(rows: Rows, logits: Tensor, sampled: Tensor, result: StepResult) -> None:
+        tokens = sampled.tolist()  # here the host waits
+        for sequence, first in zip(rows.sequences, rows.first, strict=True):
+            stop = first + 1 + (_confirmed(sequence.drafts, tokens, first) if sequence.drafts else 0)
+            result.tokens.append(tokens[first:stop])
+            wanted = sequence.params.logprobs
+            if wanted is not None:
+                result.logprobs[sequence] = sampler.logprobs_of(logits[first:stop], sampled[first:stop], wanted)
 
     def _score_prompts(self, batch: _Batch, hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens, for the requests that ask: of the token after each row of the work."""
@@ -250,17 +246,15 @@ def _confirmed(drafts: list[int], tokens: list[int], first: int) -> int:
 
 
 class _Clock:
-    """Seconds spent in named parts of a step; on CUDA between events, read once the step's results are there."""
+    """Seconds that the parts of a step took; on CUDA between events, read once the step's results are there."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._turns: list[tuple[str, Any]] = []
 
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans.append((name, start, self._now()))
+    def turn(self, part: str) -> None:
+        """From here on, time is `part`'s."""
+        self._turns.append((part, self._now()))
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -269,8 +263,8 @@ class _Clock:
         event.record()
         return event
 
-    def seconds(self, name: str) -> float:
-        spans = [(start, end) for n, start, end in self._spans if n == name]
+    def seconds(self, part: str) -> float:
+        spans = [(start, end) for (of, start), (_, end) in pairwise(self._turns) if of == part]
         if not self._cuda:
             return sum(end - start for start, end in spans)
         return sum(end.synchronize() or start.elapsed_time(end) / 1e3 for start, end in spans)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
@@ -35,42 +34,47 @@ class Rows:
 
     sequences: list[Sequence] = field(default_factory=list)
     first: list[int] = field(default_factory=list)  # of each sequence's rows: one per draft and one more
-    row_sequence: list[int] = field(default_factory=list)  # place in `sequences` of each row
-    keys: list[int] = field(default_factory=list)  # of each row's noise
+    count: int = 0
+    greedy: bool = True  # all of them
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
     penalised: list[tuple[int, np.ndarray, float]] = field(default_factory=list)  # row, ids, repetition penalty
     added: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # row, ids, what to add
 
     def __len__(self) -> int:
-        return len(self.row_sequence)
+        return self.count
 
-    def add(self, sequence: Sequence, stop_ids: Callable[[Sequence], Listing[int]]) -> None:
-        """Rows for the next token and the one after each draft; drafts that a grammar forbids are dropped.
-
-        stop_ids(sequence): the tokens that end it, forbidden until min_tokens.
-        """
-        masks = sequence.matcher.masks(sequence.drafts) if sequence.matcher else []
-        if sequence.matcher:
-            del sequence.drafts[len(masks) - 1 :]
-        start, params = len(self), sequence.params
-        rows = range(len(sequence.drafts) + 1)
-        if masks or params.adjusts:
-            ends = stop_ids(sequence)
-            for offset, (seen, ids, values) in enumerate([self._adjustments(sequence, j, ends) for j in rows]):
-                if len(seen):
-                    self.penalised.append((start + offset, seen, params.repetition_penalty))
-                if len(ids):
-                    self.added.append((start + offset, ids, values))
-            self.masks += [(start + offset, mask) for offset, mask in enumerate(masks)]
-        self.first.append(start)
-        self.row_sequence += [len(self.sequences)] * len(rows)
-        self.keys += [0 if params.greedy else sequence.key(len(sequence.tokens) + j) for j in rows]
+    def add(self, sequence: Sequence) -> None:
+        """Rows for the next token and the one after each draft; drafts that a grammar forbids are dropped."""
+        params = sequence.params
+        if params.adjusts or sequence.matcher:
+            self._restrict(sequence)
+        self.greedy &= params.greedy
         self.sequences.append(sequence)
+        self.first.append(self.count)
+        self.count += 1 + len(sequence.drafts)
+
+    def choice(self, vocab_size: int, device: torch.device) -> Choice | None:
+        """How each row is chosen; None when all are greedy."""
+        if self.greedy:
+            return None
+        rows = [(s, len(s.tokens) + j) for s in self.sequences for j in range(len(s.drafts) + 1)]
+        keys = [0 if s.params.greedy else s.key(position) for s, position in rows]
+        return Choice.of([s.params for s, _ in rows], keys, vocab_size, device)
+
+    def _restrict(self, sequence: Sequence) -> None:
+        masks = sequence.matcher.masks(sequence.drafts) if sequence.matcher else []
+        if masks:
+            del sequence.drafts[len(masks) - 1 :]
+        rows = [self._adjustments(sequence, j) for j in range(len(sequence.drafts) + 1)]
+        for row, (seen, ids, values) in enumerate(rows, start=self.count):
+            if len(seen):
+                self.penalised.append((row, seen, sequence.params.repetition_penalty))
+            if len(ids):
+                self.added.append((row, ids, values))
+        self.masks += enumerate(masks, start=self.count)
 
     @staticmethod
-    def _adjustments(
-        sequence: Sequence, offset: int, stop_ids: Listing[int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _adjustments(sequence: Sequence, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids under the repetition penalty, and ids with what is added to their logits, after `offset` drafts."""
         params, drafts = sequence.params, sequence.drafts[:offset]
         seen = np.unique([*sequence.tokens, *drafts]) if params.repetition_penalty != 1 else np.empty(0, np.int64)
@@ -80,7 +84,7 @@ class Rows:
                 penalty = params.presence_penalty + params.frequency_penalty * count
                 added[token] = added.get(token, 0.0) - penalty
         if sequence.output_length + offset < params.min_tokens:
-            added.update(dict.fromkeys(stop_ids, -math.inf))
+            added.update(dict.fromkeys(sequence.ends, -math.inf))
         return seen, np.fromiter(added, np.int64, len(added)), np.fromiter(added.values(), np.float32, len(added))
 
 

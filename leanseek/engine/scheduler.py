@@ -53,7 +53,7 @@ class Scheduler:
         """One token, and its drafts, of every sequence whose other tokens are in the cache."""
         works, preemptions = [], self.preemptions
         for sequence in list(self.running):
-            if sequence.remaining != 1:
+            if len(sequence.tokens) - sequence.computed != 1:
                 continue
             if self.preemptions != preemptions and sequence not in self.running:  # an older one took its pages
                 continue
@@ -65,7 +65,7 @@ class Scheduler:
                 if sequence not in self.running:
                     break
             else:
-                works.append(Work(sequence, 1))
+                works.append(Work(sequence, 1, True))
         return works
 
     def _admit(self) -> None:
@@ -110,7 +110,7 @@ class Scheduler:
                 room = min(room, max(MIN_PROMPT_ROWS, used // (OLDEST_SHARE - 1)))
             shares[sequence] = max(0, min(room, sequence.remaining))
             used += shares[sequence]
-        return [Work(s, rows) for s, rows in shares.items() if rows and self._grow(s, rows)]
+        return [Work(s, rows, rows == s.remaining) for s, rows in shares.items() if rows and self._grow(s, rows)]
 
     # ---- pages ----
 

@@ -31,7 +31,7 @@ class Request:
     arrived: float = 0.0  # time.monotonic()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One choice on its way: tokens, what of them is in the cache, and what is not yet told."""
 
@@ -43,6 +43,7 @@ class Sequence:
     leader: Sequence | None  # choice 0, whose pages of the prompt this choice shares
     text: TextStream | None
     matcher: Matcher | None
+    ends: frozenset[int] = frozenset()  # tokens that complete it
     tokens: list[int] = field(init=False)  # prompt and output
     prompt_length: int = field(init=False)
     params: SamplingParams = field(init=False)

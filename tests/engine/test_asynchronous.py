@@ -137,10 +137,10 @@ def test_a_fault_reaches_its_own_stream_only(
 ) -> None:
     add = Rows.add
 
-    def bad_add(self: Rows, sequence, stop_ids) -> None:  # type: ignore[no-untyped-def]
+    def bad_add(self: Rows, sequence) -> None:  # type: ignore[no-untyped-def]
         if sequence.request.request_id == "bad" and sequence.output_length == 2:
             raise ZeroDivisionError("bad luck")
-        add(self, sequence, stop_ids)
+        add(self, sequence)
 
     monkeypatch.setattr(Rows, "add", bad_add)
 

@@ -56,10 +56,10 @@ def test_an_exception_in_one_request_ends_it_alone(
     if place == "sampler":
         add = Rows.add
 
-        def bad_add(self: Rows, sequence, stop_ids) -> None:  # type: ignore[no-untyped-def]
+        def bad_add(self: Rows, sequence) -> None:  # type: ignore[no-untyped-def]
             if sequence.request.request_id == "b":
                 raise ZeroDivisionError("bad luck")
-            add(self, sequence, stop_ids)
+            add(self, sequence)
 
         monkeypatch.setattr(Rows, "add", bad_add)
     elif place == "model":
