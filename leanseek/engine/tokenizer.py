@@ -31,6 +31,7 @@ class Tokenizer:
         config = folder / "tokenizer_config.json"
         self.bos_token_id = self._leading_token(json.loads(config.read_text())) if config.is_file() else None
         self._added = self.inner.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
 
     def _leading_token(self, config: dict[str, object]) -> int | None:
         """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
@@ -57,11 +58,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
-        kept = [i for i in ids if not (skip_special_tokens and self.is_special(i))]
+        kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
-
-    def is_special(self, token: int) -> bool:
-        return token in self._added and self._added[token].special
 
     @cache  # noqa: B019  (one tokenizer lives as long as its process)
     def token_bytes(self, token: int) -> bytes:
@@ -91,14 +89,14 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], skip_special: bool, include_stop: bool):
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._skip_special = skip_special
+        self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._include_stop = include_stop
         self._bytes = b""  # not yet decoded
         self._held = ""  # decoded and not yet given out
 
     def add(self, token: int, match_stop: bool = True) -> str | None:
         """Take a token; the stop string it completes, if any, ends the text."""
-        if self._skip_special and self._tokenizer.is_special(token):
+        if token in self._skipped:
             return None
         self._bytes += self._tokenizer.token_bytes(token)
         if not self._stop:
@@ -122,7 +120,10 @@ class TextStream:
     def take(self, final: bool) -> str:
         """The text that can be given out now; all of it when `final`."""
         text = self._held + self._decode(final)
-        given = len(text) if final or not self._stop else len(text) - self._possible_stop(text)
+        if final or not self._stop:
+            self._held = ""
+            return text
+        given = len(text) - self._possible_stop(text)
         self._held = text[given:]
         return text[:given]
 
