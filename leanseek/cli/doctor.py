@@ -15,7 +15,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from leanseek import ops
-    from leanseek.ops import cpu
+    from leanseek.ops import cpu, numa
     from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype
 
     device = default_device()
@@ -26,6 +26,7 @@ def examine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
+        "memory_nodes": numa.placement(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_in_hardware": preferred_dtype(device) == torch.bfloat16,
         "gemm_flops": {
@@ -47,6 +48,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print one JSON 
     why = "multiplied in hardware" if found["bf16_in_hardware"] else "emulated here, so float32 is faster"
     print(f"python {found['python']}, torch {found['torch']}, {found['device']}, {found['threads']} threads")
     print(f"memory: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
+    print(f"memory nodes: {found['memory_nodes']}")
     print(f"training dtype: {found['training_dtype']} (bfloat16 is {why})")
     print(f"kernels: {found['kernels']['variant'] or 'none'}: {found['kernels']['detail']}")
     for op, backends in found["ops"].items():

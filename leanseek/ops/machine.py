@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leanseek.errors import InputError
-from leanseek.ops import cpu
+from leanseek.ops import cpu, numa
 from leanseek.ops.cpu.library import kernel
 
 HUGE_PAGE = 2**21  # bytes
@@ -69,13 +69,18 @@ def _siblings(cpu: int) -> str:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """As torch.empty, asking Linux for huge pages on the CPU: weights read once a token miss fewer address lookups."""
+    """As torch.empty; on the CPU Linux is asked for huge pages, interleaved over the memory nodes if there are several.
+
+    Weights read once a token then miss fewer address lookups, and take the bandwidth of all nodes.
+    """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     size = tensor.numel() * tensor.element_size()
     if tensor.device.type == "cpu" and sys.platform == "linux" and size >= HUGE_PAGE:
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = tensor.data_ptr() + size - start
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)  # advice only
+        if len(nodes := numa.memory_nodes()) > 1:
+            numa.interleave(start, length, nodes)  # a refusal is shown by `leanseek doctor`
     return tensor
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def test_doctor_names_a_path_for_every_op() -> None:
     assert found["training_dtype"] in ("float32", "bfloat16")
     assert {"linear", "experts", "latent_attention"} <= set(found["ops"])
     assert found["kernels"]["detail"]
+    assert re.match(r"\d+, (nothing to interleave|weights (not )?interleaved)", found["memory_nodes"])
 
 
 @pytest.mark.parametrize(
