@@ -21,6 +21,7 @@ from leanseek.engine.outputs import TokenLogprob
 from leanseek.engine.sampler import Choice, Rows
 from leanseek.engine.sequence import Sequence
 from leanseek.model import Transformer
+from leanseek.ops.machine import empty
 
 PROMPT_LOGPROB_ROWS = 64  # rows whose logits over the whole vocabulary are held at a time
 
@@ -79,7 +80,8 @@ class Runner:
         self._vocab_size = c.vocab_size
         self._scratch = pages
         layers = c.num_hidden_layers + (1 if drafts else 0)
-        self.cache = torch.zeros(layers, (pages + 1) * page_size, c.cache_width, dtype=weight.dtype, device=self.device)
+        shape = (layers, (pages + 1) * page_size, c.cache_width)
+        self.cache = empty(shape, weight.dtype, self.device).zero_()
 
     @torch.inference_mode()
     def run(self, works: Listing[Work], rows: Rows) -> StepResult:
