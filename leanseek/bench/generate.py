@@ -145,7 +145,7 @@ def _ratios(found: dict[str, dict[str, float]], ours: str, theirs: str) -> dict[
 
 
 def _worker(folder: str, head: str, context: str) -> None:
-    llm = LLM(Path(folder), int8_head=head == "int8")
+    llm = LLM(Path(folder), int8_head=head == "int8", packed_copy=False)
     ids, vocab_size = random.Random(0), read_config(Path(folder)).vocab_size
 
     def work(rounds: int) -> dict[str, Any]:

@@ -313,7 +313,7 @@ def _overhead(engine: Engine, prompt: Callable[[int], list[int]]) -> dict[str, f
 
 def _worker(folder: str, speculate: str, text: str | None = None) -> None:
     options: dict[str, Any] = {} if speculate == "auto" else {"speculate": int(speculate)}
-    engine = load_engine(folder, cache_gib=CACHE_GIB, **options)
+    engine = load_engine(folder, cache_gib=CACHE_GIB, packed_copy=False, **options)
     prompt = _prompts(engine, text)
     _streams(engine, prompt, 1)  # what is made at first use is made now
 

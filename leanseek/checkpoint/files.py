@@ -234,7 +234,7 @@ def write_file(path: Path, tensors: Sequence[Lazy]) -> None:
             "data_offsets": [offset, offset := offset + lazy.nbytes],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts aligned
+    text += b" " * (-(len(text) + 8) % 64)  # data starts at a cache line
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for lazy in tensors:

@@ -28,6 +28,9 @@ def serve(
     int8_head: Annotated[
         bool, typer.Option("--int8-head", help="hold the output head in 8 bits, a scale a row")
     ] = False,
+    packed_copy: Annotated[
+        bool, typer.Option(help="keep the packed weights in a file beside the model, so that the next start is instant")
+    ] = True,
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="another site whose pages may call this server (CORS); may be repeated")
     ] = None,
@@ -40,5 +43,5 @@ def serve(
     use_threads(threads)
     access = Access(api_key, allowed_origin or ())
     options = {"max_model_len": max_model_len, "cache_gib": cache_gib, "max_queue": max_queue, "device": device}
-    options["int8_head"] = int8_head
+    options |= {"int8_head": int8_head, "packed_copy": packed_copy}
     run(model, host, port, served_model_name, access, **options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from leanseek import checkpoint
+from leanseek import checkpoint, ops
 from leanseek.checkpoint.files import read_json
 from leanseek.engine.engine import Engine
 from leanseek.engine.outputs import CompletionOutput, Delta, RequestOutput, Timing, Usage
@@ -16,7 +16,9 @@ from leanseek.engine.params import EngineError, SamplingParams
 from leanseek.engine.sequence import Request
 from leanseek.engine.tokenizer import Tokenizer
 from leanseek.errors import RunError
+from leanseek.model import Transformer
 from leanseek.ops.machine import default_device
+from leanseek.ops.numa import memory_nodes
 
 # Keys of generation_config.json that are defaults of a request, and what they are called here.
 _DEFAULTS = {
@@ -35,12 +37,14 @@ def load_engine(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     int8_head: bool = False,
+    packed_copy: bool = True,
     **options: Any,
 ) -> Engine:
     """An engine over a Hugging Face folder or a run.
 
     device: the GPU if there is one, when None. dtype: with "auto" weights stay as they are stored, FP8 included.
     int8_head: the output head in 8 bits with a scale a row, whatever it is stored in.
+    packed_copy: on a CPU, weights in the kernels' order are kept in a file beside the model, which the next start maps.
 
     Raises:
         InputError: the folder, or an option of the engine, is not right.
@@ -50,10 +54,7 @@ def load_engine(
         device = torch.empty(0, device=device or default_device()).device
     except (RuntimeError, AssertionError) as error:  # before the weights are read
         raise EngineError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
-    model = checkpoint.load(folder, device, dtype, keep_fp8=dtype == "auto").requires_grad_(False)
-    if int8_head:
-        model.quantize_head()
-    model.freeze(release=True)
+    model = _frozen(folder, device, dtype, int8_head, packed_copy)
     found = checkpoint.find_tokenizer(folder)
     config = folder / "generation_config.json"
     generation = read_json(config) if config.is_file() else {}
@@ -67,6 +68,26 @@ def load_engine(
         eos_token_ids=sorted({*eos, *model.config.eos_token_ids}),
         **options,
     )
+
+
+def _frozen(
+    folder: Path, device: torch.device, dtype: torch.dtype | str, int8_head: bool, packed_copy: bool
+) -> Transformer:
+    """A folder's model for serving, its weights packed where kernels take them so."""
+    # a mapped file's pages are not interleaved over memory nodes
+    packed_copy = packed_copy and device.type == "cpu" and ops.can_pack(torch.empty(1, 1)) and len(memory_nodes()) < 2
+    copy = checkpoint.PackedCopy(folder, str(dtype).removeprefix("torch."), int8_head) if packed_copy else None
+    if copy and (model := copy.load()):
+        model.freeze(ops.Place.THERE)
+        return model
+    model = checkpoint.load(folder, device, dtype, keep_fp8=dtype == "auto").requires_grad_(False)
+    if int8_head:
+        model.quantize_head()
+    state = model.state_dict() if copy else {}
+    model.freeze(ops.Place.WITHIN)
+    if copy:
+        copy.save(state)
+    return model
 
 
 class LLM:

@@ -36,8 +36,8 @@ class Linear(nn.Module):
             return fp8.linear(x, self.weight, self.fp8)
         return ops.linear(x, self.weight, self.weight_scale_inv)
 
-    def pack(self, in_place: bool) -> ops.Packed:
-        return ops.pack(self.weight.data, self.weight_scale_inv, in_place)
+    def pack(self, place: ops.Place) -> ops.Packed:
+        return ops.pack(self.weight.data, self.weight_scale_inv, place)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`, dequantised if need be."""
@@ -72,11 +72,11 @@ class MLP(nn.Module):
             return fp8.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.fp8)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
-    def pack(self, in_place: bool) -> tuple[ops.Packed, ops.Packed]:
+    def pack(self, place: ops.Place) -> tuple[ops.Packed, ops.Packed]:
         gate, up = self.gate_proj, self.up_proj
         scales = (gate.weight_scale_inv, up.weight_scale_inv)
         both = None if scales[0] is None or scales[1] is None else (scales[0], scales[1])
-        return ops.pack_gated(gate.weight.data, up.weight.data, both), self.down_proj.pack(in_place)
+        return ops.pack_gated(gate.weight.data, up.weight.data, both), self.down_proj.pack(place)
 
 
 def release_weights(module: nn.Module) -> None:

@@ -124,7 +124,7 @@ class MoE(nn.Module):
             out = out + self.shared_experts(flat).view(x.shape)
         return out, route
 
-    def pack(self, in_place: bool) -> Router:
+    def pack(self, place: ops.Place) -> Router:
         c, experts = self.gate.config, self.experts
         scale, scales = experts.gate_up_proj_scale_inv, None
         if scale is not None:
@@ -133,8 +133,8 @@ class MoE(nn.Module):
         return Router(
             ops.pack(self.gate.weight.data),
             self.gate.e_score_correction_bias,
-            ops.pack_gated(gate, up, scales, in_place),
-            ops.pack(experts.down_proj.data, experts.down_proj_scale_inv, in_place),
+            ops.pack_gated(gate, up, scales, place),
+            ops.pack(experts.down_proj.data, experts.down_proj_scale_inv, place),
             top_k=c.num_experts_per_tok,
             n_group=c.n_group if c.grouped_routing else 1,
             topk_group=c.topk_group if c.grouped_routing else 1,

@@ -44,13 +44,13 @@ class MTPModule(nn.Module):
         out, route = self.block(self._join(embedded, hidden), cos, sin, recompute, replay)  # eq. 22
         return self.norm(out), route
 
-    def freeze(self, release: bool) -> tuple[ops.Join, ops.BlockWeights] | None:
+    def freeze(self, place: ops.Place) -> tuple[ops.Join, ops.BlockWeights] | None:
         """As Transformer.freeze; None where nothing can be packed."""
-        block = self.block.freeze(release)
+        block = self.block.freeze(place)
         if block is None:
             return None
-        join = ops.Join(self.enorm.stored(), self.hnorm.stored(), self.eh_proj.pack(release))
-        if release:
+        join = ops.Join(self.enorm.stored(), self.hnorm.stored(), self.eh_proj.pack(place))
+        if place is not ops.Place.APART:
             release_weights(self.eh_proj)
         return join, block
 

@@ -129,29 +129,32 @@ class Transformer(nn.Module):
 
     def quantize_head(self) -> None:
         """The head in 8 bits with a scale a row, for serving: most of what a small model reads for a token."""
-        codes, scale = ops.quantize_rows(self.head_weight.data)
+        self.set_head(*ops.quantize_rows(self.head_weight.data))
+
+    def set_head(self, codes: Tensor, scale: Tensor) -> None:
+        """A head in 8 bits: codes [vocab_size, D] uint8, scale [vocab_size] float32."""
         self.lm_head = Linear(codes.shape[1], codes.shape[0], "meta", self.embed_tokens.weight.dtype)
         self.lm_head.weight = torch.nn.Parameter(codes, requires_grad=False)
         self.lm_head.weight_scale_inv = scale
 
-    def freeze(self, release: bool = False) -> None:
+    def freeze(self, place: ops.Place = ops.Place.APART) -> None:
         """For serving: from now on a step multiplies packed copies of the weights, all of it as one planned call.
 
-        The weights must not change any more. With `release` the originals' memory is theirs, and only `step`,
+        The weights must not change any more. Unless packed apart the originals' memory is theirs, and only `step`,
         `step_ahead`, `head` and `logits` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
         """
         if self._packed_head is not None:
             return
-        blocks = [cast(Block, block).freeze(release) for block in self.layers]
+        blocks = [cast(Block, block).freeze(place) for block in self.layers]
         self._stacks[0] = self._planned(blocks, self.norm)
         for depth, module in enumerate(self.mtp, start=1):
-            if (frozen := cast(MTPModule, module).freeze(release)) is not None:
+            if (frozen := cast(MTPModule, module).freeze(place)) is not None:
                 self._stacks[depth] = self._planned([frozen[1]], cast(RMSNorm, module.norm), frozen[0])
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if ops.can_pack(head.weight):
-            own = release and self.lm_head is not None
+            own = place if self.lm_head is not None else ops.Place.APART
             self._packed_head = ops.pack(head.weight.data, getattr(head, "weight_scale_inv", None), own)
-            if own and self.lm_head is not None:
+            if own is not ops.Place.APART and self.lm_head is not None:
                 release_weights(self.lm_head)
 
     def _planned(

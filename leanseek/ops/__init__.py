@@ -10,7 +10,17 @@ from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
 from leanseek.ops.linear import dense, dequantize_blocks, linear, quantize_rows
 from leanseek.ops.norm import rms_norm
-from leanseek.ops.packed import Packed, can_pack, pack, pack_gated, pack_heads, packed_experts, packed_linear, unpack
+from leanseek.ops.packed import (
+    Packed,
+    Place,
+    can_pack,
+    pack,
+    pack_gated,
+    pack_heads,
+    packed_experts,
+    packed_linear,
+    unpack,
+)
 from leanseek.ops.rotary import rotate
 from leanseek.ops.sampling import Choice, sample
 from leanseek.ops.select import expert_scores, select_experts
@@ -27,6 +37,7 @@ __all__ = [
     "Groups",
     "Join",
     "Packed",
+    "Place",
     "StackWeights",
     "adamw",
     "can_pack",

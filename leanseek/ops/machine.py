@@ -84,6 +84,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
     return tensor
 
 
+def read_ahead(start: int, size: int) -> None:
+    """Have Linux read a mapped file from the disk before its pages are asked for one by one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
+
+
 def gemm_rate(dtype: torch.dtype, device: torch.device | str, size: int | None = None, repeats: int = 5) -> float:
     """Measured FLOP/s of a square product of `size` (2048, on a GPU 8192), the median of `repeats`."""
     size = size or (8192 if torch.device(device).type == "cuda" else 2048)

@@ -6,6 +6,7 @@ with native kernels; elsewhere there are none, and ops take weights as they are 
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,11 +33,16 @@ class Packed:
     columns: int
 
 
-def pack(weight: Tensor, scale_inv: Tensor | None = None, in_place: bool = False) -> Packed:
-    """weight [rows, columns] or [E, rows, columns] of any stored kind, its scales as in `linear`.
+class Place(enum.Enum):
+    """Where a weight is packed; what takes another size in the new order is always packed apart."""
 
-    in_place: the weight's own memory is put into the new order, where that has the same size.
-    """
+    APART = enum.auto()
+    WITHIN = enum.auto()  # its own memory is put into the new order
+    THERE = enum.auto()  # its own memory was put into that order before, and lies so
+
+
+def pack(weight: Tensor, scale_inv: Tensor | None = None, place: Place = Place.APART) -> Packed:
+    """weight [rows, columns] or [E, rows, columns] of any stored kind, its scales as in `linear`."""
     rows, columns = weight.shape[-2:]
     order = _order(rows, PANEL)
     stack = weight.reshape(-1, rows, columns)
@@ -48,14 +54,16 @@ def pack(weight: Tensor, scale_inv: Tensor | None = None, in_place: bool = False
         scale = (
             None if scale_inv is None else _half_scales(scale_inv.reshape(len(stack), -1, scale_inv.shape[-1]), order)
         )
-    in_place = in_place and rows % PANEL == 0 and columns % 2 == 0
-    return _packed(stack, _addresses(stack, order), scale, rows, group=int(in_place))
+    place = place if rows % PANEL == 0 and columns % 2 == 0 else Place.APART
+    return _packed(stack, _addresses(stack, order), scale, rows, place=place)
 
 
-def pack_gated(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor] | None = None, in_place: bool = False) -> Packed:
+def pack_gated(
+    gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor] | None = None, place: Place = Place.APART
+) -> Packed:
     """gate, up [I, D] or [E, I, D], panel by panel 32 rows of gate and the same rows of up; [E, 2I, D] as a weight.
 
-    in_place as in `pack`, for halves of one stack.
+    Only halves of one stack are packed other than apart.
     """
     size = gate.shape[-2]
     gates, ups = (w.reshape(-1, *w.shape[-2:]) for w in (gate, up))
@@ -67,8 +75,8 @@ def pack_gated(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor] | None = 
                   for s in scales]  # fmt: skip
         scale = torch.stack((halves[0][..., 0], halves[1][..., 0]), -1).contiguous()
     one = up.data_ptr() == gate.data_ptr() + size * gate.shape[-1] * gate.element_size()
-    in_place = in_place and one and size % HALF == 0 and gate.shape[-1] % 2 == 0
-    return _packed(gates, torch.cat(rows, 1).flatten(), scale, 2 * size, group=size // HALF if in_place else 0)
+    place = place if one and size % HALF == 0 and gate.shape[-1] % 2 == 0 else Place.APART
+    return _packed(gates, torch.cat(rows, 1).flatten(), scale, 2 * size, place=place, group=size // HALF)
 
 
 def pack_heads(weight: Tensor, scale_inv: Tensor | None, heads: int, nope: int) -> tuple[Packed, Packed]:
@@ -115,11 +123,17 @@ def _packed(
     rows: int,
     columns: int | None = None,
     stride: int = 1,
-    group: int = 0,
+    place: Place = Place.APART,
+    group: int = 1,
 ) -> Packed:
-    """group: in place, `group` panels at a time; else 0."""
+    """group: panels that are made of the memory they replace, where packed within."""
     columns = stack.shape[2] if columns is None else columns
-    data = pick("pack_panels", _no_kernels, stack)(stack, addresses, columns, stride, group)
+    if place is Place.THERE:
+        shape = (len(stack), addresses.numel() // PANEL, columns // 2, PANEL, 2)
+        data = torch.as_strided(stack, shape, torch.empty(shape, device="meta").stride())
+    else:
+        panels = pick("pack_panels", _no_kernels, stack)
+        data = panels(stack, addresses, columns, stride, group if place is Place.WITHIN else 0)
     return Packed(data, scale, len(stack), rows, columns)
 
 

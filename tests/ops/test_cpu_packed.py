@@ -95,13 +95,13 @@ def test_in_place(kind: str) -> None:
     for shape in ((192, 130), (3, 128, 256)):
         weight, scale, _ = stored(shape, kind)
         apart, own = ops.pack(weight, scale), weight.clone()
-        within = ops.pack(own, scale, in_place=True)
+        within = ops.pack(own, scale, place=ops.Place.WITHIN)
         assert within.data.data_ptr() == own.data_ptr()
         assert torch.equal(within.data.float(), apart.data.float())
     scales = None if scale is None else (scale[:, :1], scale[:, :1])
     apart = ops.pack_gated(*weight.chunk(2, 1), scales)
     own = weight.clone()
-    within = ops.pack_gated(*own.chunk(2, 1), scales, in_place=True)
+    within = ops.pack_gated(*own.chunk(2, 1), scales, place=ops.Place.WITHIN)
     assert within.data.data_ptr() == own.data_ptr()
     assert torch.equal(within.data.float(), apart.data.float())
 

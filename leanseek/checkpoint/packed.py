@@ -1,0 +1,125 @@
+"""Weights as the CPU's kernels read them, in a file that is mapped: a second start reads nothing and packs nothing.
+
+The file is the model's state dict, each weight's bytes in the order of `ops.packed` where that takes no more room. Its
+name holds a checksum of what it was made of, so a changed checkpoint, or another version's order, never meets it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from leanseek.checkpoint.blocks import SCALE
+from leanseek.checkpoint.files import CheckpointError, Lazy, Stored, open_file, write_file
+from leanseek.checkpoint.hf import read_config
+from leanseek.model import Transformer
+from leanseek.ops.machine import read_ahead
+
+log = logging.getLogger(__name__)
+
+FOLDER = ".leanseek"  # in the checkpoint's folder
+LAYOUT = 1  # of what is in the file; counts up when ops.packed orders otherwise
+LEAST = 2**28  # bytes of weights: fewer are packed in no time
+
+
+class PackedCopy:
+    """The packed copy of a checkpoint folder's weights, held in `dtype` (as `load`), there or yet to be written."""
+
+    def __init__(self, folder: Path, dtype: str, int8_head: bool):
+        self._source = folder
+        self._folder = folder / FOLDER
+        self._stamp = _stamp(folder)
+        self.path = self._folder / f"packed-{self._stamp}-{dtype}{'-int8-head' * int8_head}.safetensors"
+        self.writer: threading.Thread | None = None
+
+    def load(self) -> Transformer | None:
+        """The model, its weights mapped; they want `freeze(Place.THERE)`. None if there is no copy."""
+        try:
+            stored = {} if self._folder.is_symlink() else open_file(self.path)
+        except CheckpointError:
+            stored = {}
+        if not stored:
+            return None
+        config = read_config(self._source)
+        if not any(name.startswith("mtp.") for name in stored):
+            config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        model = Transformer(config, device="meta")
+        state = _mapped(self.path, stored)
+        if (head := state.get("lm_head.weight")) is not None and head.dtype == torch.uint8:
+            model.set_head(head, state["lm_head.weight" + SCALE])
+        for name in state:
+            if name.endswith(SCALE):
+                module, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(module), leaf, state[name])
+        if {name: t.shape for name, t in model.state_dict().items()} != {name: t.shape for name, t in state.items()}:
+            return None
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.load_state_dict(state, assign=True)
+        model.rotary.to("cpu")
+        return model
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        """Write the state dict of a model packed in place, in the background: there or not, nothing waits for it.
+
+        It takes as much disk as the weights, and is not written where less than that would be left.
+        """
+        size = sum(t.nbytes for t in state.values())
+        if size >= LEAST:
+            self.writer = threading.Thread(target=self._write, args=(state, size), name="packed copy", daemon=True)
+            self.writer.start()
+
+    def _write(self, state: dict[str, Tensor], size: int) -> None:
+        # whole cache lines first, so that all that kernels read begins at one
+        ordered = sorted(state.items(), key=lambda item: (item[1].nbytes % 64 > 0, -item[1].element_size()))
+        lazies = [Lazy(name, t.dtype, tuple(t.shape), t.detach) for name, t in ordered]
+        try:
+            self._folder.mkdir(exist_ok=True)
+            if self._folder.is_symlink() or shutil.disk_usage(self._folder).free < 2 * size:
+                return
+            with open(os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else another start writes it
+                partial = self._folder / "partial"
+                partial.unlink(missing_ok=True)
+                write_file(partial, lazies)
+                for old in self._folder.glob("packed-*.safetensors"):
+                    if not old.name.startswith(f"packed-{self._stamp}-"):
+                        old.unlink()
+                partial.replace(self.path)
+            log.info("wrote %s: the next start maps it", self.path)
+        except OSError as error:
+            log.info("no packed copy of the weights in %s: %s", self._folder, error.strerror)
+
+
+def _stamp(folder: Path) -> str:
+    """Of the headers of a folder's weights, and of what no writing to a file leaves as it was: its size and times."""
+    seen: list[object] = [LAYOUT]
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # what cannot be read is for `load` to tell
+            status = os.stat(file.fileno())
+            head = hashlib.sha256(file.read(2**20)).hexdigest()
+            seen.append((path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, head))
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _mapped(path: Path, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Tensors over the file's own pages, shared by all processes that map it; read ahead from the disk."""
+    pages = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    read_ahead(pages.data_ptr(), pages.numel())
+    return {
+        name: pages[s.start : s.start + math.prod(s.shape) * s.dtype.itemsize].view(s.dtype).view(s.shape)
+        for name, s in stored.items()
+    }

@@ -1,0 +1,171 @@
+"""The packed copy: what is mapped from it serves as what was packed, and it never outlives its checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leanseek import Transformer, checkpoint, ops
+from leanseek.checkpoint import packed
+from leanseek.engine import LLM, SamplingParams
+from leanseek.ops.numa import memory_nodes
+
+pytestmark = pytest.mark.skipif(
+    not ops.can_pack(torch.empty(1, 1)) or len(memory_nodes()) > 1,
+    reason="weights are packed for native kernels, and copied where memory has one node",
+)
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "kv_lora_rank": 128}
+PROMPTS = [[5, 6, 7], [9] * 40]
+
+
+@pytest.fixture
+def save(
+    tmp_path: Path, make_model: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """save(fp8=False, **config changes): the folder of a model that is worth a copy."""
+    monkeypatch.setattr(packed, "LEAST", 0)
+
+    def write(fp8: bool = False, **changes: Any) -> Path:
+        folder, model = tmp_path / "model", make_model(**changes)
+        if fp8:
+            checkpoint.save(model, folder, "hf-fp8")
+        else:
+            folder.mkdir()
+            checkpoint.write_model(model, folder)
+        return folder
+
+    return write
+
+
+def start(folder: Path, **options: Any) -> list[Any]:
+    """What a start says, tokens and their log-probabilities to the bit; its copy, if it writes one, is whole then."""
+    made: list[packed.PackedCopy] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "PackedCopy", lambda *args: made.append(packed.PackedCopy(*args)) or made[-1])
+        model = LLM(folder, cache_gib=0.001, **options)
+    for copy in made:
+        if copy.writer:
+            copy.writer.join()
+    outputs = model.generate(PROMPTS, SamplingParams(max_tokens=12, temperature=0, logprobs=1))
+    return [(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs]
+
+
+def copies(folder: Path) -> list[Path]:
+    return sorted((folder / packed.FOLDER).glob("packed-*"))
+
+
+@pytest.mark.parametrize(
+    ("fp8", "changes", "options"),
+    [
+        (False, {}, {}),
+        (False, {"tie_word_embeddings": True, "num_nextn_predict_layers": 0}, {}),
+        (False, {}, {"dtype": "float32"}),
+        (True, WIDE, {"int8_head": True, "speculate": 1}),
+        (True, WIDE | {"tie_word_embeddings": True}, {"int8_head": True}),
+        (False, {"attention": "gqa", "num_key_value_heads": 2, "num_nextn_predict_layers": 0}, {}),
+    ],
+)
+def test_a_second_start_maps_and_says_the_same(
+    save: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    fp8: bool,
+    changes: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    folder = save(fp8, **changes)
+    said = start(folder, **options)
+    assert len(copies(folder)) == 1
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the checkpoint was read"))
+    assert start(folder, **options) == said
+
+
+def test_a_mapped_weight_begins_at_a_cache_line(save: Callable[..., Path]) -> None:
+    folder = save()
+    start(folder)
+    model = packed.PackedCopy(folder, "auto", False).load()
+    assert model is not None
+    assert all(p.data_ptr() % 64 == 0 for p in model.parameters() if p.nbytes % 64 == 0)
+
+
+def test_another_checkpoint_gets_another_copy(
+    save: Callable[..., Path], make_model: Callable[..., Transformer]
+) -> None:
+    """Of the same shapes, size and modification time; the old copy goes."""
+    folder = save()
+    said = start(folder)
+    (old,) = copies(folder)
+    weights = folder / "model.safetensors"
+    before = weights.stat()
+    (folder.parent / "other").mkdir()
+    checkpoint.write_model(make_model(seed=1), folder.parent / "other")
+    weights.write_bytes((folder.parent / "other" / "model.safetensors").read_bytes())
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+    other = start(folder)
+    assert other != said
+    (new,) = copies(folder)
+    assert new != old
+    assert start(folder) == other
+
+
+def test_options_have_copies_of_their_own(save: Callable[..., Path]) -> None:
+    folder = save()
+    start(folder)
+    start(folder, dtype="float32")
+    assert len(copies(folder)) == 2
+    start(folder, packed_copy=False)
+    assert len(copies(folder)) == 2
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
+def test_a_broken_copy_is_made_anew(save: Callable[..., Path], keep: float) -> None:
+    folder = save()
+    said = start(folder)
+    (copy,) = copies(folder)
+    content = copy.read_bytes()
+    copy.write_bytes(
+        content[: int(keep * len(content))] if keep < 1 else content.replace(b"embed_tokens", b"embed_tokenz")
+    )
+    assert start(folder) == said
+    assert copy.read_bytes() == content
+
+
+def test_no_copy_through_a_link_nor_on_a_full_disk(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / packed.FOLDER).symlink_to(elsewhere)
+    start(folder)
+    assert not list(elsewhere.iterdir())
+    (folder / packed.FOLDER).unlink()
+    usage = type("usage", (), {"free": 100})
+    monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: usage)
+    start(folder)
+    assert not copies(folder)
+
+
+def test_a_folder_that_cannot_be_written_serves_all_the_same(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(packed, "write_file", refuse)
+    said = start(folder)
+    assert len(said) == 2 and not copies(folder)
+
+
+def test_small_models_have_none(save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save()
+    monkeypatch.setattr(packed, "LEAST", 2**28)
+    start(folder)
+    assert not (folder / packed.FOLDER).exists()
