@@ -32,6 +32,7 @@ def trained(make_model: Callable, text: torch.Tensor) -> Transformer:
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
+    losses: list[float] = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1, step / 20) * (1 - step / STEPS)
@@ -46,7 +47,8 @@ def trained(make_model: Callable, text: torch.Tensor) -> Transformer:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert float(loss) < 4.0, "the model did not learn"
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 4.5, "the model did not learn"  # it begins with 2 ln 320 = 11.5
     return model.requires_grad_(False)
 
 

@@ -25,6 +25,13 @@ class Arena {
         __asan_unpoison_memory_region(place, size_t(count) * sizeof(T));
         return reinterpret_cast<T*>(place);
     }
+    // What `body` takes is free again after it.
+    template <class Body>
+    void within(const Body& body) {
+        const size_t used = used_, blocks = blocks_.size();
+        body();
+        if (blocks_.size() == blocks) used_ = used;  // else only once: the next call finds one block
+    }
     ~Arena() { release(); }
 
   private:

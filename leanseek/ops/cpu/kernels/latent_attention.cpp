@@ -15,7 +15,7 @@
 namespace {
 
 constexpr long CHUNK = 256;  // keys that share a softmax maximum before chunks are merged
-constexpr long BLOCK_UNITS = 8, MANY_UNITS = 64;  // see attend
+constexpr long BLOCK_UNITS = 8, MANY_UNITS = 64;  // units that share a chunk of keys, and how many are many: see attend
 constexpr long KEYS = 64;    // keys held in FP32 at a time (64 x 576 floats: in L2)
 
 // One row of the cache, in FP32.
@@ -119,25 +119,36 @@ void attend_chunk(const LatentCache& cache, const int64_t* pages, const float* q
 #if defined(__AVX512BF16__)
 
 constexpr long NARROW_KEYS = 128;  // keys scored at a time
-constexpr int SCORE_TILE = 8;      // keys whose scores are in registers
+constexpr int SCORE_UNITS = 4;     // units whose scores of a key are in registers: a key's pair is loaded for all of them
+constexpr int SCORE_TILE[SCORE_UNITS + 1] = {0, 8, 8, 6, 6};  // and keys, by the number of units
 
-// score[key][lane] = q[lane] . key for `tile` keys; q [pairs of columns][LANES][2]. A key's pair meets all heads at once.
-// Meanwhile the keys that are next come into the cache: rows are too short for the CPU to see the streams by itself.
-template <int TILE>
-void score_narrow(const bf16* const* keys, const bf16* const* next, const bf16* q, long pairs, float* score) {
-    vec sum[TILE];
+// score[unit][key][lane] = q[unit][lane] . key for `TILE` keys; q [pairs of columns][LANES][2]. A key's pair meets all heads
+// at once. Meanwhile the keys that are next come into the cache: rows are too short for the CPU to see the streams by itself.
+template <int UNITS, int TILE>
+void score_narrow(const bf16* const* keys, const bf16* const* next, const bf16* const* q, long pairs, float* score) {
+    vec sum[UNITS][TILE];
+#pragma GCC unroll 4
+    for (int u = 0; u < UNITS; u++)
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE; i++) sum[i] = zero();
+        for (int i = 0; i < TILE; i++) sum[u][i] = zero();
     for (long p = 0; p < pairs; p++) {
         if (p % 16 == 0)
 #pragma GCC unroll 8
             for (int i = 0; i < TILE; i++) __builtin_prefetch(next[i] + 2 * p);
-        const pairs_of_bf16 query = pairs_of_bf16(_mm512_loadu_si512(q + p * 2 * LANES));
+        pairs_of_bf16 query[UNITS];
+#pragma GCC unroll 4
+        for (int u = 0; u < UNITS; u++) query[u] = pairs_of_bf16(_mm512_loadu_si512(q[u] + p * 2 * LANES));
 #pragma GCC unroll 8
-        for (int i = 0; i < TILE; i++) sum[i] = _mm512_dpbf16_ps(sum[i], query, broadcast_pair(keys[i] + 2 * p));
+        for (int i = 0; i < TILE; i++) {
+            const pairs_of_bf16 key = broadcast_pair(keys[i] + 2 * p);
+#pragma GCC unroll 4
+            for (int u = 0; u < UNITS; u++) sum[u][i] = _mm512_dpbf16_ps(sum[u][i], query[u], key);
+        }
     }
+#pragma GCC unroll 4
+    for (int u = 0; u < UNITS; u++)
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE; i++) store(score + i * LANES, sum[i]);
+        for (int i = 0; i < TILE; i++) store(score + (u * NARROW_KEYS + i) * LANES, sum[u][i]);
 }
 
 // Scores become softmax weights in BF16, as pairs of keys [pairs][LANES][2], an odd last key beside a zero. Maximum and sum
@@ -206,37 +217,61 @@ void add_pairs(const bf16* weights, const bf16* paired, long pairs, long V, cons
         for (int c = 0; c < VALUE_VECS; c++) store(values + h * V + c * LANES, sum[h][c]);
 }
 
-// As attend_chunk, from q in BF16 [pairs of columns][LANES][2]. The cache is read where it lies; the context ends at `end`.
-void attend_narrow(const LatentCache& cache, const int64_t* pages, const bf16* q, long first, long last, long end, long heads,
-                   float scale, Partial& out) {
+struct Query {
+    const bf16* q;  // [pairs of columns][LANES][2]
+    long last, heads;
+    Partial* to;
+};
+
+// As attend_chunk, for up to BLOCK_UNITS queries of one sequence, each over keys [first, last): every key is read once for
+// them all. The cache is read where it lies; the longest context ends at `end`.
+void attend_narrow(const LatentCache& cache, const int64_t* pages, const Query* query, long count, long first, long end, float scale) {
     const long V = cache.value_width;
-    float* score = scratch(4, NARROW_KEYS * (2 * LANES + VALUE_COLUMNS));  // [NARROW_KEYS][LANES]
-    bf16* weights = reinterpret_cast<bf16*>(score + NARROW_KEYS * LANES);
-    bf16* paired = weights + NARROW_KEYS * LANES;  // [NARROW_KEYS / 2][VALUE_COLUMNS][2]
-    vec maximum = set1(-1e30f), sum = zero();
-    std::fill_n(out.values, heads * V, 0.0f);
+    float* score = scratch(4, NARROW_KEYS * ((SCORE_UNITS + BLOCK_UNITS) * LANES + VALUE_COLUMNS));  // [SCORE_UNITS][NARROW_KEYS][LANES]
+    bf16* weights = reinterpret_cast<bf16*>(score + SCORE_UNITS * NARROW_KEYS * LANES);  // [BLOCK_UNITS][NARROW_KEYS / 2][LANES][2]
+    bf16* paired = weights + BLOCK_UNITS * NARROW_KEYS * LANES;                          // [NARROW_KEYS / 2][VALUE_COLUMNS][2]
+    vec maximum[BLOCK_UNITS], sum[BLOCK_UNITS];
+    long last = 0;
+    for (long u = 0; u < count; u++) {
+        maximum[u] = set1(-1e30f), sum[u] = zero();
+        std::fill_n(query[u].to->values, query[u].heads * V, 0.0f);
+        last = std::max(last, query[u].last);
+    }
     for (long start = first; start < last; start += NARROW_KEYS) {
-        const long n = std::min(NARROW_KEYS, last - start);
-        const bf16* keys[NARROW_KEYS + SCORE_TILE];
-        for (long i = 0; i < n + SCORE_TILE; i++) {
+        const long most = std::min(NARROW_KEYS, last - start);
+        const bf16* keys[NARROW_KEYS + 8];
+        for (long i = 0; i < most + 8; i++) {
             const long key = std::min(start + i, end - 1);
             const long row = pages[key / cache.page_size] * cache.page_size + key % cache.page_size;
             keys[i] = static_cast<const bf16*>(cache.data) + row * cache.width;
         }
-        row_tiles<SCORE_TILE>(n, [&](auto tile, long i) {
-            score_narrow<tile.value>(keys + i, keys + i + tile.value, q, cache.width / 2, score + i * LANES);
-        });
-        float shrink[LANES];
-        store(shrink, soften(score, n, scale, maximum, sum, weights));
-        for (long v = 0; v < V; v += VALUE_COLUMNS) {
-            pair_keys(keys, n, v, paired);
-            row_tiles<6>(heads, [&](auto tile, long h) {
-                add_pairs<tile.value>(weights + 2 * h, paired, (n + 1) / 2, V, shrink + h, out.values + h * V + v);
+        const auto keys_of = [&](long u) { return std::clamp(query[u].last - start, 0l, most); };
+        float shrink[BLOCK_UNITS][LANES];
+        row_tiles<SCORE_UNITS>(count, [&](auto units, long u) {
+            const bf16* q[units.value];
+            for (int k = 0; k < units.value; k++) q[k] = query[u + k].q;
+            row_tiles<SCORE_TILE[units.value]>(most, [&](auto tile, long i) {
+                score_narrow<units.value, tile.value>(keys + i, keys + i + tile.value, q, cache.width / 2, score + i * LANES);
             });
+            for (long k = 0; k < units.value; k++)
+                if (const long n = keys_of(u + k))
+                    store(shrink[u + k], soften(score + k * NARROW_KEYS * LANES, n, scale, maximum[u + k], sum[u + k],
+                                                weights + (u + k) * NARROW_KEYS * LANES));
+        });
+        for (long v = 0; v < V; v += VALUE_COLUMNS) {
+            pair_keys(keys, most, v, paired);
+            for (long u = 0; u < count; u++)  // a key after a query's last one has the weight 0
+                row_tiles<6>(query[u].heads, [&](auto tile, long h) {
+                    if (const long n = keys_of(u))
+                        add_pairs<tile.value>(weights + u * NARROW_KEYS * LANES + 2 * h, paired, (n + 1) / 2, V, shrink[u] + h,
+                                              query[u].to->values + h * V + v);
+                });
         }
     }
-    store(out.maximum, maximum);
-    store(out.sum, sum);
+    for (long u = 0; u < count; u++) {
+        store(query[u].to->maximum, maximum[u]);
+        store(query[u].to->sum, sum[u]);
+    }
 }
 
 inline bool narrow_fits(const LatentCache& cache) {
@@ -277,26 +312,27 @@ void transpose_heads(const float* q, long first, long heads, long W, float* out)
 }
 }  // namespace
 
-// out[N][H][V] = softmax(q[N][H][W] . rows * scale) rows[:, :V], each query over its own past.
-//
-// A unit is LANES heads of one query. Few units are cut into chunks, a task each, so that one long context has all threads;
-// of many, a task takes a block of units through the context, and a chunk of keys that is in the cache serves them all.
-void attend(Arena& arena, const LatentCache& cache, const Batch& batch, [[maybe_unused]] bool narrow, const float* q, long H,
-            float scale, float* out) {
-    const long W = cache.width, V = cache.value_width, groups = (H + LANES - 1) / LANES, units = batch.tokens * groups;
+// A unit is LANES heads of one query. Units of one sequence go through a chunk of keys together, so that it is read once
+// for them. Few are cut into chunks, a task each, so that one long context has all threads; of many, a task takes a block
+// of units through the context.
+void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long first_row, long last_row,
+            [[maybe_unused]] bool narrow, const float* q, long H, float scale, float* out) {
+    const long W = cache.width, V = cache.value_width, groups = (H + LANES - 1) / LANES, units = (last_row - first_row) * groups;
     struct Unit {
-        long n, head, heads, context;
+        long n, head, heads, context, chunks;
         const int64_t* pages;
     };
     std::vector<Unit> unit;
     Partial* state = arena.take<Partial>(units);  // of the context's beginning; its values are in `out`
+    long parts = 0;
     for (long s = 0; s < batch.sequences; s++)
-        for (long n = batch.row_offsets[s]; n < batch.row_offsets[s + 1]; n++)
+        for (long row = std::max(first_row, batch.row_offsets[s]); row < std::min(last_row, batch.row_offsets[s + 1]); row++)
             for (long head = 0; head < H; head += LANES) {
+                const long n = row - first_row, context = batch.positions[row] + 1, chunks = (context + CHUNK - 1) / CHUNK;
                 state[unit.size()].values = out + (n * H + head) * V;
-                unit.push_back({n, head, std::min<long>(LANES, H - head), batch.positions[n] + 1, batch.pages + s * batch.pages_per_sequence});
+                unit.push_back({n, head, std::min<long>(LANES, H - head), context, chunks, batch.pages + s * batch.pages_per_sequence});
+                parts += chunks;
             }
-    const auto chunks = [&](long i) { return (unit[i].context + CHUNK - 1) / CHUNK; };
 #if defined(__AVX512BF16__)
     bf16* paired = nullptr;  // the queries as attend_narrow takes them
     if (narrow && narrow_fits(cache)) {
@@ -306,16 +342,28 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, [[maybe_
         });
     }
 #endif
-    const auto attend_to = [&](long i, long chunk, Partial& to) {
-        const auto& [n, head, heads, context, pages] = unit[i];
-        const long begin = chunk * CHUNK, end = std::min(begin + CHUNK, context);
+    // Those of units [first, last), all of one sequence, that have this chunk; to(i) takes what comes of it.
+    const auto attend_to = [&](long first, long last, long chunk, const auto& to) {
+        const long begin = chunk * CHUNK;
 #if defined(__AVX512BF16__)
-        if (paired) return attend_narrow(cache, pages, paired + i * W * LANES, begin, end, context, heads, scale, to);
+        if (paired) {
+            Query query[BLOCK_UNITS];
+            long count = 0, end = 0;
+            for (long i = first; i < last; i++) {
+                if (chunk >= unit[i].chunks) continue;
+                query[count++] = {paired + i * W * LANES, std::min(begin + CHUNK, unit[i].context), unit[i].heads, &to(i)};
+                end = std::max(end, unit[i].context);
+            }
+            return attend_narrow(cache, unit[first].pages, query, count, begin, end, scale);
+        }
 #endif
         float* space = scratch(4, KEYS * (W + LANES) + W * LANES);
         float* transposed = space + KEYS * (W + LANES);
-        transpose_heads(q + n * H * W, head, heads, W, transposed);
-        attend_chunk(cache, pages, transposed, begin, end, heads, scale, space, to);
+        for (long i = first; i < last; i++) {
+            if (chunk >= unit[i].chunks) continue;
+            transpose_heads(q + unit[i].n * H * W, unit[i].head, unit[i].heads, W, transposed);
+            attend_chunk(cache, unit[i].pages, transposed, begin, std::min(begin + CHUNK, unit[i].context), unit[i].heads, scale, space, to(i));
+        }
     };
     const auto finish = [&](long i) {
         for (long h = 0; h < unit[i].heads; h++) {
@@ -324,37 +372,49 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, [[maybe_
             lanes_of(V, [&](int64_t v, int lanes) { store(values + v, load(values + v, lanes) * inverse, lanes); });
         }
     };
-    if (units >= MANY_UNITS) {
-        parallel_ranges(units, BLOCK_UNITS, [&](int64_t first, int64_t last) {
-            Partial next{{}, {}, scratch(7, LANES * V)};
-            long longest = 0;
-            for (long i = first; i < last; i++) longest = std::max(longest, chunks(i));
-            for (long chunk = 0; chunk < longest; chunk++)
-                for (long i = first; i < last; i++) {
-                    if (chunk >= chunks(i)) continue;
-                    attend_to(i, chunk, chunk ? next : state[i]);
-                    if (chunk) merge(state[i], next, unit[i].heads, V);
-                }
+    const bool many = units >= MANY_UNITS;
+    const long most = many ? BLOCK_UNITS : std::clamp<long>(parts / (4 * omp_get_max_threads()), 1, BLOCK_UNITS);
+    struct Block {
+        long first, last, chunks;
+    };
+    std::vector<Block> blocks;  // of units of one sequence
+    for (long i = 0; i < units; i++) {
+        if (blocks.empty() || unit[i].pages != unit[blocks.back().first].pages || i - blocks.back().first == most) blocks.push_back({i, i, 0});
+        blocks.back().last = i + 1;
+        blocks.back().chunks = std::max(blocks.back().chunks, unit[i].chunks);
+    }
+    if (many) {
+        parallel_for(int64_t(blocks.size()), [&](int64_t b) {
+            const auto& [first, last, chunks] = blocks[b];
+            Partial next[BLOCK_UNITS];
+            for (long k = 0; k < BLOCK_UNITS; k++) next[k].values = scratch(7, BLOCK_UNITS * LANES * V) + k * LANES * V;
+            for (long chunk = 0; chunk < chunks; chunk++) {
+                attend_to(first, last, chunk, [&](long i) -> Partial& { return chunk ? next[i - first] : state[i]; });
+                for (long i = first; chunk && i < last; i++)
+                    if (chunk < unit[i].chunks) merge(state[i], next[i - first], unit[i].heads, V);
+            }
             for (long i = first; i < last; i++) finish(i);
         });
         return;
     }
-    struct Task {
-        long unit, chunk;
-        Partial* to;
-    };
-    std::vector<Task> tasks;
-    for (long i = 0; i < units; i++)
-        for (long chunk = 0; chunk < chunks(i); chunk++) {
-            Partial* to = chunk ? arena.take<Partial>(1) : state + i;
-            if (chunk) to->values = arena.take<float>(unit[i].heads * V);
-            tasks.push_back({i, chunk, to});
+    std::vector<Partial*> part;  // of each unit and chunk
+    std::vector<long> offset;
+    for (long i = 0; i < units; i++) {
+        offset.push_back(long(part.size()));
+        for (long chunk = 0; chunk < unit[i].chunks; chunk++) {
+            part.push_back(chunk ? arena.take<Partial>(1) : state + i);
+            if (chunk) part.back()->values = arena.take<float>(unit[i].heads * V);
         }
-    parallel_for(int64_t(tasks.size()), [&](int64_t t) { attend_to(tasks[t].unit, tasks[t].chunk, *tasks[t].to); });
+    }
+    std::vector<std::pair<long, long>> tasks;  // block, chunk
+    for (long b = 0; b < long(blocks.size()); b++)
+        for (long chunk = 0; chunk < blocks[b].chunks; chunk++) tasks.push_back({b, chunk});
+    parallel_for(int64_t(tasks.size()), [&](int64_t t) {
+        const auto [b, chunk] = tasks[t];
+        attend_to(blocks[b].first, blocks[b].last, chunk, [&, chunk = chunk](long i) -> Partial& { return *part[offset[i] + chunk]; });
+    });
     parallel_rows(units, LANES * V, [&](int64_t i) {
-        const auto after = [](const Task& task, long other) { return task.unit < other; };
-        auto task = std::lower_bound(tasks.begin(), tasks.end(), i, after) + 1;
-        for (; task != tasks.end() && task->unit == i; task++) merge(state[i], *task->to, unit[i].heads, V);
+        for (long chunk = 1; chunk < unit[i].chunks; chunk++) merge(state[i], *part[offset[i] + chunk], unit[i].heads, V);
         finish(i);
     });
 }
@@ -364,5 +424,5 @@ KERNEL latent_attention(int64_t kind, const void* cache, int64_t width, int64_t 
                         int64_t sequences, int64_t pages_per_sequence, int64_t narrow, const float* q, int64_t heads, float scale,
                         float* out) {
     attend(Arena::start(), {kind, cache, width, value_width, page_size},
-           {positions, row_offsets, pages, tokens, sequences, pages_per_sequence}, narrow, q, heads, scale, out);
+           {positions, row_offsets, pages, tokens, sequences, pages_per_sequence}, 0, tokens, narrow, q, heads, scale, out);
 }

@@ -16,7 +16,7 @@ struct Batch {
     long tokens, sequences, pages_per_sequence;
 };
 
-// out[N][H][V] = softmax(q[N][H][W] . rows * scale) rows[:, :V], each query over its own past. `narrow`: q may be rounded to
-// BF16 where the cache is BF16 and the CPU multiplies it.
-void attend(Arena& arena, const LatentCache& cache, const Batch& batch, bool narrow, const float* q, long H, float scale,
-            float* out);
+// out[n][H][V] = softmax(q[n][H][W] . rows * scale) rows[:, :V] for the batch's rows [first, last), which q and out begin
+// with, each query over its own past. `narrow`: q may be rounded to BF16 where the cache is BF16 and the CPU multiplies it.
+void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long first, long last, bool narrow, const float* q,
+            long H, float scale, float* out);

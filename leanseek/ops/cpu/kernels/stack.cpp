@@ -81,6 +81,8 @@ struct Step {  // a step's tokens and the cache they are written to
     LatentCache cache;
 };
 
+constexpr long ABSORBED_VALUES = 1 << 20, LEAST_ROWS = 64;  // of a step's rows that are absorbed at a time
+
 // h += attention of its norm, h [N][D].
 void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, float* normed, float* h) {
     const long N = step.batch.tokens, D = p.kv_a.columns, H = p.heads, C = p.w_uv.columns, W = C + p.rope;
@@ -98,11 +100,8 @@ void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, 
         parallel_rows(N, p.q_a.rows, [&](int64_t n) { rms_norm(small + n * p.q_a.rows, p.q_a.rows, p.q_norm, small + n * p.q_a.rows); });
         linear(p.q_b, prepared(arena, p.q_b, narrow, small, N).rows(), N, query);
     }
-    float* q = arena.take<float>(N * H * W);
-    parallel_rows(N, 4 * H * p.rope + W, [&](int64_t n) {
+    parallel_rows(N, 2 * W, [&](int64_t n) {
         const float *cos = step.cos + n * half, *sin = step.sin + n * half;
-        for (long i = n * H; i < (n + 1) * H; i++)
-            rotate(query + i * head + p.nope, p.rope, cos, sin, p.interleave, q + i * W + C);
         float* row = scratch(0, W);
         rms_norm(latent + n * W, C, p.kv_norm, row);
         rotate(latent + n * W + C, p.rope, cos, sin, p.interleave, row + C);
@@ -111,11 +110,23 @@ void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, 
             lanes_of(W, [&](int64_t i, int lanes) { store(to + i, load(row + i, lanes), lanes); });
         });
     });
-    heads_linear(arena, p.w_uk, H, narrow, query, H * head, head, N, q, W);  // (W_UKᵀ q_C)
-    float* read = arena.take<float>(N * H * C);
-    attend(arena, step.cache, step.batch, narrow, q, H, float(p.softmax_scale), read);
     float* heads = arena.take<float>(N * H * p.v);
-    heads_linear(arena, p.w_uv, H, narrow, read, H * C, C, N, heads, p.v);
+    const long rows = std::max(LEAST_ROWS, ABSORBED_VALUES / (H * W));
+    for (long first = 0; first < N; first += rows)
+        arena.within([&] {  // queries and what they read are many times as wide as the rest: a part of the rows is in the cache
+            const long last = std::min(first + rows, N), count = last - first;
+            const float* part = query + first * H * head;
+            float* q = arena.take<float>(count * H * W);
+            parallel_rows(count, 4 * H * p.rope, [&](int64_t n) {
+                const float *cos = step.cos + (first + n) * half, *sin = step.sin + (first + n) * half;
+                for (long i = n * H; i < (n + 1) * H; i++)
+                    rotate(part + i * head + p.nope, p.rope, cos, sin, p.interleave, q + i * W + C);
+            });
+            heads_linear(arena, p.w_uk, H, narrow, part, H * head, head, count, q, W);  // (W_UKᵀ q_C)
+            float* read = arena.take<float>(count * H * C);
+            attend(arena, step.cache, step.batch, first, last, narrow, q, H, float(p.softmax_scale), read);
+            heads_linear(arena, p.w_uv, H, narrow, read, H * C, C, count, heads + first * H * p.v, p.v);
+        });
     linear(p.o, prepared(arena, p.o, narrow, heads, N).rows(), N, normed);
     parallel_rows(N, D, [&](int64_t n) {
         lanes_of(D, [&](int64_t d, int lanes) { store(h + n * D + d, load(h + n * D + d, lanes) + load(normed + n * D + d, lanes), lanes); });
