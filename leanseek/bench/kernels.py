@@ -58,8 +58,8 @@ def bench_kernels(size: int | None = None, rounds: int | None = None) -> dict[st
 
 
 def _take_turns(cases: list[Case], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Medians of cases that alternate; a GPU's cache is emptied before each."""
-    flush = torch.empty(2**28 if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    """Medians of cases that alternate; a GPU's cache is emptied before each, which takes longer than launching it."""
+    flush = torch.empty(2**30 if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     paths: dict[str, str] = {}
     for turn in range(rounds + 1):
@@ -132,12 +132,12 @@ def _gpu_cases(size: int, device: torch.device) -> Iterator[list[Case]]:
 def _gpu_product(a: Tensor, b: Tensor) -> list[Case]:
     """A linear layer's forward and weight gradient, by the path that is taken and by Triton's kernel."""
     from leanseek.ops.triton import gemm, paths
-    from leanseek.ops.triton.quantize import Codes, quantize_blocks, quantize_both
+    from leanseek.ops.triton.quantize import quantize_blocks, quantize_both
 
     (m, k), n = a.shape, b.shape[0]
     flops = 2.0 * m * n * k
     tiles, turned = quantize_both(a)
-    weight = Codes(*quantize_blocks(b)[:2])
+    weight = quantize_blocks(b)
     grad = torch.randn(m, n, dtype=a.dtype, device=a.device)
     grad_turned = quantize_both(grad)[1]
     name = f"{m}×{n}×{k}"
@@ -161,7 +161,7 @@ def _gpu_product(a: Tensor, b: Tensor) -> list[Case]:
 def _gpu_experts(x: Tensor, weight: Tensor) -> list[Case]:
     """Eight experts with uneven counts."""
     from leanseek.ops.triton import gemm, paths
-    from leanseek.ops.triton.quantize import Codes, quantize_blocks, quantize_both
+    from leanseek.ops.triton.quantize import quantize_blocks, quantize_both
     from leanseek.ops.triton.tiles import group_tiles
 
     m, (experts, n, k) = x.shape[0], weight.shape
@@ -170,7 +170,7 @@ def _gpu_experts(x: Tensor, weight: Tensor) -> list[Case]:
     tiles = group_tiles(ends, m)
     grad = torch.randn(m, n, dtype=x.dtype, device=x.device)
     (codes, turned), grad_turned = quantize_both(x, tiles=tiles), quantize_both(grad, tiles=tiles)[1]
-    blocks = Codes(*quantize_blocks(weight)[:2])
+    blocks = quantize_blocks(weight)
     flops, name = 2.0 * m * n * k, f"{m}×{n}×{k}"
     forward, backward = (f"BF16 grouped_mm {experts} experts {name}{form}" for form in ("", " weight gradient"))
     return [
@@ -193,7 +193,7 @@ def _gpu_experts(x: Tensor, weight: Tensor) -> list[Case]:
 
 
 def _gpu_quantisers(x: Tensor, weight: Tensor, hidden: Tensor) -> Iterator[list[Case]]:
-    from leanseek.ops.triton.quantize import quantize_blocks, quantize_both, quantize_tiles, turn_tiles
+    from leanseek.ops.triton.quantize import quantize_blocks_both, quantize_both, quantize_tiles, turn_tiles
     from leanseek.ops.triton.swiglu import swiglu_backward_quantize, swiglu_quantize
 
     values, code = x.numel(), 1 + 4 / 128  # a code and its share of a scale
@@ -207,7 +207,7 @@ def _gpu_quantisers(x: Tensor, weight: Tensor, hidden: Tensor) -> Iterator[list[
         Case("transpose of chosen rows", lambda: turn_tiles(x, True, index=index), bytes=values * (2 + code)),
         Case("rows of experts", lambda: kept.take(index), bytes=2 * hidden.numel() * code),
         Case(
-            "quantise 128×128 and transpose", lambda: quantize_blocks(weight, True, transpose=True),
+            "quantise 128×128 and transpose", lambda: quantize_blocks_both(weight, True),
             bytes=weight.numel() * (weight.element_size() + 2.0),
         ),
         Case("SwiGLU and quantise", lambda: swiglu_quantize(hidden, None, True), bytes=act * (4 + 3 * code)),

@@ -36,14 +36,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need else None
         rows = max(1, CHUNK_LOGITS * (GPU_CHUNKS if hidden.is_cuda else 1) // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
-            part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(part, head).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).sum()
+            part, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = F.linear(part, head)
+            run = pick("softmax_cross_entropy", softmax_cross_entropy, logits)
+            lost, grad = run(logits, target, 1 / hidden.shape[0], need)
+            total += lost.sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad = logits.sub_(log_sum).exp_()  # softmax, in place
-                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-                grad = grad.div_(hidden.shape[0]).to(hidden.dtype)
                 torch.mm(grad, head, out=grad_hidden[start : start + rows])
                 grad_weight.addmm_(grad.t(), part) if grad.dtype == torch.float32 else grad_weight.add_(grad.t() @ part)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -53,3 +51,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
+
+
+def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: bool) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[target] of each row, [R] float32, and with `need` `share` times its gradient in the place of
+    logits [R, V] and their dtype."""
+    wide, target = logits.float(), targets[:, None]
+    log_sum = wide.logsumexp(-1, keepdim=True)
+    lost = (log_sum - wide.gather(1, target)).squeeze(1)
+    if need:
+        wide.sub_(log_sum).exp_()  # softmax, in place
+        wide.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide.dtype))
+        logits = wide.mul_(share).to(logits.dtype)
+    return lost, logits

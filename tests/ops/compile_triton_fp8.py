@@ -1,4 +1,4 @@
-"""Compiles every FP8 kernel for SM90 as it is launched there, without a GPU; fails with what is wrong. Run by a test."""
+"""Compiles every Triton kernel for SM90 as it is launched there, without a GPU; fails with what is wrong. Run by a test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leanseek.ops.triton import gemm, quantize, swiglu
+from leanseek.ops.triton import attention, elementwise, gemm, quantize, swiglu
 
 H100 = GPUTarget("cuda", 90, 32)
 KINDS = {
@@ -70,20 +70,14 @@ def dead_bytes(cubin: bytes) -> list[str]:
 def main() -> None:
     tile = {"TILE": 128, "POWER_OF_TWO": False}
     saturating = "cvt.rn.satfinite.e4m3x2.f32"
-    absent = dict.fromkeys(("x_scales", "index", "starts", "stops", "codes_t", "scales_t"))
-    check(
-        ptx(quantize._tiles, tile | absent | {"GROUPED": False, "ROWS": 32, "COLUMNS": 128}, {"num_warps": 4}),
-        saturating,
-        "div.rn",
-    )
-    both = tile | dict.fromkeys(("x_scales", "index")) | {"GROUPED": True, "ROWS": 128, "COLUMNS": 128}
-    check(ptx(quantize._tiles, both, {"num_warps": 16}), saturating)
-    turn = (
-        tile | dict.fromkeys(("codes", "scales")) | {"GROUPED": True, "ROWS": 128, "COLUMNS": 64, "POWER_OF_TWO": True}
-    )
-    check(ptx(quantize._tiles, turn, {"num_warps": 16}, x="*fp8e4nv", index="*i64"), saturating)
+    check(ptx(quantize._rows, tile | {"ROWS": 32}, {"num_warps": 4}), saturating, "div.rn")
+    warps = quantize.TURN
+    both = tile | dict.fromkeys(("x_scales", "index")) | {"GROUPED": True}
+    check(ptx(quantize._turned, both, warps, codes_t="*i32"), saturating)
+    turn = tile | dict.fromkeys(("codes", "scales")) | {"GROUPED": True, "POWER_OF_TWO": True}
+    check(ptx(quantize._turned, turn, warps, x="*fp8e4nv", index="*i64", codes_t="*i32"), saturating)
     for kind in ("*fp32", "*bf16"):
-        constants = tile | {"TURN": True, "POWER_OF_TWO": True}
+        constants = tile | {"POWER_OF_TWO": True}
         blocks = compiled(quantize._blocks, constants, {"num_warps": quantize.BLOCK_WARPS}, weight=kind)
         check(blocks["ptx"], saturating)
         assert not dead_bytes(blocks["cubin"]), "the assembler takes codes from a register that holds none"
@@ -96,9 +90,23 @@ def main() -> None:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         check(ptx(product, constants, options), "wgmma.mma_async", "f32.e4m3.e4m3", "cp.async")
     check(ptx(swiglu._forward, tile | {"ROWS": 16}, {"num_warps": 4}), saturating)
-    check(ptx(swiglu._backward_rows, tile | {"ROWS": 16}, {"num_warps": 4}, hidden="*fp8e4nv"), saturating)
-    turned = tile | {"GROUPED": True, "COLUMNS": 32}
-    check(ptx(swiglu._backward_turned, turned, {"num_warps": 4}, hidden="*fp8e4nv"), saturating)
+    turned = {"hidden": "*fp8e4nv", "codes_t": "*i32", "act_t": "*i32"}
+    check(ptx(swiglu._backward, tile | {"GROUPED": True}, swiglu.BACKWARD, **turned), saturating)
+    check_the_rest()
+
+
+def check_the_rest() -> None:
+    """What is no FP8: that it compiles at all."""
+    kinds = dict.fromkeys(("q", "kv", "k_rope", "query", "key", "dq", "dkv", "dk_rope", "dk", "dv", "dx"), "*bf16")
+    kinds |= dict.fromkeys(("cos", "sin", "inverse", "partial", "weight", "losses"), "*fp32")
+    heads = {"HALF": 32, "PAIRS": 32, "BLOCK": 128, "HEADS": 16}
+    for kernel, interleave in ((attention._place, True), (attention._place, False), (attention._gather, True)):
+        ptx(kernel, heads | {"INTERLEAVE": interleave}, {"num_warps": 4}, **kinds)
+    rows = {"ROWS": 2, "BLOCK": 2048}
+    ptx(elementwise._norm, rows, {"num_warps": 4}, **kinds | {"eps": "fp32"})
+    ptx(elementwise._norm_backward, rows, {"num_warps": 4}, **kinds)
+    kinds |= {"logits": "*bf16", "targets": "*i64", "share": "fp32"}
+    ptx(elementwise._softmax, {"NEED": True, "BLOCK": 4096}, {"num_warps": 8}, **kinds)
 
 
 if __name__ == "__main__":

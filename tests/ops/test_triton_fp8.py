@@ -36,6 +36,7 @@ from leanseek.ops.triton.gemm import grouped_product, grouped_weight_gradient, p
 from leanseek.ops.triton.quantize import (
     Codes,
     quantize_blocks,
+    quantize_blocks_both,
     quantize_both,
     quantize_tiles,
     round_e5m6,
@@ -212,12 +213,11 @@ def test_turned_tiles_never_hold_two_experts() -> None:
 @pytest.mark.parametrize("shape", [(128, 128), (192, 300), (2, 130, 64)])
 def test_weight_blocks_are_the_oracles_and_turn_with_the_same_codes(shape: tuple[int, ...], power_of_two: bool) -> None:
     w = draw(*shape, dtype=torch.float32)
-    codes, scales, turned = quantize_blocks(w, power_of_two, transpose=True)
-    assert turned is not None
-    for q, s, t, x in zip(*(v.view(-1, *v.shape[-2:]) for v in (codes, scales, turned, w)), strict=True):
+    found = quantize_blocks_both(w, power_of_two)
+    for q, s, q_t, s_t, x in zip(*(v.reshape(-1, *v.shape[-2:]) for v in (*found, w)), strict=True):
         expected, wanted = oracle_tiles(x, power_of_two, (128, 128))
         assert same(q, expected) and torch.equal(s, wanted)
-        assert same(t.contiguous(), expected.t().contiguous())
+        assert same(q_t, expected.t().contiguous()) and torch.equal(s_t, wanted.t())
 
 
 def test_stored_blocks_are_made_by_this_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_stored_blocks_are_made_by_this_kernel_on_a_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr("leanseek.ops.triton.refusal", lambda device: "")
     calls: list[Tensor] = []
 
-    def seen(weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    def seen(weight: Tensor) -> Codes:
         calls.append(weight)
         return quantize_blocks(weight)
 
@@ -241,7 +241,7 @@ def test_stored_blocks_are_made_by_this_kernel_on_a_gpu(monkeypatch: pytest.Monk
 
 
 def blocks(*shape: int) -> Codes:
-    return Codes(*quantize_blocks(draw(*shape, dtype=torch.float32, spread=1.0))[:2])
+    return quantize_blocks(draw(*shape, dtype=torch.float32, spread=1.0))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 128), (5, 200, 384), (130, 257, 192), (256, 128, 1024)])
@@ -460,10 +460,9 @@ def test_libraries_get_the_layouts_that_they_ask_for(libraries: None, monkeypatc
     assert holds(paths.product(a, b), a, b, 128)
     monkeypatch.setattr(paths, "_refusal", lambda path, *_: "" if path == "cublaslt" else "absent")
     assert holds(paths.product(a, b), a, b, 128)
-    turned = quantize_blocks(draw(256, 640, dtype=torch.float32), transpose=True)
-    backward = Codes(turned[2], turned[1].t())  # the input's gradient multiplies by the turned weight
+    turned = quantize_blocks_both(draw(256, 640, dtype=torch.float32)).t()  # what the input's gradient multiplies by
     grad = quantize_tiles(draw(12, 256))
-    assert holds(paths.product(grad, backward), grad, backward, 128)
+    assert holds(paths.product(grad, turned), grad, Codes(*turned[:2]), 128)
     dy, x = (quantize_both(draw(300, width))[1] for width in (136, 208))
     assert holds(paths.product(dy, x, torch.float32), dy, x, 1)
     assert paths.ran() == {"product": {"cublaslt": 2, "deepgemm": 1}, "weight gradient": {"cublaslt": 1}}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
+from leanseek.ops import rotary
+from leanseek.ops.triton.training import _attends as attends
 
 pytest.importorskip("triton")
 
@@ -62,6 +64,55 @@ def test_experts(dtype: torch.dtype) -> None:
         lambda x, w, up, down: ops.experts(x, indices.to(DEVICE), w, up, down),
         torch.randn(30, 48).to(dtype), torch.rand(30, 2), torch.randn(6, 80, 48) * 0.2, torch.randn(6, 48, 40) * 0.2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_over_more_columns_than_a_block(dtype: torch.dtype) -> None:
+    targets = torch.tensor([0, 4999, 4096, 17, 4095])
+    hidden, weight = torch.randn(5, 24).to(dtype), torch.randn(5000, 24)
+    agree(lambda x, w: ops.linear_cross_entropy(x, w, targets.to(DEVICE)), hidden, weight)
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize(("heads", "nope", "rope", "v"), [(3, 12, 8, 20), (20, 16, 16, 8)])
+def test_heads_are_placed_and_their_gradients_gathered(
+    heads: int, nope: int, rope: int, v: int, interleave: bool
+) -> None:
+    """eq. 3, 4, 8, 9 and back again; k_R is a slice of what one product writes, and angles differ by sequence."""
+    from leanseek.ops.triton.attention import gather_gradients, place_heads
+
+    batch, length = 2, 5
+    q = torch.randn(batch, length, heads, nope + rope, device=DEVICE, requires_grad=True)
+    kv = torch.randn(batch, length, heads, nope + v, device=DEVICE, requires_grad=True)
+    latent = torch.randn(batch, length, 7 + rope, device=DEVICE, requires_grad=True)
+    angles = torch.rand(batch, length, rope // 2, device=DEVICE) * 6
+    turn = angles.cos(), angles.sin()
+    k_rope = latent[..., 7:]
+    query = torch.cat((q[..., :nope], rotary.reference(q[..., nope:], *turn, interleave)), -1)
+    shared = rotary.reference(k_rope.unsqueeze(-2), *turn, interleave).expand(-1, -1, heads, -1)
+    key = torch.cat((kv[..., :nope], shared), -1)
+    found = place_heads(q.detach(), kv.detach(), k_rope.detach(), *turn, interleave)
+    torch.testing.assert_close(found, (query, key), rtol=1e-6, atol=1e-6)
+    grads = [torch.randn_like(t) for t in (query, key, kv[..., nope:])]
+    torch.autograd.backward((query, key, kv[..., nope:]), grads)
+    dq, dkv, dk_rope = gather_gradients(*(g.clone() for g in grads), *turn, interleave)
+    assert latent.grad is not None
+    torch.testing.assert_close((dq, dkv, dk_rope), (q.grad, kv.grad, latent.grad[..., 7:]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_mla_attention_on_cudnn() -> None:
+    q, kv, latent = torch.randn(2, 300, 4, 192), torch.randn(2, 300, 4, 256), torch.randn(2, 300, 80)
+    angles = torch.rand(1, 300, 32, device=DEVICE) * 6
+    ran: list[bool] = []
+
+    def attention(q: Tensor, kv: Tensor, latent: Tensor) -> Tensor:
+        inputs = q, kv, latent[..., 16:], angles.cos(), angles.sin()
+        ran.append(attends(*inputs))
+        return ops.mla_attention(*inputs, 192**-0.5, True)
+
+    agree(attention, q.bfloat16(), kv.bfloat16(), latent.bfloat16())
+    assert ran[0]
 
 
 def test_adamw_is_torchs_in_float32_rounded_once() -> None:

@@ -1,4 +1,5 @@
-"""What is not a product in a training step, in one pass each: RMSNorm, SwiGLU, the sum over a token's experts, AdamW.
+"""What is not a product in a training step, in one pass each: RMSNorm, SwiGLU, the sum over a token's experts, the
+head's softmax, AdamW.
 
 Rounding is that of the torch references, so that a value between two roundings falls the same way.
 """
@@ -15,7 +16,8 @@ from torch import Tensor
 from leanseek.ops.adamw import AdamW
 from leanseek.ops.triton.numbers import narrow
 
-PROGRAMS = 1024  # that share the rows where each sums up a column: eight on every multiprocessor of an H100
+PROGRAMS = 1056  # that share the rows where each sums up a column: eight on every multiprocessor of an H100
+VALUES = 4096  # of narrow rows that a program holds at a time
 
 
 # ---- RMSNorm ----
@@ -29,7 +31,10 @@ class RMSNorm(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         rows, columns = flat.shape
         out, inverse = torch.empty_like(flat), torch.empty(rows, dtype=torch.float32, device=x.device)
-        _norm[(rows,)](flat, weight, out, inverse, flat.stride(0), columns, eps, triton.next_power_of_2(columns))
+        tile = _tile(columns)
+        _norm[(triton.cdiv(rows, tile[0]),)](
+            flat, weight, out, inverse, flat.stride(0), rows, columns, eps, *tile, num_warps=_warps(tile)
+        )
         ctx.save_for_backward(x, weight, inverse)
         return out.view(x.shape)
 
@@ -38,41 +43,57 @@ class RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1]).contiguous()
         rows, columns = flat.shape
-        dx = torch.empty_like(grad)
-        partial = torch.empty(min(PROGRAMS, rows), columns, dtype=torch.float32, device=x.device)
-        _norm_backward[(partial.shape[0],)](
-            flat, weight, grad, inverse, dx, partial, flat.stride(0), rows, columns, triton.next_power_of_2(columns)
+        dx, tile = torch.empty_like(grad), _tile(columns)
+        programs = min(PROGRAMS, triton.cdiv(rows, tile[0]))
+        partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+        _norm_backward[(programs,)](
+            flat, weight, grad, inverse, dx, partial, flat.stride(0), rows, columns, *tile, num_warps=_warps(tile)
         )
         return dx.view(x.shape), partial.sum(0).to(weight.dtype), None
 
 
+def _tile(columns: int) -> tuple[int, int]:
+    """Rows and columns that a program holds at a time."""
+    block = triton.next_power_of_2(columns)
+    return max(1, VALUES // block), block
+
+
+def _warps(tile: tuple[int, int]) -> int:
+    return max(2, tile[0] * tile[1] // 2048)
+
+
 @triton.jit
-def _norm(x, weight, out, inverse, stride, D, eps, BLOCK: tl.constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    v = tl.load(x + row * stride + columns, mask=columns < D, other=0.0).to(tl.float32)
-    r = 1.0 / tl.sqrt_rn(tl.sum(v * v, 0) / D + eps)
-    normed = narrow(v * r, out.dtype.element_ty).to(tl.float32)
+def _norm(x, weight, out, inverse, stride, M, D, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside, wide = (rows < M)[:, None] & (columns < D)[None, :], rows[:, None].to(tl.int64)
+    v = tl.load(x + wide * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    r = 1.0 / tl.sqrt_rn(tl.sum(v * v, 1) / D + eps)
+    normed = narrow(v * r[:, None], out.dtype.element_ty).to(tl.float32)
     w = narrow(tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32), out.dtype.element_ty)
-    tl.store(out + row * D + columns, narrow(normed * w.to(tl.float32), out.dtype.element_ty), mask=columns < D)
-    tl.store(inverse + row, r)
+    result = narrow(normed * w.to(tl.float32)[None, :], out.dtype.element_ty)
+    tl.store(out + wide * D + columns[None, :], result, mask=inside)
+    tl.store(inverse + rows, r, mask=rows < M)
 
 
 @triton.jit
-def _norm_backward(x, weight, grad, inverse, dx, partial, stride, M, D, BLOCK: tl.constexpr):
+def _norm_backward(
+    x, weight, grad, inverse, dx, partial, stride, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """With n = x r: dx = r (w g - n mean(w g n)), dw = Σ g n."""
     columns = tl.arange(0, BLOCK)
-    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0), M, tl.num_programs(0)):
-        place = tl.cast(row, tl.int64)
-        r = tl.load(inverse + row)
-        n = tl.load(x + place * stride + columns, mask=columns < D, other=0.0).to(tl.float32) * r
-        g = tl.load(grad + place * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside, wide = (rows < M)[:, None] & (columns < D)[None, :], rows[:, None].to(tl.int64)
+        r = tl.load(inverse + rows, mask=rows < M, other=0.0)[:, None]
+        n = tl.load(x + wide * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32) * r
+        g = tl.load(grad + wide * D + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         dw += g * n
         g *= w
-        d = r * (g - n * (tl.sum(g * n, 0) / D))
-        tl.store(dx + place * D + columns, narrow(d, dx.dtype.element_ty), mask=columns < D)
-    tl.store(partial + tl.program_id(0) * D + columns, dw, mask=columns < D)
+        d = r * (g - n * (tl.sum(g * n, 1) / D)[:, None])
+        tl.store(dx + wide * D + columns[None, :], narrow(d, dx.dtype.element_ty), mask=inside)
+    tl.store(partial + tl.program_id(0) * D + columns, tl.sum(dw, 0), mask=columns < D)
 
 
 # ---- SwiGLU ----
@@ -164,6 +185,39 @@ def _combine(rows, place, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.load(place + token * K + k)
         total += tl.load(rows + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
     tl.store(out + token * D + columns, narrow(total, out.dtype.element_ty), mask=columns < D)
+
+
+# ---- the head's softmax ----
+
+
+def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: bool) -> Tensor:
+    """As ops/cross_entropy.py, in the place of logits [R, V]; the loss of each row, [R] float32."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if logits.numel():
+        _softmax[(logits.shape[0],)](logits, targets, losses, share, logits.shape[1], need, 4096, num_warps=8)
+    return losses
+
+
+@triton.jit
+def _softmax(logits, targets, losses, share, V, NEED: tl.constexpr, BLOCK: tl.constexpr):
+    """The second time a row is read it lies in the cache."""
+    row, columns = logits + tl.program_id(0).to(tl.int64) * V, tl.arange(0, BLOCK)
+    target = tl.load(targets + tl.program_id(0))
+    most, total = tl.full((BLOCK,), -3e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        v = tl.load(row + start + columns, mask=start + columns < V, other=-3e38).to(tl.float32)
+        larger = tl.maximum(most, v)
+        total = total * tl.exp(most - larger) + tl.exp(v - larger)
+        most = larger
+    largest = tl.max(most, 0)
+    log_sum = largest + tl.log(tl.sum(total * tl.exp(most - largest), 0))
+    tl.store(losses + tl.program_id(0), log_sum - tl.load(row + target).to(tl.float32))
+    if NEED:
+        tl.debug_barrier()  # the target's logit has been read
+        for start in range(0, V, BLOCK):
+            v = tl.load(row + start + columns, mask=start + columns < V, other=0.0).to(tl.float32)
+            g = tl.exp(v - log_sum) - tl.where(start + columns == target, 1.0, 0.0)
+            tl.store(row + start + columns, narrow(g * share, logits.dtype.element_ty), mask=start + columns < V)
 
 
 # ---- AdamW ----

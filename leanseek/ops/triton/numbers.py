@@ -19,9 +19,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def magnitude(v):
-    """|v| where v is finite, else 0: a lone infinity or NaN does not spoil the scale of its tile."""
-    return tl.where(tl.abs(v) < float("inf"), tl.abs(v), 0.0)
+def known(v):
+    """v as float32, with NaN for what is not finite: a maximum passes NaN over, and its code is NaN too."""
+    v = v.to(tl.float32)
+    return v + v * 0.0
+
+
+@triton.jit
+def largest(v, axis: tl.constexpr):
+    """max |v| along an axis of `known` values: a lone infinity or NaN does not spoil the scale of its tile."""
+    return tl.max(tl.abs(v), axis)
 
 
 @triton.jit
@@ -46,16 +53,52 @@ def divide(v, scale, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def encode(v, scale, POWER_OF_TWO: tl.constexpr):
-    """v / scale as E4M3 codes; scale broadcasts to v's shape. What is not finite becomes NaN."""
-    finite = tl.abs(v) < float("inf")
+    """`known` v / scale as E4M3 codes, NaN where v is; scale broadcasts to v's shape."""
     q = divide(v, scale, POWER_OF_TWO)
-    q = tl.minimum(tl.maximum(q, -E4M3_MAX), E4M3_MAX)
+    return _code(q).to(tl.uint8).to(tl.float8e4nv, bitcast=True) if INTERPRETED else q.to(tl.float8e4nv)
+
+
+@triton.jit
+def encode_four(a, b, c, d):
+    """float32 quotients as E4M3 codes, four in an int32 with a's lowest."""
     if INTERPRETED:
-        bits = on_grid(q, E4M3_MAX, 3, -6).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        codes = tl.where(finite, bits, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        packed = _code(a) | (_code(b) << 8) | (_code(c) << 16) | (_code(d) << 24)
     else:
-        codes = tl.where(finite, q, float("nan")).to(tl.float8e4nv)
-    return codes
+        packed = tl.inline_asm_elementwise(
+            "{.reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
+            " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high};}",
+            "=r,f,f,f,f",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return packed
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + e^-v), within a few last bits: exp and division with all their cases are half of a SwiGLU kernel."""
+    if INTERPRETED:
+        s = 1.0 / (1.0 + tl.exp(-v))
+    else:
+        s = tl.inline_asm_elementwise(
+            "{.reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+            " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;}",
+            "=f,f",
+            [v],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return s
+
+
+@triton.jit
+def _code(q):
+    """q as the bits of an E4M3 code in an int32, for the interpreter."""
+    bits = on_grid(q, E4M3_MAX, 3, -6).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    return tl.where(q == q, bits, 0x7F)
 
 
 @triton.jit

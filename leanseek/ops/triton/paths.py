@@ -109,10 +109,10 @@ def _trial(path: str, op: str, dtype: torch.dtype, device: torch.device) -> tupl
         by_triton = gemm.grouped_weight_gradient(a, b, tiles, dtype)
         return by_triton, _hopper().grouped_weight_gradient(a, b, tiles, dtype)
     if op == "grouped product":
-        b = Codes(*quantize_blocks(draw(2, 384, 512))[:2])
+        b = quantize_blocks(draw(2, 384, 512))
         other = _deepgemm_grouped if path == "deepgemm" else _hopper().grouped_product
         return gemm.grouped_product(a, b, tiles, dtype), other(a, b, tiles)
-    b = Codes(*quantize_blocks(draw(384, 512))[:2]) if op == "product" else rows
+    b = quantize_blocks(draw(384, 512)) if op == "product" else rows
     others = {
         "deepgemm": lambda: _deepgemm(a, b),
         "cublaslt": lambda: _cublaslt(a, b, dtype),
@@ -140,15 +140,19 @@ def _hopper() -> Any:
 
 def _cublaslt_takes(a: Codes, b: Codes) -> bool:
     """Scales of rows lie with stride [1, rows] exactly, so rows come in fours; K in whole tiles, and b's rows in whole
-    blocks, or in sixteens where each has a scale."""
+    blocks, or in sixteens where each has a scale. Those of blocks lie as `quantize_blocks` writes them."""
     (m, k), n = a.codes.shape, b.codes.shape[0]
-    return m % 4 == 0 and n % (TILE if _in_blocks(b) else 16) == 0 and k % TILE == 0 and hasattr(F, "scaled_mm")
+    lies = not _in_blocks(b) or (b.scales.stride(1) == 1 and b.scales.stride(0) == -(-b.scales.shape[1] // 4) * 4)
+    return (
+        lies and m % 4 == 0 and n % (TILE if _in_blocks(b) else 16) == 0 and k % TILE == 0 and hasattr(F, "scaled_mm")
+    )
 
 
 def _cublaslt(a: Codes, b: Codes, dtype: torch.dtype) -> Tensor:
     scaling = F.ScalingType
     if _in_blocks(b):  # [blocks of K up to a multiple of 4, blocks of N], the first with stride 1
-        scale_b, recipe_b = F.pad(b.scales, (0, -b.scales.shape[1] % 4)).contiguous().t(), scaling.BlockWise128x128
+        n, stride = b.scales.shape[0], b.scales.stride(0)
+        scale_b, recipe_b = b.scales.as_strided((stride, n), (1, stride)), scaling.BlockWise128x128
     else:
         scale_b, recipe_b = b.scales, scaling.BlockWise1x128
     return F.scaled_mm(

@@ -15,11 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.ops.triton.numbers import E5M6_MAX, TILE, divide, encode, magnitude, narrow, on_grid, tile_scale
+from leanseek.ops.triton.numbers import (
+    E5M6_MAX,
+    TILE,
+    divide,
+    encode,
+    encode_four,
+    known,
+    largest,
+    narrow,
+    on_grid,
+    tile_scale,
+)
 from leanseek.ops.triton.tiles import Tiles
 
 FP8 = torch.float8_e4m3fn
 BLOCK_WARPS = 8
+TURN = {"num_warps": 4, "maxnreg": 168}  # three programs on a multiprocessor
 
 
 class Codes(NamedTuple):
@@ -38,18 +50,19 @@ class Codes(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Weights in 128×128 blocks: codes [.., N, K], scales [.., ceil(N / 128), ceil(K / 128)] float32, and the same
-    codes as [.., K, N], because FP8 products read both operands along the side that is summed."""
+    """Weights in 128×128 blocks: codes [.., N, K], scales [.., ceil(N / 128), ceil(K / 128)] float32; and the same
+    turned, [.., K, N], because FP8 products read both operands along the side that is summed."""
 
     codes: Tensor
     scales: Tensor
-    turned: Tensor
+    codes_t: Tensor
+    scales_t: Tensor
 
     def take(self, expert: int) -> Blocks:
-        return Blocks(self.codes[expert], self.scales[expert], self.turned[expert])
+        return Blocks(*(t[expert] for t in self))
 
     def transpose(self, a: int, b: int) -> Blocks:
-        return Blocks(self.turned, self.scales.transpose(a, b), self.codes)
+        return Blocks(self.codes_t, self.scales_t, self.codes, self.scales)
 
     def t(self) -> Blocks:
         return self.transpose(0, 1)
@@ -67,11 +80,23 @@ def new_transposed(rows: int, columns: int, tiles: Tiles | None, device: torch.d
     return new_codes(columns, count * TILE, device)
 
 
+def new_blocks(shape: torch.Size, device: torch.device) -> Codes:
+    """Room for codes [.., N, K] and their blocks' scales, each row of which starts at 16 bytes (cuBLASLt)."""
+    *lead, n, k = shape
+    columns = -(-k // TILE)
+    scales = torch.zeros(*lead, -(-n // TILE), -(-columns // 4) * 4, dtype=torch.float32, device=device)
+    return Codes(torch.empty(shape, dtype=FP8, device=device), scales[..., :columns])
+
+
 def quantize_tiles(x: Tensor, power_of_two: bool = False) -> Codes:
     """x [M, K], float32 or BF16, in 1×128 tiles."""
     m, k = x.shape
     out = new_codes(m, k, x.device)
-    _launch(x, out, None, None, power_of_two, m)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if m * k:
+        _rows[(-(-m // 32), -(-k // TILE))](
+            x, *out, m, k, x.stride(0), out.scales.stride(1), power_of_two, 32, TILE, num_warps=4
+        )
     return out
 
 
@@ -82,7 +107,7 @@ def quantize_both(x: Tensor, power_of_two: bool = False, tiles: Tiles | None = N
     """
     m, k = x.shape
     out, transposed = new_codes(m, k, x.device), new_transposed(m, k, tiles, x.device)
-    _launch(x, out, transposed, tiles, power_of_two, m)
+    _turn(x, out, transposed, tiles, power_of_two, m)
     return out, transposed
 
 
@@ -93,7 +118,7 @@ def turn_tiles(
     values = x if isinstance(x, Tensor) else x.codes
     m = values.shape[0] if index is None else index.numel()
     transposed = new_transposed(m, values.shape[1], tiles, values.device)
-    _launch(x, None, transposed, tiles, power_of_two, m, index)
+    _turn(x, None, transposed, tiles, power_of_two, m, index)
     return transposed
 
 
@@ -108,28 +133,36 @@ def round_e5m6(x: Tensor) -> Tensor:
     return out.view(x.shape)
 
 
-def quantize_blocks(
-    weight: Tensor, power_of_two: bool = False, transpose: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """weight [..., N, K] in 128×128 blocks: codes, scales [..., ceil(N/128), ceil(K/128)], and, with `transpose`, the
-    same codes as [..., K, N] for the input's gradient (their scales are the transposed scales)."""
+def quantize_blocks(weight: Tensor, power_of_two: bool = False) -> Codes:
+    """weight [.., N, K] in 128×128 blocks: scales [.., ceil(N / 128), ceil(K / 128)]."""
+    out = new_blocks(weight.shape, weight.device)
+    _launch_blocks(weight, out, None, power_of_two)
+    return out
+
+
+def quantize_blocks_both(weight: Tensor, power_of_two: bool = False) -> Blocks:
+    """The same with the same codes turned, for the input's gradient."""
+    *lead, n, k = weight.shape
+    out, turned = (new_blocks(torch.Size((*lead, *sides)), weight.device) for sides in ((n, k), (k, n)))
+    _launch_blocks(weight, out, turned, power_of_two)
+    return Blocks(*out, *turned)
+
+
+def _launch_blocks(weight: Tensor, out: Codes, turned: Codes | None, power_of_two: bool) -> None:
     n, k = weight.shape[-2:]
     rows = weight.reshape(-1, n, k).contiguous()
-    experts, blocks = rows.shape[0], (-(-n // TILE), -(-k // TILE))
-    codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
-    scales = torch.empty(*weight.shape[:-2], *blocks, dtype=torch.float32, device=weight.device)
-    turned = torch.empty(*weight.shape[:-2], k, n, dtype=FP8, device=weight.device) if transpose else None
+    codes_t, scales_t = (None, None) if turned is None else turned
     if rows.numel():
-        _blocks[(blocks[1], blocks[0], experts)](
-            rows, codes, turned, scales, n, k, transpose, power_of_two, TILE, num_warps=BLOCK_WARPS
-        )
-    return codes, scales, turned
+        _blocks[(-(-k // TILE), -(-n // TILE), rows.shape[0])](
+            rows, *out, codes_t, scales_t, n, k, out.scales.stride(-2), 0 if scales_t is None else scales_t.stride(-2),
+            power_of_two, TILE, num_warps=BLOCK_WARPS,
+        )  # fmt: skip
 
 
-def _launch(
+def _turn(
     x: Tensor | Codes,
     out: Codes | None,
-    turned: Codes | None,
+    turned: Codes,
     tiles: Tiles | None,
     power_of_two: bool,
     m: int,
@@ -140,54 +173,71 @@ def _launch(
     if not m * k:
         return
     values = values if values.stride(1) == 1 else values.contiguous()
-    rows = 32 if turned is None else TILE
-    count = -(-m // rows) if tiles is None else tiles.start.numel()
+    count = -(-m // TILE) if tiles is None else tiles.start.numel()
     start, stop = (None, None) if tiles is None else (tiles.start, tiles.stop)
     codes, new_scales = (None, None) if out is None else out
-    codes_t, scales_t = (None, None) if turned is None else turned
-    columns, warps = (64, 2) if out is None and scales is None else (TILE, 4)  # measured on an H100
-    _tiles[(count, -(-k // columns))](
-        values, scales, index, codes, new_scales, codes_t, scales_t, start, stop, m, k, values.stride(0),
+    codes_t = turned.codes.view(torch.int32)
+    _turned[(count, -(-k // TILE))](
+        values, scales, index, codes, new_scales, codes_t, turned.scales, start, stop, m, k, values.stride(0),
         0 if scales is None else scales.stride(1), 0 if new_scales is None else new_scales.stride(1),
-        0 if codes_t is None else codes_t.stride(0), 0 if scales_t is None else scales_t.stride(1),
-        tiles is not None, power_of_two, rows, columns, TILE, num_warps=warps,
+        codes_t.stride(0), turned.scales.stride(1), tiles is not None, power_of_two, TILE, **TURN,
     )  # fmt: skip
 
 
 @triton.jit
-def _tiles(
+def _rows(
+    x, codes, scales, M, K, stride_x, stride_s, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
+):
+    rows, kb = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    columns = kb * TILE + tl.arange(0, TILE)
+    inside = (rows[:, None] < M) & (columns[None, :] < K)
+    v = known(tl.load(x + rows[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside, other=0.0))
+    store_rows(v, codes, scales, rows, M, columns, K, kb, K, stride_s, POWER_OF_TWO)
+
+
+@triton.jit
+def _turned(
     x, x_scales, index, codes, scales, codes_t, scales_t, starts, stops, M, K,
     stride_x, stride_xs, stride_s, stride_t, stride_ts,
-    GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What is None is not there: x's scales where x is no codes, the index, either result. Codes by rows need tiles
-    128 columns wide, turned ones 128 rows."""
+    """128 rows and columns, turned. What is None is not there: x's scales where x is no codes, the index, the codes by
+    rows."""
     t, kb = tl.program_id(0), tl.program_id(1)
-    start, stop = row_range(t, starts, stops, M, GROUPED, ROWS)
+    start, stop = row_range(t, starts, stops, M, GROUPED, TILE)
     if start < stop:
-        rows, columns = start + tl.arange(0, ROWS), kb * COLUMNS + tl.arange(0, COLUMNS)
-        source = rows
-        if index is not None:
-            source = tl.load(index + rows, mask=rows < stop, other=0)
-        inside = (rows[:, None] < stop) & (columns[None, :] < K)
-        places = source[:, None].to(tl.int64) * stride_x + columns[None, :]
-        v = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-        if x_scales is not None:
-            v *= tl.load(x_scales + kb * COLUMNS // TILE * stride_xs + source, mask=rows < stop, other=0.0)[:, None]
+        rows, columns = start + 4 * tl.arange(0, TILE // 4), kb * TILE + tl.arange(0, TILE)
+        a = _load(x, x_scales, index, rows, stop, columns, K, kb, stride_x, stride_xs)
+        b = _load(x, x_scales, index, rows + 1, stop, columns, K, kb, stride_x, stride_xs)
+        c = _load(x, x_scales, index, rows + 2, stop, columns, K, kb, stride_x, stride_xs)
+        d = _load(x, x_scales, index, rows + 3, stop, columns, K, kb, stride_x, stride_xs)
         if codes is not None:
-            store_rows(v, codes, scales, rows, stop, columns, K, kb, K, stride_s, POWER_OF_TWO)
-        if codes_t is not None:
-            store_columns(v, codes_t, scales_t, t, columns, K, stride_t, stride_ts, POWER_OF_TWO, TILE)
+            store_four(a, b, c, d, codes, scales, rows, stop, columns, K, kb, K, stride_s, POWER_OF_TWO)
+        turn_four(a, b, c, d, codes_t, scales_t, t, columns, K, stride_t, stride_ts, POWER_OF_TWO, TILE)
+
+
+@triton.jit
+def _load(x, x_scales, index, rows, stop, columns, K, kb, stride_x, stride_xs):
+    source = rows
+    if index is not None:
+        source = tl.load(index + rows, mask=rows < stop, other=0)
+    inside = (rows[:, None] < stop) & (columns[None, :] < K)
+    v = tl.load(x + source[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside, other=0.0)
+    if x_scales is None:
+        v = known(v)
+    else:  # of codes, where nothing is infinite
+        v = v.to(tl.float32) * tl.load(x_scales + kb * stride_xs + source, mask=rows < stop, other=0.0)[:, None]
+    return v
 
 
 @triton.jit
 def _e5m6(x, out, M, K, stride, ROWS: tl.constexpr, TILE: tl.constexpr):
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = (rows[:, None] < M) & (columns[None, :] < K)
-    v = tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tile_scale(tl.max(magnitude(v), 1), True, E5M6_MAX)[:, None]
+    v = known(tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0))
+    scale = tile_scale(largest(v, 1), True, E5M6_MAX)[:, None]
     rounded = on_grid(divide(v, scale, True), E5M6_MAX, 6, -14) * scale
-    rounded = tl.where(tl.abs(v) < float("inf"), rounded, float("nan"))
+    rounded = tl.where(v == v, rounded, v)
     tl.store(
         out + rows[:, None].to(tl.int64) * K + columns[None, :], narrow(rounded, out.dtype.element_ty), mask=inside
     )
@@ -206,8 +256,8 @@ def row_range(t, starts, stops, M, GROUPED: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def store_rows(v, codes, scales, rows, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO: tl.constexpr):
-    """v [rows, 128] float32, zero outside, as codes with one scale a row, which is column `kb` of the scales."""
-    scale = tile_scale(tl.max(magnitude(v), 1), POWER_OF_TWO)
+    """`known` v [rows, 128], zero outside, as codes with one scale a row, which is column `kb` of the scales."""
+    scale = tile_scale(largest(v, 1), POWER_OF_TWO)
     inside = (rows[:, None] < stop) & (columns[None, :] < limit)
     tl.store(
         codes + rows[:, None].to(tl.int64) * stride + columns[None, :],
@@ -218,32 +268,53 @@ def store_rows(v, codes, scales, rows, stop, columns, limit, kb, stride, stride_
 
 
 @triton.jit
-def store_columns(
-    v, codes, scales, t, columns, limit, stride, stride_s, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr
+def store_four(a, b, c, d, codes, scales, rows, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO: tl.constexpr):
+    """`store_rows` of four times 32 rows: `rows` + 0, 1, 2 and 3."""
+    store_rows(a, codes, scales, rows, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO)
+    store_rows(b, codes, scales, rows + 1, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO)
+    store_rows(c, codes, scales, rows + 2, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO)
+    store_rows(d, codes, scales, rows + 3, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO)
+
+
+@triton.jit
+def turn_four(
+    a, b, c, d, codes, scales, t, columns, limit, stride, stride_s, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr
 ):
-    """v [128, 128] as transposed codes: columns 128 t to 128 (t + 1) of [limit, 128 T], one scale a column of v."""
-    scale = tile_scale(tl.max(magnitude(v), 0), POWER_OF_TWO)
-    places = t * TILE + tl.arange(0, TILE)
-    q = tl.trans(encode(v, scale[None, :], POWER_OF_TWO))
-    tl.store(codes + columns[:, None].to(tl.int64) * stride + places[None, :], q, mask=columns[:, None] < limit)
+    """Rows 0, 4, 8 .., 1, 5 .., 2, .. and 3, .. of 128, [32, 128] each, as transposed codes: columns 128 t to
+    128 (t + 1) of [limit, 128 T], one scale a column of v.
+
+    `codes` points to int32: what moves between the threads is four codes at a time, one of each of the four.
+    """
+    ab, cd = tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d))
+    scale = tile_scale(tl.max(tl.maximum(ab, cd), 0), POWER_OF_TWO)
+    s = scale[None, :]
+    q = encode_four(
+        divide(a, s, POWER_OF_TWO), divide(b, s, POWER_OF_TWO), divide(c, s, POWER_OF_TWO), divide(d, s, POWER_OF_TWO)
+    )
+    places = t * (TILE // 4) + tl.arange(0, TILE // 4)
+    tl.store(
+        codes + columns[:, None].to(tl.int64) * stride + places[None, :], tl.trans(q), mask=columns[:, None] < limit
+    )
     tl.store(scales + t * stride_s + columns, scale, mask=columns < limit)
 
 
 @triton.jit
-def _blocks(weight, codes, turned, scales, N, K, TURN: tl.constexpr, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr):
+def _blocks(
+    weight, codes, scales, codes_t, scales_t, N, K, stride_s, stride_ts, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr
+):
     kb, nb, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, columns = nb * TILE + tl.arange(0, TILE), kb * TILE + tl.arange(0, TILE)
     inside = (rows[:, None] < N) & (columns[None, :] < K)
     places = expert * N * K + rows[:, None].to(tl.int64) * K + columns[None, :]
-    v = tl.load(weight + places, mask=inside, other=0.0).to(tl.float32)
-    amax = tl.max(tl.max(magnitude(v), 1), 0)
+    v = known(tl.load(weight + places, mask=inside, other=0.0))
+    amax = tl.max(largest(v, 1), 0)
     scale = tile_scale(tl.full((TILE,), 0.0, tl.float32) + amax, POWER_OF_TWO)  # of each row
     tl.store(codes + places, encode(v, scale[:, None], POWER_OF_TWO), mask=inside)
-    block = (expert * tl.num_programs(1) + nb) * tl.num_programs(0) + kb
-    tl.store(scales + block, tl.max(scale, 0))
-    if TURN:
+    tl.store(scales + (expert * tl.num_programs(1) + nb) * stride_s + kb, tl.max(scale, 0))
+    if codes_t is not None:
         # Read again: ptxas 12.8 packs the codes above for their store and then takes lone bytes from a dead register.
         tl.debug_barrier()
         q = tl.trans(tl.load(codes + places, mask=inside, other=0.0))
         places = expert * N * K + columns[:, None].to(tl.int64) * N + rows[None, :]
-        tl.store(turned + places, q, mask=(columns[:, None] < K) & (rows[None, :] < N))
+        tl.store(codes_t + places, q, mask=(columns[:, None] < K) & (rows[None, :] < N))
+        tl.store(scales_t + (expert * tl.num_programs(0) + kb) * stride_ts + nb, tl.max(scale, 0))

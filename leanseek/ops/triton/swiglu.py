@@ -15,11 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.ops.triton.numbers import TILE
-from leanseek.ops.triton.quantize import Codes, new_codes, new_transposed, row_range, store_columns, store_rows
+from leanseek.ops.triton.numbers import TILE, known, sigmoid
+from leanseek.ops.triton.quantize import (
+    Codes,
+    new_codes,
+    new_transposed,
+    row_range,
+    store_four,
+    store_rows,
+    turn_four,
+)
 from leanseek.ops.triton.tiles import Tiles
 
-COLUMNS = 32  # of a turned tile: all four tensors of it in registers
+BACKWARD = {"num_warps": 4, "maxnreg": 168}
 
 
 class Backward(NamedTuple):
@@ -50,7 +58,7 @@ def swiglu_backward_quantize(
 ) -> Backward:
     """grad [M, I] of the activation -> everything that the four products of backward read.
 
-    With `tiles`, turned rows of no expert are left as they were in memory.
+    With `tiles`, rows of no expert are left as they were in memory.
     """
     m, i = grad.shape
     out, out_t = new_codes(m, 2 * i, grad.device), new_transposed(m, 2 * i, tiles, grad.device)
@@ -58,16 +66,13 @@ def swiglu_backward_quantize(
     partial = None if weight is None else torch.zeros(i // TILE, m, device=grad.device)
     start, stop = (None, None) if tiles is None else (tiles.start, tiles.stop)
     if grad.numel():
-        strides = grad.stride(0), hidden.codes.stride(0), hidden.scales.stride(1)
-        _backward_rows[(triton.cdiv(m, 16), i // TILE)](
-            grad, *hidden, weight, *out, partial, m, i, *strides, out.scales.stride(1), power_of_two, 16, TILE,
-            num_warps=4,
-        )  # fmt: skip
         count = triton.cdiv(m, TILE) if tiles is None else tiles.start.numel()
-        _backward_turned[(3, count, i // COLUMNS)](
-            grad, *hidden, weight, *out_t, *act_t, start, stop, m, i, *strides, out_t.codes.stride(0),
-            out_t.scales.stride(1), act_t.scales.stride(1), tiles is not None, power_of_two, COLUMNS, TILE,
-            num_warps=4,
+        into, act = out_t.codes.view(torch.int32), act_t.codes.view(torch.int32)
+        _backward[(3, count, i // TILE)](
+            grad, *hidden, weight, *out, into, out_t.scales, act, act_t.scales, partial, start, stop, m, i,
+            grad.stride(0), hidden.codes.stride(0), hidden.scales.stride(1), out.scales.stride(1), into.stride(0),
+            out_t.scales.stride(1), act_t.scales.stride(1), tiles is not None, power_of_two, TILE,
+            **BACKWARD,
         )  # fmt: skip
     return Backward(out, out_t, act_t, None if partial is None else partial.sum(0))
 
@@ -80,78 +85,75 @@ def _forward(
     rows, kb = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     columns, up_kb = kb * TILE + tl.arange(0, TILE), kb + I // TILE
     places = rows[:, None].to(tl.int64) * stride_h + columns[None, :]
-    gate = tl.load(hidden + places, mask=rows[:, None] < M, other=0.0).to(tl.float32)
-    up = tl.load(hidden + places + I, mask=rows[:, None] < M, other=0.0).to(tl.float32)
-    act = gate * _sigmoid(gate) * up
+    gate = known(tl.load(hidden + places, mask=rows[:, None] < M, other=0.0))
+    up = known(tl.load(hidden + places + I, mask=rows[:, None] < M, other=0.0))
+    act = gate * sigmoid(gate) * up
     if weights is not None:
         act *= tl.load(weights + rows, mask=rows < M, other=0.0)[:, None]
-    store_rows(act, codes, scales, rows, M, columns, I, kb, I, stride_s, POWER_OF_TWO)
+    store_rows(known(act), codes, scales, rows, M, columns, I, kb, I, stride_s, POWER_OF_TWO)
     store_rows(gate, kept, kept_scales, rows, M, columns, 2 * I, kb, 2 * I, stride_ks, POWER_OF_TWO)
     store_rows(up, kept, kept_scales, rows, M, columns + I, 2 * I, up_kb, 2 * I, stride_ks, POWER_OF_TWO)
 
 
 @triton.jit
-def _backward_rows(
-    grad, hidden, hidden_scales, weights, codes, scales, partial, M, I, stride_g, stride_h, stride_hs, stride_s,
-    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+def _backward(
+    grad, hidden, hidden_scales, weights, codes, scales, codes_t, scales_t, act_t, act_scales_t, partial, starts, stops,
+    M, I, stride_g, stride_h, stride_hs, stride_s, stride_t, stride_ts, stride_as,
+    GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The pre-activation's gradient in 1×128 tiles, and a tile's part in the weights' gradient."""
-    rows, kb = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-    columns = kb * TILE + tl.arange(0, TILE)
-    g, gate, up, sig, weight = _load_tile(
-        grad, hidden, hidden_scales, weights, rows, M, columns, I, kb, stride_g, stride_h, stride_hs, TILE
-    )
-    if weights is not None:
-        tl.store(partial + kb * M + rows, tl.sum(g * (gate * sig * up), 1), mask=rows < M)
-    g *= weight[:, None]
-    into_gate, into_up = g * up * (sig + gate * sig * (1 - sig)), g * (gate * sig)
-    store_rows(into_gate, codes, scales, rows, M, columns, 2 * I, kb, 2 * I, stride_s, POWER_OF_TWO)
-    store_rows(into_up, codes, scales, rows, M, columns + I, 2 * I, kb + I // TILE, 2 * I, stride_s, POWER_OF_TWO)
-
-
-@triton.jit
-def _backward_turned(
-    grad, hidden, hidden_scales, weights, codes_t, scales_t, act_t, act_scales_t, starts, stops,
-    M, I, stride_g, stride_h, stride_hs, stride_t, stride_ts, stride_as,
-    GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The gradients of gate and up and the activation, turned: a program each, side by side, so that the second and
-    third read from the cache; together they would not fit into the registers."""
-    part, t = tl.program_id(0), tl.program_id(1)
+    """128 rows and columns of the gradients of gate and up by rows and turned, and of the activation turned: a program
+    each, side by side, so that the second and third read from the cache; the registers hold one."""
+    part, t, kb = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = row_range(t, starts, stops, M, GROUPED, TILE)
     if start < stop:
-        rows, columns = start + tl.arange(0, TILE), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-        kb = tl.program_id(2) * COLUMNS // TILE
-        g, gate, up, sig, weight = _load_tile(
-            grad, hidden, hidden_scales, weights, rows, stop, columns, I, kb, stride_g, stride_h, stride_hs, TILE
-        )
+        rows, columns = start + 4 * tl.arange(0, TILE // 4), kb * TILE + tl.arange(0, TILE)
+        given, sizes = (grad, hidden, hidden_scales, weights, partial), (M, I, kb, stride_g, stride_h, stride_hs)
         if part == 2:
-            act = gate * sig * up * weight[:, None]
-            store_columns(act, act_t, act_scales_t, t, columns, I, stride_t, stride_as, POWER_OF_TWO, TILE)
+            a, b, c, d = _four(2, given, sizes, rows, stop, columns, TILE)
+            turn_four(a, b, c, d, act_t, act_scales_t, t, columns, I, stride_t, stride_as, POWER_OF_TWO, TILE)
+        elif part == 1:
+            a, b, c, d = _four(1, given, sizes, rows, stop, columns, TILE)
+            into = columns + I
+            store_four(
+                a, b, c, d, codes, scales, rows, stop, into, 2 * I, kb + I // TILE, 2 * I, stride_s, POWER_OF_TWO
+            )
+            turn_four(a, b, c, d, codes_t, scales_t, t, into, 2 * I, stride_t, stride_ts, POWER_OF_TWO, TILE)
         else:
-            slope = tl.where(part == 0, up * (sig + gate * sig * (1 - sig)), gate * sig)
-            d, into = g * weight[:, None] * slope, columns + part * I
-            store_columns(d, codes_t, scales_t, t, into, 2 * I, stride_t, stride_ts, POWER_OF_TWO, TILE)
+            a, b, c, d = _four(0, given, sizes, rows, stop, columns, TILE)
+            store_four(a, b, c, d, codes, scales, rows, stop, columns, I, kb, 2 * I, stride_s, POWER_OF_TWO)
+            turn_four(a, b, c, d, codes_t, scales_t, t, columns, I, stride_t, stride_ts, POWER_OF_TWO, TILE)
 
 
 @triton.jit
-def _load_tile(
-    grad, hidden, scales, weights, rows, stop, columns, I, kb, stride_g, stride_h, stride_s, TILE: tl.constexpr
-):
-    """The activation's gradient, gate, up, gate's sigmoid as float32 and the rows' weights: zero past `stop`."""
+def _four(part: tl.constexpr, given, sizes, rows, stop, columns, TILE: tl.constexpr):
+    a = _values(part, given, sizes, rows, stop, columns, TILE)
+    b = _values(part, given, sizes, rows + 1, stop, columns, TILE)
+    c = _values(part, given, sizes, rows + 2, stop, columns, TILE)
+    d = _values(part, given, sizes, rows + 3, stop, columns, TILE)
+    return a, b, c, d
+
+
+@triton.jit
+def _values(part: tl.constexpr, given, sizes, rows, stop, columns, TILE: tl.constexpr):
+    """Of [32, 128] the gradient of gate (part 0) or up (1), or the activation (2), with which the weights' gradient is
+    written: zero past `stop`."""
+    grad, hidden, scales, weights, partial = given
+    M, I, kb, stride_g, stride_h, stride_s = sizes
     inside, wide = rows < stop, rows.to(tl.int64)
     g = tl.load(grad + wide[:, None] * stride_g + columns[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
     places = wide[:, None] * stride_h + columns[None, :]
     gate = tl.load(hidden + places, mask=inside[:, None], other=0.0).to(tl.float32)
     gate *= tl.load(scales + kb * stride_s + rows, mask=inside, other=0.0)[:, None]
-    up = tl.load(hidden + places + I, mask=inside[:, None], other=0.0).to(tl.float32)
-    up *= tl.load(scales + (kb + I // TILE) * stride_s + rows, mask=inside, other=0.0)[:, None]
-    weight = tl.where(inside, 1.0, 0.0)
+    sig = sigmoid(gate)
+    silu = gate * sig
+    if part == 1:
+        v = g * silu
+    else:
+        up = tl.load(hidden + places + I, mask=inside[:, None], other=0.0).to(tl.float32)
+        up *= tl.load(scales + (kb + I // TILE) * stride_s + rows, mask=inside, other=0.0)[:, None]
+        v = silu * up if part == 2 else g * up * (sig + silu * (1 - sig))
     if weights is not None:
-        weight = tl.load(weights + rows, mask=inside, other=0.0)
-    return g, gate, up, _sigmoid(gate), weight
-
-
-@triton.jit
-def _sigmoid(v):
-    return 1.0 / (1.0 + tl.exp(-v))
+        if part == 2:
+            tl.store(partial + kb * M + rows, tl.sum(g * v, 1), mask=inside)
+        v *= tl.load(weights + rows, mask=inside, other=0.0)[:, None]
+    return known(v)

@@ -28,8 +28,8 @@ def _takes(x: Tensor, fixed: Tensor | None = None) -> bool:
 def quantize_blocks(weight: Tensor) -> Kept:
     from leanseek.ops.triton.quantize import quantize_blocks
 
-    codes, scales, _ = quantize_blocks(weight)
-    return codes, scales
+    codes, scales = quantize_blocks(weight)
+    return codes, scales.contiguous()
 
 
 # ---- the forms of leanseek/fp8/quantize.py ----
@@ -59,11 +59,9 @@ def both(x: Tensor, groups: Groups, power_of_two: bool) -> tuple[Codes, Codes]:
 
 @register("fp8_blocks", "triton", _takes)
 def blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: None) -> Blocks:
-    from leanseek.ops.triton.quantize import Blocks, quantize_blocks
+    from leanseek.ops.triton.quantize import quantize_blocks_both
 
-    codes, scales, turned = quantize_blocks(weight, power_of_two, transpose=True)
-    assert turned is not None
-    return Blocks(codes, scales, turned)
+    return quantize_blocks_both(weight, power_of_two)
 
 
 @register("fp8_swiglu", "triton", _takes)
@@ -139,6 +137,38 @@ def combine_rows(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
     from leanseek.ops.triton.elementwise import combine
 
     return combine(rows, place, tokens)
+
+
+@register("softmax_cross_entropy", "triton", _takes_rows)
+def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: bool) -> tuple[Tensor, Tensor]:
+    from leanseek.ops.triton.elementwise import softmax_cross_entropy
+
+    return softmax_cross_entropy(logits, targets, share, need), logits
+
+
+def _attends(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    if (
+        triton.refusal(q.device)
+        or q.dtype != torch.bfloat16
+        or not q.numel()
+        or not q.dtype == kv.dtype == k_rope.dtype
+    ):
+        return False
+    from leanseek.ops.triton.attention import refusal
+
+    width = q.shape[-1]
+    return not refusal(q.dtype, width, kv.shape[-1] - width + k_rope.shape[-1], q.device)
+
+
+@register("mla_attention", "triton", _attends)
+def mla_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float, interleave: bool
+) -> Tensor:
+    from leanseek.ops.triton.attention import MLAttention
+
+    k_rope = k_rope if k_rope.stride(-1) == 1 else k_rope.contiguous()
+    angles = cos.contiguous(), sin.contiguous()
+    return MLAttention.apply(q.contiguous(), kv.contiguous(), k_rope, *angles, scale, interleave)
 
 
 @register("adamw", "triton", _takes_rows)
