@@ -1,9 +1,11 @@
-"""FP8 kernels for GPUs in Triton. Imported where they are used: triton reads its settings, and takes a second, then.
+"""Kernels for GPUs in Triton, and for SM90 in Gluon. Imported where they are used: triton reads its settings, and takes
+a second, then.
 
-numbers.py  a tile's scale, rounding         quantize.py  1×128 tiles and their transposes, weight blocks
-tiles.py    rows of experts, cut in 128      swiglu.py    SwiGLU with quantisation, forward and backward
-gemm.py     block-scaled products            paths.py     Triton, cuBLASLt or DeepGEMM, and which one ran
-training.py what leanseek/fp8 asks for, as ops
+numbers.py  a tile's scale, rounding         quantize.py     1×128 tiles and their transposes, weight blocks
+tiles.py    rows of experts, cut in 128      swiglu.py       SwiGLU with quantisation, forward and backward
+gemm.py     block-scaled products            paths.py        Triton, ours for SM90, cuBLASLt or DeepGEMM; which one ran
+hopper.py   the same for SM90, in Gluon      elementwise.py  norms, SwiGLU, a token's experts, the head's softmax, AdamW
+attention.py  around cuDNN's attention       training.py     what a training step asks for, as ops
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from leanseek.ops.triton.quantize import (
 )
 from leanseek.ops.triton.tiles import Tiles
 
-BACKWARD = {"num_warps": 4, "maxnreg": 168}
+BACKWARD = {"num_warps": 8}  # two programs on a multiprocessor
 
 
 class Backward(NamedTuple):
