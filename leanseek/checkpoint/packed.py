@@ -43,7 +43,6 @@ class PackedCopy:
         self._folder = folder / FOLDER
         self._stamp = _stamp(folder)
         self.path = self._folder / f"packed-{self._stamp}-{dtype}{'-int8-head' * int8_head}.safetensors"
-        self.writer: threading.Thread | None = None
 
     def load(self) -> Transformer | None:
         """The model, its weights mapped; they want `freeze(Place.THERE)`. None if there is no copy."""
@@ -72,15 +71,17 @@ class PackedCopy:
         model.rotary.to("cpu")
         return model
 
-    def save(self, state: dict[str, Tensor]) -> None:
-        """Write the state dict of a model packed in place, in the background: there or not, nothing waits for it.
+    def save(self, state: dict[str, Tensor]) -> threading.Thread | None:
+        """Write the state dict of a model packed in place, in the background, by the thread that is returned.
 
         It takes as much disk as the weights, and is not written where less than that would be left.
         """
         size = sum(t.nbytes for t in state.values())
-        if size >= LEAST:
-            self.writer = threading.Thread(target=self._write, args=(state, size), name="packed copy", daemon=True)
-            self.writer.start()
+        if size < LEAST:
+            return None
+        thread = threading.Thread(target=self._write, args=(state, size), name="packed copy", daemon=True)
+        thread.start()
+        return thread
 
     def _write(self, state: dict[str, Tensor], size: int) -> None:
         # whole cache lines first, so that all that kernels read begins at one

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from leanseek.errors import Interrupted
+
+if TYPE_CHECKING:
+    from leanseek.engine import Engine
 
 DEFAULT_TEMPERATURE = 0.8  # where neither the caller nor the model says
 Threads = Annotated[int | None, typer.Option(help="CPU threads  [default: one a physical core]")]
@@ -36,7 +39,8 @@ def generate(
     params = sampling_params(llm.engine.defaults, max_tokens=max_tokens, temperature=temperature, seed=seed)
     if as_json:
         output: CompletionOutput = llm.generate(text, params)[0].outputs[0]
-        print(json.dumps(describe(output), ensure_ascii=False))
+        print(json.dumps(describe(output), ensure_ascii=False), flush=True)
+        finish_copy(llm.engine)
         return
     print(text, end="", flush=True)
     try:
@@ -45,7 +49,21 @@ def generate(
     except KeyboardInterrupt:
         raise Interrupted("stopped") from None
     finally:
-        print()
+        print(flush=True)
+    finish_copy(llm.engine)
+
+
+def finish_copy(engine: Engine) -> None:
+    """Wait until the weights' packed copy is written, which a process that ends would cut short; Ctrl-C ends it too."""
+    if engine.copying is None or not engine.copying.is_alive():
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("writing the packed weights, once: the next start maps them (Ctrl-C: not now)"):
+        try:
+            engine.copying.join()
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; the next start begins the copy anew") from None
 
 
 def sampling_params(defaults: dict[str, Any], **given: Any) -> Any:

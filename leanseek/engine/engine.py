@@ -11,6 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence as Listing
+from threading import Thread
 from typing import Any
 
 from leanseek.engine.guidance import Grammars
@@ -70,6 +71,7 @@ class Engine:
             raise EngineError("speculate needs a model with an MTP module; this one has none")
         self.config = config
         self.tokenizer = tokenizer
+        self.copying: Thread | None = None  # writes the packed copy (checkpoint/packed.py); nothing here waits for it
         self.defaults = defaults or {}
         self.eos_token_ids = frozenset(eos_token_ids or config.eos_token_ids)
         width = config.cache_width * model.embed_tokens.weight.element_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,40 +55,40 @@ def load_engine(
         device = torch.empty(0, device=device or default_device()).device
     except (RuntimeError, AssertionError) as error:  # before the weights are read
         raise EngineError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
-    model = _frozen(folder, device, dtype, int8_head, packed_copy)
+    model, copying = _frozen(folder, device, dtype, int8_head, packed_copy)
     found = checkpoint.find_tokenizer(folder)
     config = folder / "generation_config.json"
     generation = read_json(config) if config.is_file() else {}
     eos = generation.get("eos_token_id")
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     defaults = {ours: generation[key] for key, ours in _DEFAULTS.items() if generation.get(key) is not None}
-    return Engine(
+    engine = Engine(
         model,
         Tokenizer(found) if found else None,
         defaults=defaults,
         eos_token_ids=sorted({*eos, *model.config.eos_token_ids}),
         **options,
     )
+    engine.copying = copying
+    return engine
 
 
 def _frozen(
     folder: Path, device: torch.device, dtype: torch.dtype | str, int8_head: bool, packed_copy: bool
-) -> Transformer:
-    """A folder's model for serving, its weights packed where kernels take them so."""
+) -> tuple[Transformer, threading.Thread | None]:
+    """A folder's model for serving, its weights packed where kernels take them so, and what writes a copy of them."""
     # a mapped file's pages are not interleaved over memory nodes
     packed_copy = packed_copy and device.type == "cpu" and ops.can_pack(torch.empty(1, 1)) and len(memory_nodes()) < 2
     copy = checkpoint.PackedCopy(folder, str(dtype).removeprefix("torch."), int8_head) if packed_copy else None
     if copy and (model := copy.load()):
         model.freeze(ops.Place.THERE)
-        return model
+        return model, None
     model = checkpoint.load(folder, device, dtype, keep_fp8=dtype == "auto").requires_grad_(False)
     if int8_head:
         model.quantize_head()
     state = model.state_dict() if copy else {}
     model.freeze(ops.Place.WITHIN)
-    if copy:
-        copy.save(state)
-    return model
+    return model, copy.save(state) if copy else None
 
 
 class LLM:

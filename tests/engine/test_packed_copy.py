@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from leanseek import Transformer, checkpoint, ops
 from leanseek.checkpoint import packed
+from leanseek.cli.generate import finish_copy
 from leanseek.engine import LLM, SamplingParams
 from leanseek.ops.numa import memory_nodes
 
@@ -44,13 +46,9 @@ def save(
 
 def start(folder: Path, **options: Any) -> list[Any]:
     """What a start says, tokens and their log-probabilities to the bit; its copy, if it writes one, is whole then."""
-    made: list[packed.PackedCopy] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "PackedCopy", lambda *args: made.append(packed.PackedCopy(*args)) or made[-1])
-        model = LLM(folder, cache_gib=0.001, **options)
-    for copy in made:
-        if copy.writer:
-            copy.writer.join()
+    model = LLM(folder, cache_gib=0.001, **options)
+    if model.engine.copying:
+        model.engine.copying.join()
     outputs = model.generate(PROMPTS, SamplingParams(max_tokens=12, temperature=0, logprobs=1))
     return [(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs]
 
@@ -82,6 +80,23 @@ def test_a_second_start_maps_and_says_the_same(
     assert len(copies(folder)) == 1
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the checkpoint was read"))
     assert start(folder, **options) == said
+
+
+def test_a_short_process_waits_until_its_copy_is_whole(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each `generate` would begin one in vain."""
+    folder, write = save(), packed.write_file
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.2)
+        write(*arguments)
+
+    monkeypatch.setattr(packed, "write_file", slowly)
+    engine = LLM(folder, cache_gib=0.001).engine
+    assert not copies(folder)
+    finish_copy(engine)
+    assert len(copies(folder)) == 1
 
 
 def test_a_mapped_weight_begins_at_a_cache_line(save: Callable[..., Path]) -> None:
