@@ -193,7 +193,7 @@ def _gpu_experts(x: Tensor, weight: Tensor) -> list[Case]:
 
 
 def _gpu_quantisers(x: Tensor, weight: Tensor, hidden: Tensor) -> Iterator[list[Case]]:
-    from leanseek.ops.triton.quantize import quantize_blocks_both, quantize_both, quantize_tiles, turn_tiles
+    from leanseek.ops.triton.quantize import quantize_blocks_both, quantize_both, quantize_tiles, round_e5m6, turn_tiles
     from leanseek.ops.triton.swiglu import swiglu_backward_quantize, swiglu_quantize
 
     values, code = x.numel(), 1 + 4 / 128  # a code and its share of a scale
@@ -210,6 +210,7 @@ def _gpu_quantisers(x: Tensor, weight: Tensor, hidden: Tensor) -> Iterator[list[
             "quantise 128×128 and transpose", lambda: quantize_blocks_both(weight, True),
             bytes=weight.numel() * (weight.element_size() + 2.0),
         ),
+        Case("E5M6", lambda: round_e5m6(x), bytes=4.0 * values),
         Case("SwiGLU and quantise", lambda: swiglu_quantize(hidden, None, True), bytes=act * (4 + 3 * code)),
         Case(
             "SwiGLU backward and quantise",

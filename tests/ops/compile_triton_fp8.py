@@ -15,7 +15,7 @@ from leanseek.ops.triton import attention, elementwise, gemm, quantize, swiglu
 
 H100 = GPUTarget("cuda", 90, 32)
 KINDS = {
-    "fp8e4nv": ("codes", "codes_t", "turned", "act_t", "kept", "a", "b"),
+    "fp8e4nv": ("codes", "codes_t", "kept", "a", "b"),
     "fp32": (
         "scales",
         "scales_t",
@@ -71,17 +71,20 @@ def main() -> None:
     tile = {"TILE": 128, "POWER_OF_TWO": False}
     saturating = "cvt.rn.satfinite.e4m3x2.f32"
     check(ptx(quantize._rows, tile | {"ROWS": 32}, {"num_warps": 4}), saturating, "div.rn")
-    warps = quantize.TURN
-    both = tile | dict.fromkeys(("x_scales", "index")) | {"GROUPED": True}
-    check(ptx(quantize._turned, both, warps, codes_t="*i32"), saturating)
-    turn = tile | dict.fromkeys(("codes", "scales")) | {"GROUPED": True, "POWER_OF_TWO": True}
-    check(ptx(quantize._turned, turn, warps, x="*fp8e4nv", index="*i64", codes_t="*i32"), saturating)
+    both = tile | dict.fromkeys(("x_scales", "index"))
+    turn = tile | dict.fromkeys(("codes", "scales")) | {"POWER_OF_TWO": True}
+    for one_group in ({}, dict.fromkeys(("starts", "stops"))):
+        check(ptx(quantize._turned, both | one_group, quantize.TURN, codes_t="*i32"), saturating)
+        kinds = {"x": "*fp8e4nv", "index": "*i64", "codes_t": "*i32"}
+        check(ptx(quantize._turned, turn | one_group, quantize.TURN, **kinds), saturating)
+        kinds = {"hidden": "*fp8e4nv", "codes_t": "*i32", "act_t": "*i32"}
+        check(ptx(swiglu._backward, tile | one_group, swiglu.BACKWARD, **kinds), saturating)
     for kind in ("*fp32", "*bf16"):
         constants = tile | {"POWER_OF_TWO": True}
         blocks = compiled(quantize._blocks, constants, {"num_warps": quantize.BLOCK_WARPS}, weight=kind)
         check(blocks["ptx"], saturating)
         assert not dead_bytes(blocks["cubin"]), "the assembler takes codes from a register that holds none"
-    ptx(quantize._e5m6, {"TILE": 128, "ROWS": 32}, {"num_warps": 4})
+    ptx(quantize._e5m6, {"TILE": 128, "ROWS": 32}, {"num_warps": 8})
     product = gemm._product.fn
     config = gemm._product.configs[0]
     for group, rows in ((0, 128), (0, 1), (1, 128), (2, 1)):
@@ -90,23 +93,33 @@ def main() -> None:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         check(ptx(product, constants, options), "wgmma.mma_async", "f32.e4m3.e4m3", "cp.async")
     check(ptx(swiglu._forward, tile | {"ROWS": 16}, {"num_warps": 4}), saturating)
-    turned = {"hidden": "*fp8e4nv", "codes_t": "*i32", "act_t": "*i32"}
-    check(ptx(swiglu._backward, tile | {"GROUPED": True}, swiglu.BACKWARD, **turned), saturating)
     check_the_rest()
 
 
 def check_the_rest() -> None:
     """What is no FP8: that it compiles at all."""
-    kinds = dict.fromkeys(("q", "kv", "k_rope", "query", "key", "dq", "dkv", "dk_rope", "dk", "dv", "dx"), "*bf16")
-    kinds |= dict.fromkeys(("cos", "sin", "inverse", "partial", "weight", "losses"), "*fp32")
-    heads = {"HALF": 32, "PAIRS": 32, "BLOCK": 128, "HEADS": 16}
+    bf16 = "q kv k_rope query key dq dkv dk_rope dk dv dx gate up dgate dup rows logits exp_avg exp_avg_sq".split()
+    kinds = dict.fromkeys(bf16, "*bf16") | dict.fromkeys(("targets", "place"), "*i64")
+    kinds |= dict.fromkeys(("cos", "sin", "inverse", "partial", "weight", "losses", "step"), "*fp32")
+    kinds |= dict.fromkeys(("eps", "share", "lr", "beta1", "beta2", "decay"), "fp32")
+    heads = {"HALF": 32, "PAIRS": 32, "BLOCK": 128, "HEADS": attention.HEADS}
     for kernel, interleave in ((attention._place, True), (attention._place, False), (attention._gather, True)):
-        ptx(kernel, heads | {"INTERLEAVE": interleave}, {"num_warps": 4}, **kinds)
-    rows = {"ROWS": 2, "BLOCK": 2048}
-    ptx(elementwise._norm, rows, {"num_warps": 4}, **kinds | {"eps": "fp32"})
-    ptx(elementwise._norm_backward, rows, {"num_warps": 4}, **kinds)
-    kinds |= {"logits": "*bf16", "targets": "*i64", "share": "fp32"}
+        ptx(kernel, heads | {"INTERLEAVE": interleave}, {"num_warps": attention.WARPS}, **kinds)
+    for columns in (512, 2048, 7168):
+        tile = elementwise._tile(columns)
+        for kernel in (elementwise._norm, elementwise._norm_backward):
+            ptx(
+                kernel,
+                dict(zip(("ROWS", "BLOCK"), tile, strict=True)),
+                {"num_warps": elementwise._warps(tile)},
+                **kinds,
+            )
     ptx(elementwise._softmax, {"NEED": True, "BLOCK": 4096}, {"num_warps": 8}, **kinds)
+    forward = dict.fromkeys(("weight", "grad", "dgate", "dup", "partial"))
+    for absent in (forward, {}):
+        ptx(elementwise._swiglu, {"BLOCK": 1024} | absent, {"num_warps": 4}, **kinds)
+    ptx(elementwise._combine, {"K": 4, "BLOCK": 1024}, {"num_warps": 4}, **kinds)
+    ptx(elementwise._adamw, {"BLOCK": 2048}, {"num_warps": 8}, **kinds | {"grad": "*fp32"})
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from torch import Tensor
 from leanseek.ops.triton.numbers import narrow
 
 aten = torch.ops.aten
+HEADS, WARPS = 8, 2  # a program's heads at a time
 
 
 @functools.cache
-def refusal(dtype: torch.dtype, width: int, value_width: int, device: torch.device) -> str:
-    """Empty where cuDNN attends with these widths of head, else the reason: found by a small trial."""
+def refusal(width: int, value_width: int, device: torch.device) -> str:
+    """Empty where cuDNN attends in BF16 with these widths of head, else the reason: found by a small trial."""
     try:
-        q, k = torch.ones(2, 1, 128, 2, width, dtype=dtype, device=device)
-        v = torch.ones(1, 128, 2, value_width, dtype=dtype, device=device)
+        q, k = torch.ones(2, 1, 128, 2, width, dtype=torch.bfloat16, device=device)
+        v = torch.ones(1, 128, 2, value_width, dtype=torch.bfloat16, device=device)
         out, kept = attend(q, k, v, width**-0.5)
         attend_backward(out, q, k, v, out, kept, width**-0.5)
         torch.cuda.synchronize(device)
@@ -111,7 +112,8 @@ def _launch(kernel, q, kv, k_rope, cos, sin, *rest, interleave):
     kernel[(length, batch)](
         q, kv, k_rope, cos, sin, *rest, length, heads, nope, kv.shape[-1] - nope, k_rope.stride(0), k_rope.stride(1),
         angle_stride, interleave, rope // 2, triton.next_power_of_2(rope // 2),
-        triton.next_power_of_2(max(nope, kv.shape[-1] - nope)), min(8, triton.next_power_of_2(heads)), num_warps=2,
+        triton.next_power_of_2(max(nope, kv.shape[-1] - nope)), min(HEADS, triton.next_power_of_2(heads)),
+        num_warps=WARPS,
     )  # fmt: skip
 
 

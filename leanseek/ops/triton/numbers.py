@@ -77,24 +77,6 @@ def encode_four(a, b, c, d):
 
 
 @triton.jit
-def sigmoid(v):
-    """1 / (1 + e^-v), within a few last bits: exp and division with all their cases are half of a SwiGLU kernel."""
-    if INTERPRETED:
-        s = 1.0 / (1.0 + tl.exp(-v))
-    else:
-        s = tl.inline_asm_elementwise(
-            "{.reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
-            " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;}",
-            "=f,f",
-            [v],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return s
-
-
-@triton.jit
 def _code(q):
     """q as the bits of an E4M3 code in an int32, for the interpreter."""
     bits = on_grid(q, E4M3_MAX, 3, -6).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)

@@ -1,7 +1,7 @@
 """Quantise: 1×128 tiles, with the 128×1 tiles of the transposed matrix in the same pass, and 128×128 weight blocks.
 
-Scales of rows are stored with the rows contiguous (stride [1, rows]): the layout of cuBLASLt and DeepGEMM, and whole
-lines for the products here.
+Scales of rows are stored with the rows contiguous (stride [1, rows up to a multiple of 4]): the layout of cuBLASLt,
+where rows come in fours, and of DeepGEMM, and whole lines for the products here.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -35,13 +35,14 @@ TURN = {"num_warps": 4, "maxnreg": 168}  # three programs on a multiprocessor
 
 
 class Codes(NamedTuple):
-    """x = codes · scales. codes [rows, columns] E4M3, scales [rows, ceil(columns / 128)] float32 by columns."""
+    """x = codes · scales, E4M3 and float32: of rows, codes [M, K] with scales [M, ceil(K / 128)] that lie by columns;
+    or of weights, [.., N, K] with scales [.., ceil(N / 128), ceil(K / 128)] that lie by rows."""
 
     codes: Tensor
     scales: Tensor
 
     def take(self, rows: Tensor) -> Codes:
-        """Rows in another order, or several times."""
+        """Of rows: in another order, or several times."""
         found = new_codes(rows.numel(), self.codes.shape[1], self.codes.device)
         wide = torch.int64 if self.codes.shape[1] % 8 == 0 else torch.uint8  # copied 8 codes at a time
         torch.index_select(self.codes.view(wide), 0, rows, out=found.codes.view(wide))
@@ -180,7 +181,7 @@ def _turn(
     _turned[(count, -(-k // TILE))](
         values, scales, index, codes, new_scales, codes_t, turned.scales, start, stop, m, k, values.stride(0),
         0 if scales is None else scales.stride(1), 0 if new_scales is None else new_scales.stride(1),
-        codes_t.stride(0), turned.scales.stride(1), tiles is not None, power_of_two, TILE, **TURN,
+        codes_t.stride(0), turned.scales.stride(1), power_of_two, TILE, **TURN,
     )  # fmt: skip
 
 
@@ -199,12 +200,12 @@ def _rows(
 def _turned(
     x, x_scales, index, codes, scales, codes_t, scales_t, starts, stops, M, K,
     stride_x, stride_xs, stride_s, stride_t, stride_ts,
-    GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """128 rows and columns, turned. What is None is not there: x's scales where x is no codes, the index, the codes by
     rows."""
     t, kb = tl.program_id(0), tl.program_id(1)
-    start, stop = row_range(t, starts, stops, M, GROUPED, TILE)
+    start, stop = row_range(t, starts, stops, M, TILE)
     if start < stop:
         rows, columns = start + 4 * tl.arange(0, TILE // 4), kb * TILE + tl.arange(0, TILE)
         a = _load(x, x_scales, index, rows, stop, columns, K, kb, stride_x, stride_xs)
@@ -244,9 +245,9 @@ def _e5m6(x, out, M, K, stride, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def row_range(t, starts, stops, M, GROUPED: tl.constexpr, ROWS: tl.constexpr):
+def row_range(t, starts, stops, M, ROWS: tl.constexpr):
     """Rows of tile t: from the experts' table, or simply every ROWS rows."""
-    if GROUPED:
+    if starts is not None:
         start, stop = tl.load(starts + t), tl.load(stops + t)
     else:
         start = t * ROWS

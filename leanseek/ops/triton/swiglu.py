@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.ops.triton.numbers import TILE, known, sigmoid
+from leanseek.ops.triton.numbers import INTERPRETED, TILE, known
 from leanseek.ops.triton.quantize import (
     Codes,
     new_codes,
@@ -71,7 +71,7 @@ def swiglu_backward_quantize(
         _backward[(3, count, i // TILE)](
             grad, *hidden, weight, *out, into, out_t.scales, act, act_t.scales, partial, start, stop, m, i,
             grad.stride(0), hidden.codes.stride(0), hidden.scales.stride(1), out.scales.stride(1), into.stride(0),
-            out_t.scales.stride(1), act_t.scales.stride(1), tiles is not None, power_of_two, TILE,
+            out_t.scales.stride(1), act_t.scales.stride(1), power_of_two, TILE,
             **BACKWARD,
         )  # fmt: skip
     return Backward(out, out_t, act_t, None if partial is None else partial.sum(0))
@@ -87,7 +87,7 @@ def _forward(
     places = rows[:, None].to(tl.int64) * stride_h + columns[None, :]
     gate = known(tl.load(hidden + places, mask=rows[:, None] < M, other=0.0))
     up = known(tl.load(hidden + places + I, mask=rows[:, None] < M, other=0.0))
-    act = gate * sigmoid(gate) * up
+    act = gate * _sigmoid(gate) * up
     if weights is not None:
         act *= tl.load(weights + rows, mask=rows < M, other=0.0)[:, None]
     store_rows(known(act), codes, scales, rows, M, columns, I, kb, I, stride_s, POWER_OF_TWO)
@@ -99,12 +99,12 @@ def _forward(
 def _backward(
     grad, hidden, hidden_scales, weights, codes, scales, codes_t, scales_t, act_t, act_scales_t, partial, starts, stops,
     M, I, stride_g, stride_h, stride_hs, stride_s, stride_t, stride_ts, stride_as,
-    GROUPED: tl.constexpr, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """128 rows and columns of the gradients of gate and up by rows and turned, and of the activation turned: a program
     each, side by side, so that the second and third read from the cache; the registers hold one."""
     part, t, kb = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start, stop = row_range(t, starts, stops, M, GROUPED, TILE)
+    start, stop = row_range(t, starts, stops, M, TILE)
     if start < stop:
         rows, columns = start + 4 * tl.arange(0, TILE // 4), kb * TILE + tl.arange(0, TILE)
         given, sizes = (grad, hidden, hidden_scales, weights, partial), (M, I, kb, stride_g, stride_h, stride_hs)
@@ -144,7 +144,7 @@ def _values(part: tl.constexpr, given, sizes, rows, stop, columns, TILE: tl.cons
     places = wide[:, None] * stride_h + columns[None, :]
     gate = tl.load(hidden + places, mask=inside[:, None], other=0.0).to(tl.float32)
     gate *= tl.load(scales + kb * stride_s + rows, mask=inside, other=0.0)[:, None]
-    sig = sigmoid(gate)
+    sig = _sigmoid(gate)
     silu = gate * sig
     if part == 1:
         v = g * silu
@@ -157,3 +157,21 @@ def _values(part: tl.constexpr, given, sizes, rows, stop, columns, TILE: tl.cons
             tl.store(partial + kb * M + rows, tl.sum(g * v, 1), mask=inside)
         v *= tl.load(weights + rows, mask=inside, other=0.0)[:, None]
     return known(v)
+
+
+@triton.jit
+def _sigmoid(v):
+    """1 / (1 + e^-v), within a few last bits: exp and division with all their cases are half of a SwiGLU kernel."""
+    if INTERPRETED:
+        s = 1.0 / (1.0 + tl.exp(-v))
+    else:
+        s = tl.inline_asm_elementwise(
+            "{.reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+            " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;}",
+            "=f,f",
+            [v],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return s

@@ -143,21 +143,20 @@ def combine_rows(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
 def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: bool) -> tuple[Tensor, Tensor]:
     from leanseek.ops.triton.elementwise import softmax_cross_entropy
 
-    return softmax_cross_entropy(logits, targets, share, need), logits
+    return softmax_cross_entropy(logits, targets.contiguous(), share, need), logits
 
 
 def _attends(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    if (
-        triton.refusal(q.device)
-        or q.dtype != torch.bfloat16
-        or not q.numel()
-        or not q.dtype == kv.dtype == k_rope.dtype
-    ):
+    """Values are read where they lie, so each head's must begin at 16 bytes; torch keeps cuDNN from single keys too."""
+    if triton.refusal(q.device) or not torch.bfloat16 == q.dtype == kv.dtype == k_rope.dtype:
         return False
     from leanseek.ops.triton.attention import refusal
 
-    width = q.shape[-1]
-    return not refusal(q.dtype, width, kv.shape[-1] - width + k_rope.shape[-1], q.device)
+    nope = q.shape[-1] - k_rope.shape[-1]
+    value_width = kv.shape[-1] - nope
+    if not q.numel() or q.shape[1] == 1 or nope % 8 or value_width % 8:
+        return False
+    return not refusal(q.shape[-1], value_width, q.device)
 
 
 @register("mla_attention", "triton", _attends)
