@@ -387,7 +387,8 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long fir
         parallel_for(int64_t(blocks.size()), [&](int64_t b) {
             const auto& [first, last, chunks] = blocks[b];
             Partial next[BLOCK_UNITS];
-            for (long k = 0; k < BLOCK_UNITS; k++) next[k].values = scratch(7, BLOCK_UNITS * LANES * V) + k * LANES * V;
+            float* values = scratch(7, BLOCK_UNITS * LANES * V);
+            for (long k = 0; k < BLOCK_UNITS; k++) next[k].values = values + k * LANES * V;
             for (long chunk = 0; chunk < chunks; chunk++) {
                 attend_to(first, last, chunk, [&](long i) -> Partial& { return chunk ? next[i - first] : state[i]; });
                 for (long i = first; chunk && i < last; i++)
