@@ -213,14 +213,16 @@ class Engine:
     def _run(self, works: list[Work], deltas: list[Delta]) -> None:
         """Run works, and let their sequences take what came of it; what goes wrong ends the sequence it belongs to."""
         start = time.perf_counter()
-        rows = Rows()
+        rows, failed = Rows(), []
         for work in works:
             try:
                 if work.samples:
                     rows.add(work.sequence)
             except Exception as error:
                 deltas.append(self._fail(work.sequence, error))
-        works = [work for work in works if work.sequence.finish_reason is None]
+                failed.append(work)
+        if failed:
+            works = [work for work in works if work not in failed]
         if not works:
             return
         try:
@@ -252,7 +254,8 @@ class Engine:
 
     def _take(self, s: Sequence, tokens: list[int], result: StepResult, batch: int) -> Delta:
         """All known tokens are in the cache; sampled ones up to the end become the sequence's."""
-        self._take_prompt_logprobs(s, result)
+        if s.scores_prompt:
+            self._take_prompt_logprobs(s, result)
         if s.drafts:
             self._speculation.judge(s, len(tokens) - 1, batch)
         if not s.first_token:
@@ -273,7 +276,7 @@ class Engine:
             s.drafts = []
         self._register_pages(s)
         text = s.text.take(final=end is not None) if s.text else ""
-        delta = Delta(s.request.request_id, s.index, tokens, text)
+        delta = Delta(s.request_id, s.index, tokens, text)
         if result.logprobs and s in result.logprobs:
             delta.logprobs = result.logprobs[s][:count]
         if s.prompt_logprobs:
@@ -299,7 +302,7 @@ class Engine:
         if token in s.ends:
             return "stop", None if token in self.eos_token_ids and not s.params.ignore_eos else token
         length = s.output_length
-        matched = s.text.add(token, length >= s.params.min_tokens) if s.text else None
+        matched = s.text.add(token, length >= s.min_tokens) if s.text else None
         if matched is not None:
             return "stop", matched
         if s.matcher and s.matcher.finished:
@@ -317,7 +320,7 @@ class Engine:
     # ---- ends ----
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
-        log.error("request %s failed", sequence.request.request_id, exc_info=error)
+        log.error("request %s failed", sequence.request_id, exc_info=error)
         return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
     def _finish(
@@ -326,10 +329,10 @@ class Engine:
         """End a sequence; its last delta."""
         s.finish_reason = reason
         self._scheduler.remove(s)
-        choices = self._sequences[s.request.request_id]
+        choices = self._sequences[s.request_id]
         choices.remove(s)
         if not choices:
-            del self._sequences[s.request.request_id]
+            del self._sequences[s.request_id]
         self._finished[reason] += 1
         self._totals["cached_tokens"] += s.cached_tokens
         delta = s.delta(time.monotonic())

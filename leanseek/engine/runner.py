@@ -194,8 +194,7 @@ class Runner:
         """How draft `offset` of each is chosen: with the noise of the position it is for, a draft is what the model
         would choose if it thought as its MTP module does."""
         keys = [
-            0 if s.params.greedy else s.key(len(s.tokens) + offset + n + 1)
-            for s, n in zip(sequences, confirmed, strict=False)
+            0 if s.greedy else s.key(len(s.tokens) + offset + n + 1) for s, n in zip(sequences, confirmed, strict=False)
         ]
         return Choice.of([s.params for s in sequences], keys, self._vocab_size, self.device)
 
@@ -221,7 +220,7 @@ class Runner:
         for sequence, first in zip(rows.sequences, rows.first, strict=True):
             stop = first + 1 + (_confirmed(sequence.drafts, tokens, first) if sequence.drafts else 0)
             result.tokens.append(tokens[first:stop])
-            wanted = sequence.params.logprobs
+            wanted = sequence.logprobs
             if wanted is not None:
                 result.logprobs[sequence] = sampler.logprobs_of(logits[first:stop], sampled[first:stop], wanted)
 

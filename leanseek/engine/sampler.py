@@ -45,10 +45,9 @@ class Rows:
 
     def add(self, sequence: Sequence) -> None:
         """Rows for the next token and the one after each draft; drafts that a grammar forbids are dropped."""
-        params = sequence.params
-        if params.adjusts or sequence.matcher:
+        if sequence.adjusts:
             self._restrict(sequence)
-        self.greedy &= params.greedy
+        self.greedy &= sequence.greedy
         self.sequences.append(sequence)
         self.first.append(self.count)
         self.count += 1 + len(sequence.drafts)
@@ -58,7 +57,7 @@ class Rows:
         if self.greedy:
             return None
         rows = [(s, len(s.tokens) + j) for s in self.sequences for j in range(len(s.drafts) + 1)]
-        keys = [0 if s.params.greedy else s.key(position) for s, position in rows]
+        keys = [0 if s.greedy else s.key(position) for s, position in rows]
         return Choice.of([s.params for s, _ in rows], keys, vocab_size, device)
 
     def _restrict(self, sequence: Sequence) -> None:

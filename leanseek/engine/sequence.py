@@ -47,6 +47,12 @@ class Sequence:
     tokens: list[int] = field(init=False)  # prompt and output
     prompt_length: int = field(init=False)
     params: SamplingParams = field(init=False)
+    # what a step asks of each sequence lies here: after a forward whatever else it touches is out of the cache
+    request_id: str = field(init=False)
+    greedy: bool = field(init=False)
+    adjusts: bool = field(init=False)  # its logits are changed before a token is chosen
+    min_tokens: int = field(init=False)
+    logprobs: int | None = field(init=False)
     scores_prompt: bool = field(init=False)  # the prompt's own log-probabilities are asked for: all of it is computed
     computed: int = 0  # tokens whose latents are in the cache
     pages: array[int] = field(default_factory=lambda: array("q"))  # an array, for the step's tensors are made of it
@@ -68,6 +74,9 @@ class Sequence:
         self.params = self.request.params
         self.tokens = list(self.request.prompt_token_ids)
         self.prompt_length = len(self.tokens)
+        self.request_id, self.greedy = self.request.request_id, self.params.greedy
+        self.adjusts = self.params.adjusts or self.matcher is not None
+        self.min_tokens, self.logprobs = self.params.min_tokens, self.params.logprobs
         self.scores_prompt = self.params.prompt_logprobs is not None and self.index == 0
 
     @property
@@ -94,7 +103,7 @@ class Sequence:
 
     def delta(self, finished: float = 0.0) -> Delta:
         """An empty delta; with usage and timing once finished."""
-        delta = Delta(self.request.request_id, self.index, finish_reason=self.finish_reason)
+        delta = Delta(self.request_id, self.index, finish_reason=self.finish_reason)
         if self.finish_reason is not None:
             delta.usage = self.usage()
             delta.timing = Timing(self.request.arrived, self.scheduled, self.first_token, finished)

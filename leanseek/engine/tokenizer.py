@@ -86,8 +86,10 @@ def _byte_alphabet() -> dict[str, int]:
 class TextStream:
     """Text out of tokens as they come: whole characters only, and nothing that may be the start of a stop string."""
 
+    __slots__ = ("_bytes", "_held", "_include_stop", "_skipped", "_spell", "_stop")
+
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], skip_special: bool, include_stop: bool):
-        self._tokenizer = tokenizer
+        self._spell = tokenizer.token_bytes
         self._stop = tuple(stop)
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._include_stop = include_stop
@@ -98,7 +100,7 @@ class TextStream:
         """Take a token; the stop string it completes, if any, ends the text."""
         if token in self._skipped:
             return None
-        self._bytes += self._tokenizer.token_bytes(token)
+        self._bytes += self._spell(token)
         if not self._stop:
             return None
         searched = len(self._held)
