@@ -66,7 +66,6 @@ void exact_tile(const T* w, long step, const float* x, long pairs, bool scaled, 
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECS; v++) sum[m][v] = scaled || fresh ? zero() : load(sums + m * EXACT_WIDTH + v * LANES);
-#pragma GCC unroll 2
     for (long p = 0; p < pairs; p++) {
         if constexpr (M == 1) __builtin_prefetch(w + p * step + BLOCK * PANEL_ROWS);  // the same part of the next block
         vec factor[M];
