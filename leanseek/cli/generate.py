@@ -40,16 +40,15 @@ def generate(
     if as_json:
         output: CompletionOutput = llm.generate(text, params)[0].outputs[0]
         print(json.dumps(describe(output), ensure_ascii=False), flush=True)
-        finish_copy(llm.engine)
-        return
-    print(text, end="", flush=True)
-    try:
-        for delta in llm.stream(text, params):
-            print(delta.text, end="", flush=True)
-    except KeyboardInterrupt:
-        raise Interrupted("stopped") from None
-    finally:
-        print(flush=True)
+    else:
+        print(text, end="", flush=True)
+        try:
+            for delta in llm.stream(text, params):
+                print(delta.text, end="", flush=True)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped") from None
+        finally:
+            print(flush=True)
     finish_copy(llm.engine)
 
 

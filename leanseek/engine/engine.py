@@ -213,16 +213,14 @@ class Engine:
     def _run(self, works: list[Work], deltas: list[Delta]) -> None:
         """Run works, and let their sequences take what came of it; what goes wrong ends the sequence it belongs to."""
         start = time.perf_counter()
-        rows, failed = Rows(), []
+        rows = Rows()
         for work in works:
             try:
                 if work.samples:
                     rows.add(work.sequence)
             except Exception as error:
                 deltas.append(self._fail(work.sequence, error))
-                failed.append(work)
-        if failed:
-            works = [work for work in works if work not in failed]
+        works = [work for work in works if work.sequence.finish_reason is None]
         if not works:
             return
         try:
@@ -254,8 +252,7 @@ class Engine:
 
     def _take(self, s: Sequence, tokens: list[int], result: StepResult, batch: int) -> Delta:
         """All known tokens are in the cache; sampled ones up to the end become the sequence's."""
-        if s.scores_prompt:
-            self._take_prompt_logprobs(s, result)
+        self._take_prompt_logprobs(s, result)
         if s.drafts:
             self._speculation.judge(s, len(tokens) - 1, batch)
         if not s.first_token:

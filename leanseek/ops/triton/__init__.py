@@ -28,4 +28,9 @@ def refusal(device: torch.device) -> str:
     return ""
 
 
+def complaint(error: Exception) -> str:
+    """The reason why a trial failed, in a line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
 from leanseek.ops.triton import training  # noqa: E402, F401  (registers; refusal is read when an op is picked)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanseek.ops.triton import complaint
 from leanseek.ops.triton.numbers import narrow
 
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ def refusal(width: int, value_width: int, device: torch.device) -> str:
         attend_backward(out, q, k, v, out, kept, width**-0.5)
         torch.cuda.synchronize(device)
     except Exception as error:  # whatever a library raises is the answer to the question
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return complaint(error)
     return ""
 
 
@@ -122,23 +123,19 @@ def _place(
     q, kv, k_rope, cos, sin, query, key, T, H, nope, v, stride_b, stride_t, angle_stride,
     INTERLEAVE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token, width = b * T + t, nope + 2 * HALF
-    pair, columns = tl.arange(0, PAIRS), tl.arange(0, BLOCK)
-    first, second = _pair(pair, INTERLEAVE, HALF)
-    c, s = _angles(cos, sin, b * angle_stride + t * HALF + pair, pair < HALF)
-    shared = k_rope + b * stride_b + t * stride_t
+    token, shared, pair, first, second, c, s = _token(
+        k_rope, cos, sin, T, stride_b, stride_t, angle_stride, INTERLEAVE, HALF, PAIRS
+    )
+    columns, width = tl.arange(0, BLOCK), nope + 2 * HALF
     x = tl.load(shared + first, mask=pair < HALF, other=0.0).to(tl.float32)
     y = tl.load(shared + second, mask=pair < HALF, other=0.0).to(tl.float32)
     kind = query.dtype.element_ty
     k_first, k_second = narrow(x * c - y * s, kind)[None, :], narrow(y * c + x * s, kind)[None, :]
     for start in range(0, H, HEADS):
         heads = start + tl.arange(0, HEADS)
+        here = (heads < H)[:, None]
         row, own = (token * H + heads)[:, None] * width, (token * H + heads)[:, None] * (nope + v)
-        inside, rotated = (
-            (heads < H)[:, None] & (columns < nope)[None, :],
-            (heads < H)[:, None] & (pair < HALF)[None, :],
-        )
+        inside, rotated = here & (columns < nope)[None, :], here & (pair < HALF)[None, :]
         tl.store(query + row + columns[None, :], tl.load(q + row + columns[None, :], mask=inside), mask=inside)
         tl.store(key + row + columns[None, :], tl.load(kv + own + columns[None, :], mask=inside), mask=inside)
         qx = tl.load(q + row + nope + first[None, :], mask=rotated, other=0.0).to(tl.float32)
@@ -155,11 +152,10 @@ def _gather(
     dq, dkv, dk_rope, cos, sin, dk, dv, T, H, nope, v, stride_b, stride_t, angle_stride,
     INTERLEAVE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token, width = b * T + t, nope + 2 * HALF
-    pair, columns = tl.arange(0, PAIRS), tl.arange(0, BLOCK)
-    first, second = _pair(pair, INTERLEAVE, HALF)
-    c, s = _angles(cos, sin, b * angle_stride + t * HALF + pair, pair < HALF)
+    token, shared, pair, first, second, c, s = _token(
+        dk_rope, cos, sin, T, stride_b, stride_t, angle_stride, INTERLEAVE, HALF, PAIRS
+    )
+    columns, width = tl.arange(0, BLOCK), nope + 2 * HALF
     sum_x, sum_y = tl.zeros((PAIRS,), tl.float32), tl.zeros((PAIRS,), tl.float32)
     kind = dq.dtype.element_ty
     for start in range(0, H, HEADS):
@@ -180,21 +176,26 @@ def _gather(
         tl.debug_barrier()  # all has been read of what is overwritten
         tl.store(dq + row + nope + first[None, :], narrow(x * c[None, :] + y * s[None, :], kind), mask=rotated)
         tl.store(dq + row + nope + second[None, :], narrow(y * c[None, :] - x * s[None, :], kind), mask=rotated)
-    shared = dk_rope + b * stride_b + t * stride_t
     tl.store(shared + first, narrow(sum_x * c + sum_y * s, kind), mask=pair < HALF)
     tl.store(shared + second, narrow(sum_y * c - sum_x * s, kind), mask=pair < HALF)
 
 
 @triton.jit
-def _pair(pair, INTERLEAVE: tl.constexpr, HALF: tl.constexpr):
-    """Where the two of each pair lie before the rotation; after it all first ones come first."""
+def _token(
+    k_rope, cos, sin, T, stride_b, stride_t, angle_stride,
+    INTERLEAVE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The program's token: its number, its row of k_rope, its pairs' places before the rotation, cosines and sines.
+
+    After the rotation all first ones of the pairs come first.
+    """
+    t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair = tl.arange(0, PAIRS)
     if INTERLEAVE:
         first, second = 2 * pair, 2 * pair + 1
     else:
         first, second = pair, pair + HALF
-    return first, second
-
-
-@triton.jit
-def _angles(cos, sin, places, mask):
-    return tl.load(cos + places, mask=mask, other=1.0), tl.load(sin + places, mask=mask, other=0.0)
+    places = b * angle_stride + t * HALF + pair
+    c = tl.load(cos + places, mask=pair < HALF, other=1.0)
+    s = tl.load(sin + places, mask=pair < HALF, other=0.0)
+    return b * T + t, k_rope + b * stride_b + t * stride_t, pair, first, second, c, s

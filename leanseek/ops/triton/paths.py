@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek.ops.triton import gemm
+from leanseek.ops.triton import complaint, gemm
 from leanseek.ops.triton.numbers import TILE
 from leanseek.ops.triton.quantize import FP8, Codes, quantize_blocks, quantize_both, quantize_tiles
 from leanseek.ops.triton.tiles import Tiles, group_tiles
@@ -94,7 +94,7 @@ def _refusal(path: str, op: str, dtype: torch.dtype, device: torch.device) -> st
         ours, theirs = _trial(path, op, dtype, device)
         torch.cuda.synchronize(device)
     except Exception as error:  # whatever a library raises is the answer to the question
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return complaint(error)
     worst = ((ours - theirs).abs().max() / ours.abs().max()).item()
     return "" if worst < 0.01 else f"differs from Triton's by {worst:.1%}"
 

@@ -239,8 +239,8 @@ void attend_narrow(const LatentCache& cache, const int64_t* pages, const Query* 
     }
     for (long start = first; start < last; start += NARROW_KEYS) {
         const long most = std::min(NARROW_KEYS, last - start);
-        const bf16* keys[NARROW_KEYS + 8];
-        for (long i = 0; i < most + 8; i++) {
+        const bf16* keys[NARROW_KEYS + SCORE_TILE[1]];  // and those that are fetched ahead
+        for (long i = 0; i < most + SCORE_TILE[1]; i++) {
             const long key = std::min(start + i, end - 1);
             const long row = pages[key / cache.page_size] * cache.page_size + key % cache.page_size;
             keys[i] = static_cast<const bf16*>(cache.data) + row * cache.width;

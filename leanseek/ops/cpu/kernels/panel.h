@@ -50,8 +50,6 @@ inline void row_tiles(long m, const Body& body) {
     }
 }
 
-constexpr long AHEAD = 4096;  // bytes by which a panel is prefetched
-
 // ---- exact: vectors of LANES / 2 rows, two columns each; a half of a panel is PARTS of VECS vectors ----
 
 constexpr int VECS = 4, PARTS = 2 * HALF_ROWS / (VECS * LANES);
@@ -133,6 +131,8 @@ inline void exact_rows(const Matrix& w, const char* panel, const float* scale, c
 // ---- narrow ----
 
 #if defined(__AVX512BF16__)
+
+constexpr long AHEAD = 4096;  // bytes by which a panel is prefetched
 
 using pairs_of_bf16 = __m512bh;  // 16 pairs
 
