@@ -32,7 +32,7 @@ class Tokenizer:
         self.bos_token_id = self._leading_token(json.loads(config.read_text())) if config.is_file() else None
         self._added = self.inner.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
-        self._spellings: dict[int, bytes] = {}  # of tokens that exist: as many as the vocabulary at most
+        self._spelled: dict[int, bytes] = {}  # of tokens there are, and so no larger than the vocabulary
 
     def _leading_token(self, config: dict[str, object]) -> int | None:
         """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
@@ -64,19 +64,23 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token spells: bytes, because a character may span tokens. Ids without a token spell nothing."""
-        known = self._spellings.get(token)
-        if known is not None:
-            return known
+        spelled = self._spelled.get(token)
+        if spelled is None:
+            spelled = self._spell(token)
+            if spelled:
+                self._spelled[token] = spelled
+        return spelled
+
+    def _spell(self, token: int) -> bytes:
+        if token in self._added:
+            return str(self._added[token].content).encode()
         spelled = self.inner.id_to_token(token)
         if spelled is None:
             return b""
         alphabet = _byte_alphabet()
-        if token in self._added or not all(character in alphabet for character in spelled):
-            spelling = str(spelled).encode()
-        else:
-            spelling = bytes(alphabet[character] for character in spelled)
-        self._spellings[token] = spelling
-        return spelling
+        if all(character in alphabet for character in spelled):
+            return bytes(alphabet[character] for character in spelled)
+        return str(spelled).encode()
 
 
 @cache

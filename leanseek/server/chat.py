@@ -10,6 +10,7 @@ from leanseek.engine import Delta, Guide
 from leanseek.server.errors import ApiError
 from leanseek.server.events import EventStream
 from leanseek.server.parsers import (
+    END_THINK,
     THINK,
     ForcedCallParser,
     OutputParser,
@@ -19,7 +20,7 @@ from leanseek.server.parsers import (
     ToolCallParser,
 )
 from leanseek.server.schema import ChatRequest, NamedTool, Object, Sampling, Tool
-from leanseek.server.service import Generation, Service, chat_logprob, new_id, requested_guide
+from leanseek.server.service import Generation, Service, begun_answer, chat_logprob, new_id, requested_guide
 
 CLOSE_THINKING = "\n</think>\n\n"  # guided output has no room for reasoning: the prompt ends it
 
@@ -30,14 +31,29 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
     Raises:
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
     """
+    generation, parsers = await begin_chat(service, request)
+    answer = _Answer(service, request, generation, parsers)
+    return EventStream(generation, answer.chunks()) if request.stream else await answer.whole()
+
+
+async def begin_chat(service: Service, request: ChatRequest) -> tuple[Generation, list[Parser]]:
+    """Start answering a conversation; a parser for each choice.
+
+    Raises:
+        ApiError, InputError, QueueFull, EngineStopped: the request cannot be served.
+    """
     service.check_model(request.model)
     tools = _offered(request)
     forced = _forced(request, tools)
     guide = requested_guide(request.response_format, request.structured_outputs)
     if forced:
         guide = _call_guide(forced)
-    prompt = await service.render(request.messages, tools, request.chat_template_kwargs)
-    prompt, opened = thinking_state(prompt, guide)
+    begun = begun_answer(request.messages, request)
+    if begun is not None and guide:
+        raise ApiError(400, "an answer that is held to a form begins anew: it cannot go on from a message")
+    effort: Object = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    prompt = await service.render(request.messages, tools, effort | (request.chat_template_kwargs or {}), request)
+    prompt, opened = thinking_state(prompt, guide, begun or "")
     generation = await generate_chat(
         service,
         request,
@@ -56,8 +72,7 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
         )
         for _ in range(request.n or 1)
     ]
-    answer = _Answer(service, request, generation, parsers)
-    return EventStream(generation, answer.chunks()) if request.stream else await answer.whole()
+    return generation, parsers
 
 
 async def generate_chat(
@@ -74,9 +89,14 @@ async def generate_chat(
     return await service.generate([(ids, params)], request.priority)
 
 
-def thinking_state(prompt: str, guide: Guide | None) -> tuple[str, bool]:
-    """The prompt, with reasoning closed if the output is guided, and whether the answer begins inside reasoning."""
-    opened = prompt.rstrip().endswith(THINK)
+def thinking_state(prompt: str, guide: Guide | None, begun: str = "") -> tuple[str, bool]:
+    """The prompt, with reasoning closed if the output is guided, and whether the answer begins inside reasoning.
+
+    begun: the text of the answer that the prompt ends with
+    """
+    opened = prompt.removesuffix(begun).rstrip().endswith(THINK)
+    if THINK in begun or END_THINK in begun:
+        opened = begun.rfind(THINK) > begun.rfind(END_THINK)
     if opened and guide:
         return prompt.rstrip() + CLOSE_THINKING, False
     return prompt, opened

@@ -18,13 +18,22 @@ from leanseek.server.app import Access, create_app
 from leanseek.server.errors import ServerError
 from leanseek.server.metrics import Metrics
 from leanseek.server.service import Service
-from leanseek.server.templates import load_chat_template
+from leanseek.server.templates import template_of
 
 
-def serve(model: Path, host: str, port: int, model_name: str | None, access: Access, **engine_options: Any) -> None:
+def serve(
+    model: Path,
+    host: str,
+    port: int,
+    model_name: str | None,
+    access: Access,
+    chat_template: Path | None = None,
+    **engine_options: Any,
+) -> None:
     """Serve a model until SIGTERM or SIGINT; then finish what runs, take nothing new, and return.
 
-    A second signal ends the process at once. `port` 0 means a free one, which is printed.
+    A second signal ends the process at once. `port` 0 means a free one, which is printed. `chat_template` is a file to
+    take instead of the model's.
 
     Raises:
         InputError: the folder, an option or the port cannot be used.
@@ -32,7 +41,7 @@ def serve(model: Path, host: str, port: int, model_name: str | None, access: Acc
     listener = _bind(host, port)  # first: it fails in an instant, loading takes long
     with listener:
         engine = AsyncEngine.load(model, **engine_options)
-        service = make_service(engine, model_name or model.resolve().name)
+        service = make_service(engine, model_name or model.resolve().name, chat_template)
         engine.start()
         try:
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
@@ -42,7 +51,7 @@ def serve(model: Path, host: str, port: int, model_name: str | None, access: Acc
             engine.stop()
 
 
-def make_service(engine: AsyncEngine, model_name: str) -> Service:
+def make_service(engine: AsyncEngine, model_name: str, chat_template: Path | None = None) -> Service:
     """What the application needs around an engine.
 
     Raises:
@@ -51,9 +60,7 @@ def make_service(engine: AsyncEngine, model_name: str) -> Service:
     """
     if engine.tokenizer is None:
         raise ServerError("the model has no tokenizer.json; the server needs one beside the weights")
-    bos = engine.config.bos_token_id
-    bos_token = "" if bos is None else engine.tokenizer.token_bytes(bos).decode(errors="replace")
-    template = load_chat_template(engine.tokenizer.file.parent, bos_token)
+    template = template_of(engine.tokenizer, engine.config, chat_template)
     return Service(engine, engine.tokenizer, template, model_name, Metrics(engine, model_name))
 
 

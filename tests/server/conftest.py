@@ -112,10 +112,14 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Serve:
-    """serve(family, access=None): starts a server that lasts for the test."""
+    """serve(family, access=None, template=None): starts a server that lasts for the test."""
 
-    def start(family: str = "v3", access: Access | None = None, max_model_len: int = 512) -> Served:
+    def start(
+        family: str = "v3", access: Access | None = None, max_model_len: int = 512, template: str | None = None
+    ) -> Served:
         engine = FakeEngine(write_tokenizer(tmp_path / family, family), max_model_len)
+        if template is not None:
+            (tmp_path / family / "chat_template.jinja").write_text(template)
         context = running(engine, access)
         url = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
