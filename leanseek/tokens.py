@@ -110,7 +110,10 @@ def _named(folder: Path, key: str, tokenizer: Tokenizer) -> int | None:
         value = value.get("content") if isinstance(value, dict) else value
         if value is None:
             continue
-        token = tokenizer.token_to_id(value) if isinstance(value, str) else None
+        try:
+            token = tokenizer.token_to_id(value) if isinstance(value, str) else None
+        except UnicodeEncodeError:  # half a surrogate pair
+            token = None
         if token is None:
             raise TokenizerError(f"{folder / name} names {key} {value!r}, which is not in the tokenizer.json")
         return token

@@ -20,6 +20,7 @@ PIECE_CHARACTERS = 32_768
 MAX_DOCUMENT = 64  # MiB of a row, or of a text's line: a small archive may hold a line that fills the memory
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+_SPACE, _BETWEEN_ROWS = re.compile(r"\s*"), re.compile(r"[\s,]*")
 _CHUNK = 1 << 20  # bytes read at a time
 _WIDE = ((codecs.BOM_UTF32_LE, 32), (codecs.BOM_UTF32_BE, 32), (codecs.BOM_UTF16_LE, 16), (codecs.BOM_UTF16_BE, 16))
 
@@ -118,22 +119,22 @@ def _bytes(file: BinaryIO | io.BufferedIOBase, path: Path) -> Iterator[bytes]:
         chunk = file.read(_CHUNK)
 
 
-def _bounded(chunks: Iterable[bytes], path: Path, limit: int) -> Iterator[bytes]:
-    """The same chunks. Raises DataError at a line, or a run of blank lines, of more than `limit` bytes."""
+def _bounded(chunks: Iterable[bytes], path: Path, limit: int, lines: bool = True) -> Iterator[bytes]:
+    """The same chunks. Raises DataError at a run of blanks, or with `lines` at a line, of more than `limit` bytes."""
     line = blank = 0
     for chunk in chunks:
         newline = chunk.rfind(b"\n")
         line = line + len(chunk) if newline < 0 else len(chunk) - newline - 1
         blank = blank + len(chunk) if chunk.isspace() else 0
-        if line > limit:
-            raise _too_long(f"{path} has a line", limit)
+        if lines and line > limit:
+            raise _too_long(f"{path} has a line with", limit)
         if blank > limit:
-            raise DataError(f"{path} has more than {limit >> 20} MiB of blank lines in a row; leave it out")
+            raise DataError(f"{path} has more than {limit >> 20} MiB of blanks in a row; leave it out")
         yield chunk
 
 
 def _too_long(what: str, limit: int) -> DataError:
-    return DataError(f"{what} of more than {limit >> 20} MiB; raise --max-document or leave it out")
+    return DataError(f"{what} more than {limit >> 20} MiB; raise --max-document or leave it out")
 
 
 def _decoded(chunks: Iterable[bytes], path: Path) -> Iterator[str]:
@@ -194,11 +195,11 @@ def _row(line: bytes, place: str, limit: int) -> str:
 
 def _json(chunks: Iterable[bytes], path: Path, limit: int) -> Iterator[str]:
     """A .json: an array of rows, one row, or rows one after the other, which many call .json too."""
-    source, decoder = _decoded(chunks, path), json.JSONDecoder()
+    source, decoder = _decoded(_bounded(chunks, path, limit, lines=False), path), json.JSONDecoder()
     text, at, number, array, ended = "", 0, 0, False, False
     while True:
-        while at < len(text) and (text[at].isspace() or (array and text[at] == ",")):
-            at += 1
+        gap = (_BETWEEN_ROWS if array else _SPACE).match(text, at)
+        at = gap.end() if gap else at
         if at < len(text) and text[at] == "[" and not number and not array:
             array, at = True, at + 1
             continue
@@ -222,7 +223,7 @@ def _json(chunks: Iterable[bytes], path: Path, limit: int) -> Iterator[str]:
                 raise DataError(f"{path} ends within its array; replace it or leave it out")
             return
         if len(text) - at > limit:
-            raise _too_long(f"{path} row {number + 1} is", limit)
+            raise _too_long(f"{path} row {number + 1} has", limit)
         more, wanted = [], len(text) - at  # twice as much, so that a long row is not parsed again and again
         while wanted >= 0 and not ended:
             chunk = next(source, None)
@@ -244,7 +245,7 @@ def _checked(text: object, place: str, limit: int) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{place} has half a surrogate pair at character {error.start}; leave the row out") from None
     if size > limit:
-        raise _too_long(f"{place} is", limit)
+        raise _too_long(f"{place} has", limit)
     return text
 
 
@@ -267,14 +268,15 @@ def _parquet(path: Path, limit: int) -> Iterator[Document]:
             column = table.schema.names.index("text") if "text" in table.schema.names else None
             for number in range(table.num_row_groups):
                 group = table.metadata.row_group(number)
-                if column is not None and group.column(column).total_uncompressed_size > limit * group.num_rows:
-                    raise _too_long(f"{path}, row group {number}, has rows", limit)
+                most = limit * group.num_rows + _CHUNK  # and the headers of its pages
+                if column is not None and group.column(column).total_uncompressed_size > most:
+                    raise _too_long(f"{path}, row group {number}, has rows with", limit)
             size, rows, row = path.stat().st_size, table.metadata.num_rows, 0
             for batch in table.iter_batches(batch_size=16, columns=["text"]):  # few: a dictionary repeats a long one
                 for scalar in batch.column(0):
                     row += 1
                     if isinstance(scalar, strings) and scalar.is_valid and len(scalar.as_buffer()) > limit:
-                        raise _too_long(f"{path} row {row} is", limit)
+                        raise _too_long(f"{path} row {row} has", limit)
                     yield _checked(scalar.as_py(), f"{path} row {row}", limit), size * row // rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from None

@@ -217,7 +217,8 @@ def _share(files: list[Path], fraction: float, seed: int, max_document: int) -> 
 
 
 def _write(out: Path, source: _Source, settings: _Settings, tokenizer: Path | None, workers: int) -> None:
-    with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)  # a bar needs a terminal; lines are said elsewhere
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as progress:
         if not (out / "token_bytes.npy").is_file():
             task = progress.add_task("tokenizer", total=None)
             _place_tokenizer(out, source, tokenizer, settings)
