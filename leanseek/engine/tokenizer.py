@@ -11,6 +11,8 @@ from pathlib import Path
 import tokenizers
 
 from leanseek.engine.params import EngineError
+from leanseek.errors import InputError
+from leanseek.tokens import open_tokenizer
 
 
 class Tokenizer:
@@ -23,9 +25,9 @@ class Tokenizer:
     def __init__(self, folder: Path):
         self.file = folder / "tokenizer.json"
         try:
-            self.inner = tokenizers.Tokenizer.from_file(str(self.file))
-        except Exception as error:  # the library raises bare Exception
-            raise EngineError(f"{self.file} is not a tokenizer.json ({error})") from None
+            self.inner = open_tokenizer(self.file)
+        except InputError as error:
+            raise EngineError(str(error)) from None
         if not isinstance(self.inner.decoder, tokenizers.decoders.ByteLevel):
             raise EngineError(f"{self.file} is not byte-level; this family's tokenizers are")
         config = folder / "tokenizer_config.json"
