@@ -202,16 +202,24 @@ def new_id(kind: str) -> str:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.token_bytes(token).decode(errors="replace")
+    """A token as logprobs name it.
+
+    A part of a character is spelled `bytes:\\xe2\\x82`, as OpenAI does, and an id without a token `token_id:5`: neither
+    may share a name with another.
+    """
+    spelled = tokenizer.token_bytes(token)
+    try:
+        return spelled.decode() or f"token_id:{token}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob, top: int) -> dict[str, Any]:
     """A token's log-probability as chat and responses report it."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        spelled = tokenizer.token_bytes(token)
-        text = spelled.decode(errors="replace")
-        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(spelled)}
+        spelled = list(tokenizer.token_bytes(token))
+        return {"token": token_text(tokenizer, token), "logprob": max(logprob, MIN_LOGPROB), "bytes": spelled}
 
     alternatives = [one(*other) for other in entry.top[:top]]
     return one(entry.token_id, entry.logprob) | {"top_logprobs": alternatives}
