@@ -38,6 +38,12 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
         guide = _call_guide(forced)
     prompt = await service.render(request.messages, tools, request.chat_template_kwargs)
     prompt, opened = thinking_state(prompt, guide)
+    form = service.template.family.tools if tools else None
+    most = 1 if request.parallel_tool_calls is False else None
+    split = [
+        OutputParser(reasoning_splitter(service, opened, guide), ToolCallParser(form, most) if form else None)
+        for _ in range(max(1, request.n or 1))
+    ]
     generation = await generate_chat(
         service,
         request,
@@ -46,16 +52,10 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
         n=request.n,
         guided=guide,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        spans=None if guide else split[0].spans,
     )
-    parsers: list[Parser] = [
-        ForcedCallParser([tool.function.name for tool in forced])
-        if forced
-        else OutputParser(
-            reasoning_splitter(service, opened, guide),
-            ToolCallParser(service.template.family.tools) if tools and service.template.family.tools else None,
-        )
-        for _ in range(request.n or 1)
-    ]
+    names = [tool.function.name for tool in forced or []]
+    parsers: list[Parser] = [ForcedCallParser(names) if forced else parser for parser in split]
     answer = _Answer(service, request, generation, parsers)
     return EventStream(generation, answer.chunks()) if request.stream else await answer.whole()
 
@@ -70,7 +70,9 @@ async def generate_chat(
     """
     ids = await service.encode(prompt, add_special_tokens=False)  # the template wrote those there are
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    params = service.sampling(request, len(ids), max_tokens, stop=[*stop, *service.template.stop], **more)
+    if not more.get("guided"):  # a form ends by itself
+        stop = [*stop, *service.template.stop]
+    params = service.sampling(request, len(ids), max_tokens, stop=stop, **more)
     return await service.generate([(ids, params)], request.priority)
 
 
@@ -110,12 +112,7 @@ class _Answer:
         }
 
     def _parse(self, delta: Delta) -> Parsed:
-        parser = self._parsers[delta.index]
-        if parser.in_reasoning:
-            self._generation.reasoning_tokens += len(delta.token_ids)
-        parsed = parser.feed(delta.text, delta.finish_reason is not None)
-        if self._request.parallel_tool_calls is False:
-            parsed.tool_calls = [call for call in parsed.tool_calls if call.index == 0]
+        parsed = self._parsers[delta.index].feed(delta.text, delta.finish_reason is not None)
         self._called[delta.index] |= bool(parsed.tool_calls)
         return parsed
 
@@ -147,8 +144,16 @@ class _Answer:
                 yield self._chunk(delta.index, {"role": "assistant", "content": ""})
             parsed = self._parse(delta)
             logprobs = self._logprobs(delta)
-            if parsed or logprobs or delta.finish_reason:
-                yield self._chunk(delta.index, _delta_object(parsed), logprobs, self._finish_reason(delta))
+            pieces = parsed.pieces()
+            for number, piece in enumerate(pieces, start=1):  # of one kind each
+                last = number == len(pieces)
+                here = len(logprobs) if last else delta.reasoning_tokens if piece.reasoning else 0
+                yield self._chunk(
+                    delta.index, _delta_object(piece), logprobs[:here], self._finish_reason(delta) if last else None
+                )
+                logprobs = logprobs[here:]
+            if not pieces and (logprobs or delta.finish_reason):
+                yield self._chunk(delta.index, {}, logprobs, self._finish_reason(delta))
         if self._request.stream_options and self._request.stream_options.include_usage:
             yield self._object("chat.completion.chunk", [], self._generation.usage)
 

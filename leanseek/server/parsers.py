@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+from leanseek.engine import Spans
+
 THINK, END_THINK = "<think>", "</think>"
 _MAX_HEADER = 256  # characters before a call's arguments; with more it is no call
 
@@ -40,6 +42,11 @@ class Parsed:
 
     def __bool__(self) -> bool:
         return bool(self.reasoning or self.content or self.tool_calls)
+
+    def pieces(self) -> list[Parsed]:
+        """The same in pieces that hold one thing each: reasoning, content, or a piece of a call."""
+        calls = [Parsed(tool_calls=[call]) for call in self.tool_calls]
+        return [piece for piece in (Parsed(reasoning=self.reasoning), Parsed(content=self.content), *calls) if piece]
 
 
 class Parser(Protocol):
@@ -134,6 +141,20 @@ class OutputParser:
     def in_reasoning(self) -> bool:
         return self._reasoning is not None and self._reasoning.inside
 
+    @property
+    def spans(self) -> Spans | None:
+        """Where stop strings do not count."""
+        if not self._reasoning and not self._tools:
+            return None
+        form = self._tools.form if self._tools else None
+        return Spans(
+            think=THINK if self._reasoning else None,
+            end_think=END_THINK,
+            opened=self._reasoning is not None and self._reasoning.opened,
+            calls=(form.section_begin, form.section_end) if form else None,
+            call_begin=form.call_begin if form else "",
+        )
+
     def feed(self, text: str, final: bool = False) -> Parsed:
         parsed = self._reasoning.feed(text, final) if self._reasoning else Parsed(content=text)
         if self._tools:
@@ -152,7 +173,7 @@ class ReasoningSplitter:
     """
 
     def __init__(self, opened: bool):
-        self._opened = opened
+        self.opened = opened
         self._step = self._begin
         self._buffer = ""
         self.until_call: ToolFormat | None = None  # a call of this form ends the reasoning and begins the answer
@@ -160,7 +181,7 @@ class ReasoningSplitter:
 
     @property
     def inside(self) -> bool:
-        return self._step in (self._inside_begin, self._inside) or (self._opened and self._step == self._begin)
+        return self._step in (self._inside_begin, self._inside) or (self.opened and self._step == self._begin)
 
     def feed(self, text: str, final: bool = False) -> Parsed:
         self._buffer += text
@@ -177,7 +198,7 @@ class ReasoningSplitter:
             self._buffer = text[len(THINK) :]
             self._step = self._inside_begin
         elif final or not THINK.startswith(text):
-            self._step = self._inside_begin if self._opened else self._answer
+            self._step = self._inside_begin if self.opened else self._answer
 
     def _inside_begin(self, parsed: Parsed, final: bool) -> None:
         self._buffer = self._buffer.lstrip("\n")

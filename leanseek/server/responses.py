@@ -33,8 +33,10 @@ async def responses(service: Service, request: ResponsesRequest) -> dict[str, An
     guide = requested_guide(_format(request), request.structured_outputs)
     prompt = await service.render(_messages(request), None, request.chat_template_kwargs)
     prompt, opened = thinking_state(prompt, guide)
-    generation = await generate_chat(service, request, prompt, request.max_output_tokens, guided=guide)
     parser = OutputParser(reasoning_splitter(service, opened, guide), None)
+    generation = await generate_chat(
+        service, request, prompt, request.max_output_tokens, guided=guide, spans=parser.spans
+    )
     answer = _Answer(service, request, generation, parser)
     if request.stream:
         return EventStream(generation, answer.events(), done=False)
@@ -106,8 +108,6 @@ class _Answer:
         reason = None
         try:
             async for _, delta in self._generation:
-                if self._parser.in_reasoning:
-                    self._generation.reasoning_tokens += len(delta.token_ids)
                 parsed = self._parser.feed(delta.text, delta.finish_reason is not None)
                 for kind, text in (("reasoning", parsed.reasoning), ("message", parsed.content)):
                     if text:

@@ -164,6 +164,7 @@ class Generation:
                     if delta.finish_reason == "abort":
                         raise EngineStopped("the server is stopping")
                     self._completion += len(delta.token_ids)
+                    self.reasoning_tokens += delta.reasoning_tokens
                     if delta.usage:
                         self._drafts += delta.usage.draft_tokens
                         self._accepted += delta.usage.accepted_tokens
