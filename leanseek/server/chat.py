@@ -7,8 +7,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from leanseek.engine import Delta, Guide
-from leanseek.server.errors import ApiError
 from leanseek.server.events import EventStream
+from leanseek.server.forms import (
+    call_form,
+    check_chat,
+    check_form,
+    forced_tools,
+    form_or_calls,
+    offered_tools,
+    requested_form,
+)
 from leanseek.server.parsers import (
     THINK,
     ForcedCallParser,
@@ -18,8 +26,8 @@ from leanseek.server.parsers import (
     ReasoningSplitter,
     ToolCallParser,
 )
-from leanseek.server.schema import ChatRequest, NamedTool, Object, Sampling, Tool
-from leanseek.server.service import Generation, Service, chat_logprob, new_id, requested_guide
+from leanseek.server.schema import ChatRequest, Sampling
+from leanseek.server.service import Generation, Service, chat_logprob, new_id
 
 CLOSE_THINKING = "\n</think>\n\n"  # guided output has no room for reasoning: the prompt ends it
 
@@ -31,17 +39,22 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
     """
     service.check_model(request.model)
-    tools = _offered(request)
-    forced = _forced(request, tools)
-    guide = requested_guide(request.response_format, request.structured_outputs)
-    if forced:
-        guide = _call_guide(forced)
+    check_chat(request)
+    tools = offered_tools(request)
+    forced = forced_tools(request, tools)
+    written = service.template.family.tools if tools else None  # how the model writes calls
+    held = requested_form(request.response_format, request.structured_outputs)
+    if forced:  # a call has no content that response_format could be about
+        held = call_form(forced)
+    elif held and tools:
+        held = form_or_calls(held, tools, written, request.parallel_tool_calls is not False, service.tokenizer)
+    check_form(held, request, request.chat_template_kwargs)
+    guide = held.guide if held else None
     prompt = await service.render(request.messages, tools, request.chat_template_kwargs)
     prompt, opened = thinking_state(prompt, guide)
-    form = service.template.family.tools if tools else None
     most = 1 if request.parallel_tool_calls is False else None
     split = [
-        OutputParser(reasoning_splitter(service, opened, guide), ToolCallParser(form, most) if form else None)
+        OutputParser(reasoning_splitter(service, opened, guide), ToolCallParser(written, most) if written else None)
         for _ in range(max(1, request.n or 1))
     ]
     generation = await generate_chat(
@@ -224,45 +237,3 @@ def _delta_object(parsed: Parsed) -> dict[str, Any]:
             function["name"] = call.name
         delta["tool_calls"].append(piece)
     return delta
-
-
-# ---- tools ----
-
-
-def _offered(request: ChatRequest) -> list[Tool] | None:
-    """The tools the model is told about."""
-    if request.tool_choice == "none" or not request.tools:
-        if request.tool_choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice needs tools", param="tool_choice")
-        return None
-    return request.tools
-
-
-def _forced(request: ChatRequest, tools: list[Tool] | None) -> list[Tool] | None:
-    """The tools of which the model must call one; None where it may choose to answer."""
-    if tools is None or request.tool_choice in (None, "auto"):
-        return None
-    if not isinstance(request.tool_choice, NamedTool):
-        return tools
-    name = request.tool_choice.function.name
-    named = [tool for tool in tools if tool.function.name == name]
-    if not named:
-        raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
-    return named[:1]
-
-
-def _call_guide(tools: list[Tool]) -> Guide:
-    """Arguments of the one tool, or {"name", "arguments"} of one of several (as `ForcedCallParser` reads)."""
-    arguments: list[Object] = [tool.function.parameters or {"type": "object"} for tool in tools]
-    if len(tools) == 1:
-        return Guide.json_schema(arguments[0])
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool.function.name}, "arguments": schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool, schema in zip(tools, arguments, strict=True)
-    ]
-    return Guide.json_schema({"anyOf": calls})

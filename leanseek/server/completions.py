@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from leanseek.engine import Delta, Tokenizer, TokenLogprob
 from leanseek.server.errors import ApiError
 from leanseek.server.events import EventStream
+from leanseek.server.forms import check_completion, check_form, requested_form
 from leanseek.server.schema import CompletionRequest
 from leanseek.server.service import (
     MIN_LOGPROB,
     Generation,
     Service,
     new_id,
-    requested_guide,
     token_text,
 )
 
@@ -32,8 +32,10 @@ async def completions(service: Service, request: CompletionRequest) -> dict[str,
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
     """
     service.check_model(request.model)
+    check_completion(request)
     prompts = [await _prompt_ids(service, prompt, request.suffix) for prompt in _listed(request.prompt)]
-    guide = requested_guide(request.response_format, request.structured_outputs)
+    form = requested_form(request.response_format, request.structured_outputs)
+    check_form(form, request)
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     requests = [
         (
@@ -43,7 +45,7 @@ async def completions(service: Service, request: CompletionRequest) -> dict[str,
                 len(ids),
                 max(1, max_tokens),  # 0 asks for the prompt's logprobs: one token is made and dropped
                 n=request.n,
-                guided=guide,
+                guided=form.guide if form else None,
                 logprobs=request.logprobs,
                 prompt_logprobs=request.logprobs if request.echo else None,
             ),

@@ -11,9 +11,10 @@ from leanseek.engine import EngineStopped, RequestFailed
 from leanseek.server.chat import generate_chat, reasoning_splitter, thinking_state
 from leanseek.server.errors import ApiError, as_api_error
 from leanseek.server.events import EventStream
+from leanseek.server.forms import check_form, requested_form
 from leanseek.server.parsers import OutputParser
 from leanseek.server.schema import InputMessage, JsonSchema, Message, ResponsesRequest, TextFormat
-from leanseek.server.service import Generation, Service, new_id, requested_guide
+from leanseek.server.service import Generation, Service, new_id
 
 Event = dict[str, Any]
 
@@ -30,7 +31,9 @@ async def responses(service: Service, request: ResponsesRequest) -> dict[str, An
         raise ApiError(400, message, param="previous_response_id")
     if request.tools:
         raise ApiError(400, "tools are served by /v1/chat/completions", param="tools")
-    guide = requested_guide(_format(request), request.structured_outputs)
+    form = requested_form(_format(request), request.structured_outputs, "text.format")
+    check_form(form, request, request.chat_template_kwargs)
+    guide = form.guide if form else None
     prompt = await service.render(_messages(request), None, request.chat_template_kwargs)
     prompt, opened = thinking_state(prompt, guide)
     parser = OutputParser(reasoning_splitter(service, opened, guide), None)

@@ -13,7 +13,6 @@ from leanseek.engine import (
     AsyncEngine,
     Delta,
     EngineStopped,
-    Guide,
     SamplingParams,
     Stream,
     Tokenizer,
@@ -21,7 +20,7 @@ from leanseek.engine import (
 )
 from leanseek.server.errors import ApiError
 from leanseek.server.metrics import Metrics
-from leanseek.server.schema import Message, Object, Sampling, StreamOptions, StructuredOutputs, TextFormat, Tool
+from leanseek.server.schema import Message, Object, Sampling, StreamOptions, Tool
 from leanseek.server.templates import ChatTemplate
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -224,32 +223,6 @@ def chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob, top: int) -> dict[st
 
     alternatives = [one(*other) for other in entry.top[:top]]
     return one(entry.token_id, entry.logprob) | {"top_logprobs": alternatives}
-
-
-def requested_guide(form: TextFormat | None, outputs: StructuredOutputs | None) -> Guide | None:
-    """The form that `response_format` (OpenAI's) or `structured_outputs` (vLLM's) asks for.
-
-    Raises:
-        ApiError: more than one form, or one that is not given whole.
-    """
-    guides: list[Guide] = []
-    if form and form.type == "json_object":
-        guides.append(Guide.json_object())
-    elif form and form.type == "json_schema":
-        if form.json_schema is None or form.json_schema.schema_ is None:
-            raise ApiError(400, "response_format of type json_schema needs json_schema.schema", param="response_format")
-        guides.append(Guide.json_schema(form.json_schema.schema_))
-    if outputs and outputs.json_ is not None:
-        guides.append(Guide.json_schema(outputs.json_))
-    if outputs and outputs.regex is not None:
-        guides.append(Guide.regex(outputs.regex))
-    if outputs and outputs.choice:
-        guides.append(Guide.choice(outputs.choice))
-    if outputs and outputs.grammar is not None:
-        guides.append(Guide.grammar(outputs.grammar))
-    if len(guides) != bool(guides or outputs):
-        raise ApiError(400, "give one form of output: response_format, or one of structured_outputs")
-    return guides[0] if guides else None
 
 
 def _for_template(message: Message) -> dict[str, Any]:
