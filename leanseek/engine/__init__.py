@@ -14,6 +14,7 @@ from leanseek.engine.outputs import (
 )
 from leanseek.engine.params import EngineError, Guide, SamplingParams
 from leanseek.engine.sequence import Request
+from leanseek.engine.spans import Spans
 from leanseek.engine.tokenizer import Tokenizer
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RequestFailed",
     "RequestOutput",
     "SamplingParams",
+    "Spans",
     "Stream",
     "Timing",
     "TokenLogprob",

@@ -159,7 +159,11 @@ class Engine:
             text = None
             if self.tokenizer:
                 text = TextStream(
-                    self.tokenizer, params.stop_strings, params.skip_special_tokens, params.include_stop_str_in_output
+                    self.tokenizer,
+                    params.stop_strings,
+                    params.skip_special_tokens,
+                    params.include_stop_str_in_output,
+                    params.spans,
                 )
             sequence = Sequence(
                 request=request,
@@ -258,6 +262,7 @@ class Engine:
         if not s.first_token:
             s.first_token = time.monotonic()
         end, count = None, 0
+        thought = s.text.reasoning_tokens if s.text else 0
         for token in tokens:
             s.tokens.append(token)
             count += 1
@@ -274,6 +279,8 @@ class Engine:
         self._register_pages(s)
         text = s.text.take(final=end is not None) if s.text else ""
         delta = Delta(s.request_id, s.index, tokens, text)
+        if s.text:
+            delta.reasoning_tokens = s.text.reasoning_tokens - thought
         if result.logprobs and s in result.logprobs:
             delta.logprobs = result.logprobs[s][:count]
         if s.prompt_logprobs:

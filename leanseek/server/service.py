@@ -13,7 +13,6 @@ from leanseek.engine import (
     AsyncEngine,
     Delta,
     EngineStopped,
-    Guide,
     SamplingParams,
     Stream,
     Tokenizer,
@@ -21,7 +20,7 @@ from leanseek.engine import (
 )
 from leanseek.server.errors import ApiError
 from leanseek.server.metrics import Metrics
-from leanseek.server.schema import Message, Object, Sampling, StreamOptions, StructuredOutputs, TextFormat, Tool
+from leanseek.server.schema import Message, Object, Sampling, StreamOptions, Tool
 from leanseek.server.templates import ChatTemplate
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -164,6 +163,7 @@ class Generation:
                     if delta.finish_reason == "abort":
                         raise EngineStopped("the server is stopping")
                     self._completion += len(delta.token_ids)
+                    self.reasoning_tokens += delta.reasoning_tokens
                     if delta.usage:
                         self._drafts += delta.usage.draft_tokens
                         self._accepted += delta.usage.accepted_tokens
@@ -202,45 +202,27 @@ def new_id(kind: str) -> str:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.token_bytes(token).decode(errors="replace")
+    """A token as logprobs name it.
+
+    A part of a character is spelled `bytes:\\xe2\\x82`, as OpenAI does, and an id without a token `token_id:5`: neither
+    may share a name with another.
+    """
+    spelled = tokenizer.token_bytes(token)
+    try:
+        return spelled.decode() or f"token_id:{token}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob, top: int) -> dict[str, Any]:
     """A token's log-probability as chat and responses report it."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        spelled = tokenizer.token_bytes(token)
-        text = spelled.decode(errors="replace")
-        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(spelled)}
+        spelled = list(tokenizer.token_bytes(token))
+        return {"token": token_text(tokenizer, token), "logprob": max(logprob, MIN_LOGPROB), "bytes": spelled}
 
     alternatives = [one(*other) for other in entry.top[:top]]
     return one(entry.token_id, entry.logprob) | {"top_logprobs": alternatives}
-
-
-def requested_guide(form: TextFormat | None, outputs: StructuredOutputs | None) -> Guide | None:
-    """The form that `response_format` (OpenAI's) or `structured_outputs` (vLLM's) asks for.
-
-    Raises:
-        ApiError: more than one form, or one that is not given whole.
-    """
-    guides: list[Guide] = []
-    if form and form.type == "json_object":
-        guides.append(Guide.json_object())
-    elif form and form.type == "json_schema":
-        if form.json_schema is None or form.json_schema.schema_ is None:
-            raise ApiError(400, "response_format of type json_schema needs json_schema.schema", param="response_format")
-        guides.append(Guide.json_schema(form.json_schema.schema_))
-    if outputs and outputs.json_ is not None:
-        guides.append(Guide.json_schema(outputs.json_))
-    if outputs and outputs.regex is not None:
-        guides.append(Guide.regex(outputs.regex))
-    if outputs and outputs.choice:
-        guides.append(Guide.choice(outputs.choice))
-    if outputs and outputs.grammar is not None:
-        guides.append(Guide.grammar(outputs.grammar))
-    if len(guides) != bool(guides or outputs):
-        raise ApiError(400, "give one form of output: response_format, or one of structured_outputs")
-    return guides[0] if guides else None
 
 
 def _for_template(message: Message) -> dict[str, Any]:
