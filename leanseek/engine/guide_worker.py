@@ -1,4 +1,4 @@
-"""Compiles guides. Run as a script it does so on trial: a guide that takes too long or breaks llguidance ends its process.
+"""Compiles guides. Run as a script it does so on trial: what takes too long or breaks llguidance ends its process.
 
 It imports nothing of leanseek, so that a process starts fast.
 """
