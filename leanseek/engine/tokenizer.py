@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -34,7 +34,9 @@ class Tokenizer:
         config = folder / "tokenizer_config.json"
         self.bos_token_id = self._leading_token(json.loads(config.read_text())) if config.is_file() else None
         self._added = self.inner.get_added_tokens_decoder()
+        self.added_ids = sorted(self._added)
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
+        self._spelled: dict[int, bytes] = {}  # of tokens there are, and so no larger than the vocabulary
 
     def _leading_token(self, config: dict[str, object]) -> int | None:
         """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
@@ -64,9 +66,16 @@ class Tokenizer:
         kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
 
-    @cache  # noqa: B019  (one tokenizer lives as long as its process)
     def token_bytes(self, token: int) -> bytes:
         """What a token spells: bytes, because a character may span tokens. Ids without a token spell nothing."""
+        spelled = self._spelled.get(token)
+        if spelled is None:
+            spelled = self._spell(token)
+            if spelled:
+                self._spelled[token] = spelled
+        return spelled
+
+    def _spell(self, token: int) -> bytes:
         if token in self._added:
             return str(self._added[token].content).encode()
         spelled = self.inner.id_to_token(token)
@@ -76,6 +85,13 @@ class Tokenizer:
         if all(character in alphabet for character in spelled):
             return bytes(alphabet[character] for character in spelled)
         return str(spelled).encode()
+
+    def ordinary_encoder(self) -> Callable[[str], list[int]]:
+        """Ids of a text in ordinary tokens alone: added tokens spelled in it stay text. Made anew at each call."""
+        described = json.loads(self.inner.to_str())
+        described["added_tokens"] = []
+        ordinary = tokenizers.Tokenizer.from_str(json.dumps(described))
+        return lambda text: list(ordinary.encode(text, add_special_tokens=False).ids)
 
 
 @cache
