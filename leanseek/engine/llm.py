@@ -203,9 +203,9 @@ class LLM:
             if self.tokenizer is None:
                 raise EngineError("a text prompt needs a tokenizer.json beside the model; give token ids instead")
             prompt = self.tokenizer.encode(prompt)
-        request = Request(f"request-{next(self._numbers)}", list(prompt), params)
-        self.engine.check(request.prompt_token_ids, params)
-        return request
+        self.engine.check(prompt, params)
+        number = next(self._numbers)
+        return Request(f"request-{number}", list(prompt), params, matcher=self.engine.matcher(params))
 
     def _run(self, requests: Sequence[Request]) -> Generator[Delta, None, None]:
         """Deltas of the requests until they have ended."""

@@ -45,7 +45,7 @@ async def responses(service: Service, request: ResponsesRequest) -> dict[str, An
     Raises:
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
     """
-    generation, (parser,) = await begin_chat(service, _as_chat(request))
+    generation, (parser,) = await begin_chat(service, _as_chat(request), "text.format")
     answer = _Answer(service, request, generation, parser)
     if request.stream:
         return EventStream(generation, answer.events(), done=False)
@@ -144,7 +144,6 @@ class _Answer:
     def __init__(self, service: Service, request: ResponsesRequest, generation: Generation, parser: Parser):
         self._generation = generation
         self._parser = parser
-        self._parallel = request.parallel_tool_calls is not False
         self._numbers = itertools.count()
         self._open: dict[str, Any] | None = None  # the output item that is being written
         self.error: ApiError | None = None
@@ -160,7 +159,7 @@ class _Answer:
             "metadata": request.metadata or {},
             "model": service.model_name,
             "output": [],
-            "parallel_tool_calls": self._parallel,
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": request.temperature,
@@ -178,17 +177,14 @@ class _Answer:
         reason = None
         try:
             async for _, delta in self._generation:
-                if self._parser.in_reasoning:
-                    self._generation.reasoning_tokens += len(delta.token_ids)
                 parsed = self._parser.feed(delta.text, delta.finish_reason is not None)
                 for kind, text in (("reasoning", parsed.reasoning), ("message", parsed.content)):
                     if text:
                         for event in self._write(kind, text):
                             yield event
                 for call in parsed.tool_calls:
-                    if self._parallel or call.index == 0:
-                        for event in self._call(call):
-                            yield event
+                    for event in self._call(call):
+                        yield event
                 reason = delta.finish_reason
         except (RequestFailed, EngineStopped) as error:
             self.error = as_api_error(error)
