@@ -177,8 +177,12 @@ def test_a_bug_of_ours_is_a_500_without_a_traceback(serve: Any, caplog: pytest.L
 def test_a_client_that_leaves_frees_the_engine(serve: Any, path: str, stream: bool) -> None:
     served = serve()
     served.engine.pause_s = 0.1
-    messages = [{"role": "user", "content": "Hi"}]
-    body = {"messages": messages, "prompt": ["Hi", "Ho"], "input": "Hi", "stream": stream, "max_tokens": 100}
+    asked: dict[str, Any] = {
+        CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
+        "/v1/completions": {"prompt": ["Hi", "Ho"]},
+        "/v1/responses": {"input": "Hi"},
+    }
+    body = asked[path] | {"stream": stream, "max_tokens": 100}
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=served.url, timeout=0.3) as leaving:
         if stream:
             with leaving.stream("POST", path, json=body) as answer:
