@@ -23,7 +23,7 @@ class EngineError(InputError):
 
 @dataclass(frozen=True)
 class Guide:
-    """A form the output must have. Made by the constructors below; compiled when the request is added."""
+    """A form the output must have. Made by the constructors below; compiled before the request is added."""
 
     kind: Literal["json_schema", "regex", "grammar"]
     source: str

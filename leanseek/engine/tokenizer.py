@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import tokenizers
 
 from leanseek.engine.params import EngineError
 from leanseek.engine.spans import Spans, SpanTracker
+from leanseek.errors import InputError
+from leanseek.tokens import open_tokenizer
 
 
 class Tokenizer:
@@ -24,15 +26,17 @@ class Tokenizer:
     def __init__(self, folder: Path):
         self.file = folder / "tokenizer.json"
         try:
-            self.inner = tokenizers.Tokenizer.from_file(str(self.file))
-        except Exception as error:  # the library raises bare Exception
-            raise EngineError(f"{self.file} is not a tokenizer.json ({error})") from None
+            self.inner = open_tokenizer(self.file)
+        except InputError as error:
+            raise EngineError(str(error)) from None
         if not isinstance(self.inner.decoder, tokenizers.decoders.ByteLevel):
             raise EngineError(f"{self.file} is not byte-level; this family's tokenizers are")
         config = folder / "tokenizer_config.json"
         self.bos_token_id = self._leading_token(json.loads(config.read_text())) if config.is_file() else None
         self._added = self.inner.get_added_tokens_decoder()
+        self.added_ids = sorted(self._added)
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
+        self._spelled: dict[int, bytes] = {}  # of tokens there are, and so no larger than the vocabulary
 
     def _leading_token(self, config: dict[str, object]) -> int | None:
         """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
@@ -62,9 +66,16 @@ class Tokenizer:
         kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
 
-    @cache  # noqa: B019  (one tokenizer lives as long as its process)
     def token_bytes(self, token: int) -> bytes:
         """What a token spells: bytes, because a character may span tokens. Ids without a token spell nothing."""
+        spelled = self._spelled.get(token)
+        if spelled is None:
+            spelled = self._spell(token)
+            if spelled:
+                self._spelled[token] = spelled
+        return spelled
+
+    def _spell(self, token: int) -> bytes:
         if token in self._added:
             return str(self._added[token].content).encode()
         spelled = self.inner.id_to_token(token)
@@ -74,6 +85,13 @@ class Tokenizer:
         if all(character in alphabet for character in spelled):
             return bytes(alphabet[character] for character in spelled)
         return str(spelled).encode()
+
+    def ordinary_encoder(self) -> Callable[[str], list[int]]:
+        """Ids of a text in ordinary tokens alone: added tokens spelled in it stay text. Made anew at each call."""
+        described = json.loads(self.inner.to_str())
+        described["added_tokens"] = []
+        ordinary = tokenizers.Tokenizer.from_str(json.dumps(described))
+        return lambda text: list(ordinary.encode(text, add_special_tokens=False).ids)
 
 
 @cache

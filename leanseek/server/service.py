@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from leanseek.engine import (
     AsyncEngine,
@@ -18,10 +20,13 @@ from leanseek.engine import (
     Tokenizer,
     TokenLogprob,
 )
+from leanseek.engine.confined import LANES
 from leanseek.server.errors import ApiError
 from leanseek.server.metrics import Metrics
 from leanseek.server.schema import Message, Object, Sampling, StreamOptions, Tool
 from leanseek.server.templates import ChatTemplate
+
+T = TypeVar("T")
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -54,6 +59,18 @@ class Service:
     model_name: str
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
+    # Templates and guides may keep a thread waiting for seconds: not those that everything else uses.
+    _templates: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(LANES, "template"))
+    _guides: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(LANES, "guide"))
+
+    def close(self) -> None:
+        """Let go of what still waits for a template or a guide."""
+        self.template.close()
+        self._templates.shutdown(wait=False, cancel_futures=True)
+        self._guides.shutdown(wait=False, cancel_futures=True)
+
+    async def _apart(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, partial(function, *arguments))
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError: the request is for another model."""
@@ -87,7 +104,8 @@ class Service:
         Raises:
             TemplateError: the template refuses the messages.
         """
-        return await asyncio.to_thread(
+        return await self._apart(
+            self._templates,
             self.template.render,
             [_for_template(message) for message in messages],
             [tool.model_dump(exclude_none=True) for tool in tools or []] or None,
@@ -128,12 +146,13 @@ class Service:
         if len(requests) > self.engine.capacity:
             raise ApiError(400, f"{len(requests)} prompts at once; this server takes {self.engine.capacity}")
         for prompt, params in requests:
-            if params.guided:  # compiling a grammar takes long
-                await asyncio.to_thread(self.engine.check, prompt, params)
+            self.engine.check(prompt, params)
+        params = requests[0][1]  # those of one answer share their guide
+        matcher = await self._apart(self._guides, self.engine.matcher, params) if params.guided else None
         streams: list[Stream] = []
         try:
             for prompt, params in requests:
-                streams.append(self.engine.submit(prompt, params, priority))
+                streams.append(self.engine.submit(prompt, params, priority, matcher=matcher))
         except Exception:
             for stream in streams:
                 stream.close()

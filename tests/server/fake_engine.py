@@ -54,6 +54,9 @@ class FakeStream:
             raise RequestFailed(self._engine.failure)
         return self._deltas.popleft()
 
+    def abort(self) -> None:
+        self._deltas = deque([Delta("fake", finish_reason="abort")])
+
     def close(self) -> None:
         if self in self._engine.open:
             self._engine.open.discard(self)
@@ -87,7 +90,24 @@ class FakeEngine:
         if max(prompt) >= self.config.vocab_size:
             raise EngineError("a prompt token lies outside the vocabulary")
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> FakeStream:
+    @property
+    def accepting(self) -> bool:
+        return self.alive and not self.stopped
+
+    def refuse(self) -> None:
+        self.stopped = True
+
+    def stop(self, timeout: float | None = None) -> None:
+        self.stopped = True
+        for stream in list(self.open):
+            stream.abort()
+
+    def matcher(self, params: SamplingParams) -> None:
+        return None
+
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, priority: int = 0, matcher: object = None
+    ) -> FakeStream:
         self.check(prompt, params)
         if self.stopped:
             raise EngineStopped("the engine takes no more requests")

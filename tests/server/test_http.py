@@ -144,7 +144,7 @@ def test_an_engine_that_stops_is_unavailable(serve: Any) -> None:
     served.engine.stopped = True
     answer = served.chat()
     assert answer.status_code == 503 and answer.headers["retry-after"] and error(answer)
-    assert served.http.get("/health").status_code == 200
+    assert served.http.get("/health").status_code == 503
     served.engine.alive = False
     assert served.http.get("/health").status_code == 503
 
@@ -226,7 +226,6 @@ def test_tokens_and_back(serve: Any) -> None:
     assert http.post("/detokenize", json={"tokens": answer["tokens"][1:]}).json() == {"prompt": "aé"}
     chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]}).json()
     assert chat["count"] == 4
-    assert http.post("/detokenize", json={"tokens": [2**31 - 1]}).json() == {"prompt": ""}
     assert http.post("/detokenize", json={"tokens": [-1]}).status_code == 400
     assert http.post("/tokenize", json={}).status_code == 400
 
