@@ -19,7 +19,7 @@ def prepare(
     train_tokenizer: Annotated[int | None, typer.Option(metavar="VOCAB", help="train one of this size")] = None,
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = 0.05,
     seed: Annotated[int, typer.Option(help="of the validation split")] = 0,
-    workers: Annotated[int | None, typer.Option(help="processes; one a core when unset")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes  [default: one for each CPU that may be used]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tokenize INPUTS into the shard folder OUT. Interrupted, it goes on where it was."""

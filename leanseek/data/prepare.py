@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from leanseek.data.files import DataError, documents, input_files, read
 from leanseek.data.shards import SPLITS, Prepared, ShardWriter, summary, to_json, write_atomic, write_manifest
 from leanseek.data.tokenizer import end_token, load_tokenizer, save_tokenizer, token_bytes, train_tokenizer
+from leanseek.threads import cpus
 
 SHARD_TOKENS = 1 << 24  # of both splits together: the most that a killed run has to do again
 _BATCH_CHARACTERS = 1 << 18  # sent to a process at a time
@@ -82,7 +83,7 @@ def prepare(
     """Turn `inputs` into the shard folder `out`; finished work is kept.
 
     tokenizer: a tokenizer.json; or train_vocab: the size of one to train on the training documents.
-    workers: processes that encode; one a core when None. They do not change the result.
+    workers: processes that encode; one for each CPU that may be used when None. They do not change the result.
 
     Raises:
         DataError: unreadable input, or `out` was prepared with other settings.
@@ -105,7 +106,7 @@ def prepare(
             task = progress.add_task("tokenizer", total=None)
             _place_tokenizer(out, files, tokenizer, settings)
             progress.update(task, total=1, completed=1)
-        entries = _write_shards(out, files, settings, workers or os.cpu_count() or 1, progress)
+        entries = _write_shards(out, files, settings, workers or cpus(), progress)
     if not entries:
         raise DataError(f"there is no text in {', '.join(map(str, inputs))}")
     write_manifest(out, entries)

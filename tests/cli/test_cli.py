@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from leanseek.cli import app
 from leanseek.ops import cpu
 
 
@@ -87,3 +89,13 @@ def test_report_survives_what_a_run_may_leave_behind(tmp_path: Path) -> None:
     assert write_picture(tmp_path, tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "metrics.jsonl").write_text("")
     write_report(tmp_path)
+
+
+def test_every_command_takes_the_same_device_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU where there is one: `load_engine` decides, and nobody before it."""
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "leanseek.engine.AsyncEngine.load", lambda model, **options: asked.append(options["device"]) or 1 / 0
+    )
+    done = CliRunner().invoke(app, ["serve", "/nowhere", "--port", "0"])
+    assert isinstance(done.exception, ZeroDivisionError) and asked == [None]
