@@ -138,12 +138,12 @@ def test_data_is_prepared_on_the_cpus_that_may_be_used(tmp_path: Path, monkeypat
     (tmp_path / "a.txt").write_text("some text\n" * 50)
     asked = []
 
-    def write_shards(out: Path, files: object, settings: object, workers: int, progress: object) -> None:
+    def write(out: Path, source: object, settings: object, tokenizer: object, workers: int) -> None:
         asked.append(workers)
-        raise KeyboardInterrupt
+        raise StopIteration
 
-    monkeypatch.setattr(prepare_module, "_write_shards", write_shards)
+    monkeypatch.setattr(prepare_module, "_write", write)
     monkeypatch.setattr(threads, "_allowed", lambda: {5})
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StopIteration):
         prepare_module.prepare([tmp_path / "a.txt"], tmp_path / "out", train_vocab=300)
     assert asked == [1]

@@ -347,3 +347,16 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match=r"train.device = 'cuda:99'"):
         Trainer(but(train={"device": "cuda:99"}))
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leanseek.training import metrics
+
+    monkeypatch.setattr(metrics, "_SAY_EVERY", -1)
+    said: list[str] = []
+    with metrics.Metrics(tmp_path, 9, 0) as seen:
+        monkeypatch.setattr(seen, "say", said.append)
+        seen.show(1, "loss 3")
+        monkeypatch.setattr(metrics, "_SAY_EVERY", 3600)
+        seen.show(2, "loss 2")
+    assert said == ["step 1: loss 3"]
