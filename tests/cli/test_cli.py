@@ -33,8 +33,9 @@ def test_doctor_names_a_path_for_every_op() -> None:
     assert found["training_dtype"] in ("float32", "bfloat16")
     assert {"linear", "experts", "latent_attention"} <= {path["op"] for path in found["ops"]}
     text = leanseek("doctor").stdout
-    assert max(map(len, text.splitlines()[5:])) <= 100  # the table of ops fits a terminal
-    assert found["kernels"]["detail"]
+    assert max(map(len, text.splitlines()[6:])) <= 100  # the table of ops fits a terminal
+    assert found["kernels"]["detail"] and found["cpus"] >= 1
+    assert f"a thread without work: {found['waiting']}" in text
     assert re.match(r"\d+, (nothing to interleave|weights (not )?interleaved)", found["memory_nodes"])
 
 
