@@ -18,7 +18,8 @@ NO_KERNEL = {
     "packed_experts": "see experts",
 }
 LEGEND = """
-Any number of rows, where none is named. avx...: native kernels; triton: GPU kernels; torch: the references.
+Any number of rows, where none is named.
+avx...: native kernels; triton: GPU kernels; torch: the references.
 In serving, ops that stack_step computes as one call are not asked one by one.
 -: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
 
