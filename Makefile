@@ -32,8 +32,8 @@ demo: $(BIN)/leanseek.stamp
 	test -d corpora/shakespeare || $(BIN)/leanseek data fetch shakespeare --out corpora/shakespeare
 	$(BIN)/leanseek data prepare corpora/shakespeare --out shards/shakespeare --train-tokenizer 4096
 	rm -rf $(DEMO) $(DEMO)-unbalanced
-	$(BIN)/leanseek train configs/demo-unbalanced.toml
-	$(BIN)/leanseek train configs/demo.toml --compare $(DEMO)-unbalanced
+	$(BIN)/leanseek train configs/demo-unbalanced.toml --minutes 2
+	$(BIN)/leanseek train configs/demo.toml --minutes 6.5 --compare $(DEMO)-unbalanced
 	$(BIN)/leanseek generate $(DEMO) "KING HENRY." --max-tokens 120 --seed 1
 	@echo "The report: $(DEMO)/report.html"
 

@@ -201,7 +201,8 @@ class _Loop:
         self.data, self.held_out, self.metrics = data, held_out, metrics
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
         device, dtype = start.trainer.device, start.trainer.dtype
-        self.peak = gemm_rate(dtype, device, size=None if device.type == "cuda" else 1024)
+        self.peak = 0.0
+        self._probe()
         self.saved = start.step
         for line in start.broken:
             metrics.event(start.step, "passed_over", line)
@@ -262,11 +263,19 @@ class _Loop:
         prune(self.folder, self.run.checkpoint.keep_last, self.run.checkpoint.keep_every)
         self.saved = step
 
+    def _probe(self) -> None:
+        """Measure the GEMM rate that MFU is quoted against: the best seen, as others may be at work just now."""
+        device = self.trainer.device
+        if device.type == "cpu" or not self.peak:  # later a GPU may have no memory left for it
+            size = 1024 if device.type == "cpu" else None
+            self.peak = max(self.peak, gemm_rate(self.trainer.dtype, device, size, seconds=0.3))
+
     def _tokens(self, step: int) -> int:
         return samples_before(self.run, step) * self.run.data.seq_len
 
     def _log(self, step: int, size: int, seconds: float, result: StepResult) -> None:
         rate = size * self.run.data.seq_len / seconds
+        self.peak = max(self.peak, rate * self.flops)  # a step beats the probe where others were at work during that
         row: dict[str, Any] = {
             "step": step,
             "tokens": self._tokens(step),
@@ -321,4 +330,5 @@ class _Loop:
         if self.run.model.num_nextn_predict_layers:
             row["val_mtp_loss"] = mtp / targets
         self.metrics.write(row)
+        self._probe()
         self.metrics.say(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte")

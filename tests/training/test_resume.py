@@ -16,13 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from leanseek import load
 from leanseek.checkpoint import training as checkpoints
 from leanseek.checkpoint.training import newest_checkpoint, read_checkpoint, steps_on_disk
+from leanseek.cli import app
+from leanseek.config import ConfigError
 from leanseek.data.prepare import prepare
 from leanseek.errors import RunError
-from leanseek.training import RunConfig, Summary, train
+from leanseek.training import RunConfig, Summary, loop, pace, train
 from leanseek.training.metrics import read_rows
 from leanseek.training.trainer import Trainer
 
@@ -393,3 +396,76 @@ def test_a_single_bad_step_is_left_out_and_the_run_goes_on(
     assert message.startswith("step 5: gradient of layers.0.mlp.up_proj.weight is not finite")
     assert [row["grad_norm"] is None for row in found if "loss" in row] == [False] * 4 + [True] + [False] * 3
     assert read_checkpoint(tmp_path / "run/checkpoints/step-5").state["skipped"] == 1
+
+
+# ---- how fast ----
+
+
+@pytest.mark.parametrize(
+    ("probes", "best"),
+    [
+        ([1.0], 0.0),  # something else took the machine, whenever it was measured: the steps themselves are better
+        ([1.0, 1e15, 1.0], 1e15),  # the best that was seen, from then on
+        ([1e16, 1e15], 1e16),
+    ],
+)
+def test_no_step_is_faster_than_the_machine(
+    probes: list[float], best: float, go: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(probes)
+    monkeypatch.setattr(loop, "gemm_rate", lambda *_, **__: left.pop(0) if len(left) > 1 else left[0])
+    go()
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "mfu" in row]
+    assert len(rows) == 24 and all(0 < row["mfu"] <= 1 for row in rows)
+    fastest = max(row["flops_per_second"] for row in rows)
+    assert rows[-1]["flops_per_second"] / rows[-1]["mfu"] == pytest.approx(max(best, fastest))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "steps", "warmup", "said"),
+    [
+        (1.0, 24, 3, "this machine trains 100 tokens/s: 24 steps (all 24), about 0.4 minutes"),
+        (0.256, 16, 2, "this machine trains 100 tokens/s: 16 steps (instead of 24), about 0.3 minutes"),
+        (0.02, 1, 0, "this machine trains 100 tokens/s: 1 steps (instead of 24), about 0.0 minutes"),
+    ],
+)
+def test_as_many_steps_as_fit(
+    minutes: float, steps: int, warmup: int, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "tokens_per_second", lambda run: 100.0)
+    run, line = pace.fit_steps(config(place), minutes)
+    assert (run.train.steps, run.schedule.warmup_steps, line) == (steps, warmup, said)
+    assert run.data == config(place).data and run.model == config(place).model
+    with pytest.raises(ConfigError, match=r"100 tokens/s, so no step of 96 tokens fits into 0\.01 minutes"):
+        pace.fit_steps(config(place), 0.01)
+
+
+def test_the_pace_counts_evaluations(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second; eight sequences are evaluated for each 32 trained on, at a third of the cost."""
+    now = [0.0]
+    step = Trainer.step
+
+    def counted(self: Trainer, tokens: torch.Tensor, number: int) -> object:
+        now[0] += 1.0
+        return step(self, tokens, number)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    assert pace.tokens_per_second(config(place)) == pytest.approx(4 * 24 / (1 + 8 / 32 / 3))
+
+
+def test_a_run_that_was_fitted_is_the_shorter_run(
+    place: Path, go: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--minutes` times steps before the run and leaves no trace in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        pace, "tokens_per_second", lambda run: (Trainer(run).step(pace.random_tokens(run), 0), 100.0)[1]
+    )
+    command = ["train", str(place / "run.toml"), f"data.path={place / 'shards'}", "--minutes", "0.128"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "8 steps (instead of 24)" in done.stderr
+    go("train.steps=8", "schedule.warmup_steps=1", runs=tmp_path / "plain")
+    assert history(tmp_path / "runs" / "run") == history(tmp_path / "plain" / "run")
+    again = CliRunner().invoke(app, [*command, "--resume"])
+    assert again.exit_code and "leave it away with --resume" in str(again.exception)
