@@ -133,12 +133,17 @@ def prepare(
         if not (out / "manifest.json").is_file():
             share = _share(found.files, validation_fraction, seed, max_document)
             source = _Source(found.files, share, seed, max_document)
-            _write(out, source, settings, tokenizer, workers or len(os.sched_getaffinity(0)))
+            _write(out, source, settings, tokenizer, workers or _cores())
     except OSError as error:
         raise _disk_error(out, error) from None
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; {out} keeps its whole shards, and the same command goes on") from None
     return summary(out, len(found.files), tuple(found.skipped))
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _identity(path: Path) -> list[Any]:

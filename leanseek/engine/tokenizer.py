@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ import tokenizers
 
 from leanseek.engine.params import EngineError
 from leanseek.errors import InputError
-from leanseek.tokens import open_tokenizer
+from leanseek.tokens import open_tokenizer, read_object
 
 
 class Tokenizer:
@@ -26,12 +25,12 @@ class Tokenizer:
         self.file = folder / "tokenizer.json"
         try:
             self.inner = open_tokenizer(self.file)
+            config = read_object(folder / "tokenizer_config.json")
         except InputError as error:
             raise EngineError(str(error)) from None
         if not isinstance(self.inner.decoder, tokenizers.decoders.ByteLevel):
             raise EngineError(f"{self.file} is not byte-level; this family's tokenizers are")
-        config = folder / "tokenizer_config.json"
-        self.bos_token_id = self._leading_token(json.loads(config.read_text())) if config.is_file() else None
+        self.bos_token_id = self._leading_token(config)
         self._added = self.inner.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
 
