@@ -3,7 +3,7 @@
 from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.cross_entropy import linear_cross_entropy
-from leanseek.ops.dispatch import row_invariant, table, use
+from leanseek.ops.dispatch import row_invariant, use
 from leanseek.ops.experts import experts, route_order
 from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
 from leanseek.ops.head_linear import head_linear
@@ -67,7 +67,6 @@ __all__ = [
     "select_experts",
     "stack_step",
     "swiglu",
-    "table",
     "unpack",
     "use",
 ]
