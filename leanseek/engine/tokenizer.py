@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
