@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from leanseek.engine import Guide, Tokenizer
-from leanseek.engine.guidance import JSON_OPTIONS
+from leanseek.engine.guide_worker import JSON_OPTIONS
 from leanseek.server.errors import ApiError
 from leanseek.server.parsers import ToolFormat
 from leanseek.server.schema import (
