@@ -88,7 +88,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, given: Path | None = None
             config[key] = tokenizer.id_to_token(token)
     if config.pop("auto_map", None) is not None or "tokenizer_class" not in config:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write(folder / CONFIG, config)
     if len(special.eos) > 1:
         _write(folder / GENERATION, {"eos_token_id": list(special.eos)})
