@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= 2.13.0
 DEMO   := runs/demo
 
-.PHONY: demo test test-slow test-peers test-browser test-gpu sanitize check format clean
+.PHONY: demo test test-slow test-peers test-browser test-gpu gpu-check sanitize check format clean
 
 # ---- set-up ----
 
@@ -56,6 +56,11 @@ test-browser: $(BIN)/leanseek.stamp
 
 test-gpu: $(BIN)/leanseek.stamp
 	$(BIN)/pytest -m gpu
+
+# On a GPU machine, at most eight minutes: tests, the engine, training and kernels, into benchmarks/results/. Takes the
+# Python it is given, with what that has installed: PYTHON=python3 where the virtual environment cannot be made.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 # The kernels' tests under AddressSanitizer and UBSan. Two to three minutes on 2 cores. The instrumented libraries
 # stand in the checkout while the tests run; the plain ones come back when these pass, fail or are interrupted.

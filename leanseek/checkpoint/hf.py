@@ -299,6 +299,7 @@ def write_model(model: Transformer, folder: Path) -> None:
     else:
         config = model.config.to_hf()
     write_json(folder / "config.json", config | described(tensors))
+    write_json(folder / "generation_config.json", _generation_config(model.config))
     write_file(folder / SINGLE, tensors)
 
 
@@ -370,5 +371,6 @@ def _mtp_copies(tensors: Mapping[str, Lazy], config: ModelConfig) -> list[Lazy]:
 
 
 def _generation_config(config: ModelConfig) -> dict[str, Any]:
-    hf = config.to_hf()
-    return {"_from_model_config": True, "bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
+    eos = list(config.eos_token_ids)
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None)}
+    return {"_from_model_config": True, **ids}

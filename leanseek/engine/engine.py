@@ -14,7 +14,7 @@ from collections.abc import Sequence as Listing
 from threading import Thread
 from typing import Any
 
-from leanseek.engine.guidance import Grammars
+from leanseek.engine.guidance import Grammars, GuideFailed, Matcher
 from leanseek.engine.outputs import Delta, EngineStats, FinishReason
 from leanseek.engine.pages import PagePool
 from leanseek.engine.params import EngineError, SamplingParams
@@ -117,7 +117,7 @@ class Engine:
         """Whether the engine can serve it; may be called from any thread.
 
         Raises:
-            EngineError: it never could, or the grammar is not valid; the message says why.
+            EngineError: it never could; the message says why.
         """
         vocabulary = self.config.vocab_size
         if not prompt:
@@ -134,23 +134,29 @@ class Engine:
         ids = [*(params.logit_bias or {}), *(params.stop_token_ids or ())]
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise EngineError(f"a token id of logit_bias or stop_token_ids lies outside the vocabulary of {vocabulary}")
-        if self._grammars is None:
-            if params.stop or params.guided:
-                raise EngineError("stop strings and guided output need a tokenizer.json beside the model")
-        elif params.guided:
-            self._grammars.compile(params.guided)
+        if self._grammars is None and (params.stop or params.guided):
+            raise EngineError("stop strings and guided output need a tokenizer.json beside the model")
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def matcher(self, params: SamplingParams) -> Matcher | None:
+        """The compiled guide of a request, if it has one; may take seconds, and be called from any thread.
 
         Raises:
-            EngineError: it can never be served, or its grammar is not valid.
+            EngineError: the guide is not valid, or takes too much to compile.
+            Crowded: many such guides are being compiled.
+        """
+        return self._grammars.compile(params.guided) if params.guided and self._grammars else None
+
+    def add(self, request: Request) -> None:
+        """Queue a request. A guide that came without its matcher is compiled here and now.
+
+        Raises:
+            EngineError: it can never be served, or its guide is not valid.
         """
         params, prompt = request.params, request.prompt_token_ids
         self.check(prompt, params)
         if request.request_id in self._sequences:
             raise EngineError(f"request {request.request_id!r} is already running")
-        matcher = self._grammars.compile(params.guided) if params.guided and self._grammars else None
+        matcher = request.matcher or self.matcher(params)
         arrived = request.arrived or time.monotonic()
         room = self.max_model_len - len(prompt)
         choices: list[Sequence] = []
@@ -159,7 +165,11 @@ class Engine:
             text = None
             if self.tokenizer:
                 text = TextStream(
-                    self.tokenizer, params.stop_strings, params.skip_special_tokens, params.include_stop_str_in_output
+                    self.tokenizer,
+                    params.stop_strings,
+                    params.skip_special_tokens,
+                    params.include_stop_str_in_output,
+                    params.spans,
                 )
             sequence = Sequence(
                 request=request,
@@ -258,6 +268,7 @@ class Engine:
         if not s.first_token:
             s.first_token = time.monotonic()
         end, count = None, 0
+        thought = s.text.reasoning_tokens if s.text else 0
         for token in tokens:
             s.tokens.append(token)
             count += 1
@@ -274,6 +285,8 @@ class Engine:
         self._register_pages(s)
         text = s.text.take(final=end is not None) if s.text else ""
         delta = Delta(s.request_id, s.index, tokens, text)
+        if s.text:
+            delta.reasoning_tokens = s.text.reasoning_tokens - thought
         if result.logprobs and s in result.logprobs:
             delta.logprobs = result.logprobs[s][:count]
         if s.prompt_logprobs:
@@ -317,6 +330,8 @@ class Engine:
     # ---- ends ----
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
+        if isinstance(error, GuideFailed):  # the guide's fault, told whole
+            return self._finish(sequence, "error", error=str(error))
         log.error("request %s failed", sequence.request_id, exc_info=error)
         return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 

@@ -151,9 +151,8 @@ class LLM:
                 raise EngineError("a text prompt needs a tokenizer.json beside the model; give token ids instead")
             prompt = self.tokenizer.encode(prompt)
         self._requests += 1
-        request = Request(f"request-{self._requests}", list(prompt), params)
-        self.engine.check(request.prompt_token_ids, params)
-        return request
+        self.engine.check(prompt, params)
+        return Request(f"request-{self._requests}", list(prompt), params, matcher=self.engine.matcher(params))
 
     def _run(self, requests: Sequence[Request]) -> Generator[Delta, None, None]:
         """Step until the requests have ended; deltas of another `stream` that is open wait for it."""

@@ -22,9 +22,6 @@ from leanseek.engine.outputs import TokenLogprob
 from leanseek.engine.params import SamplingParams
 from leanseek.engine.sequence import Sequence
 
-CANDIDATES = 64  # likeliest tokens that the torch form lets race one by one; the rest races as one
-
-
 # ---- what a row asks for: on the host, before the model runs ----
 
 
@@ -135,9 +132,6 @@ class Choice(ops.Choice):
             top_p=top_p,
             min_p=min_p,
             keys=as_keys(keys, device),
-            filtered=any(p.top_k or p.top_p < 1 or p.min_p > 0 for p in params),
-            some_greedy=any(p.greedy for p in params),
-            width=min(vocab_size, max(CANDIDATES, *(p.top_k for p in params))),
         )
 
 

@@ -29,6 +29,7 @@ class Request:
     params: SamplingParams
     priority: int = 0  # lower runs first
     arrived: float = 0.0  # time.monotonic()
+    matcher: Matcher | None = None  # of `params.guided`, at its beginning
 
 
 @dataclass(eq=False, slots=True)

@@ -54,13 +54,24 @@ def pick(op: str, reference: Callable[..., Any], *tensors: Tensor | None) -> Cal
     """
     if torch.compiler.is_compiling():
         return reference
+    found = _first(op, getattr(_SCOPE, "row_invariant", False), tensors)
+    return reference if found is None else found.function
+
+
+def backend(op: str, row_invariant: bool, *tensors: Tensor | None) -> str:
+    """What `pick` would run within or outside `row_invariant`: "torch" for the reference."""
+    found = _first(op, row_invariant, tensors)
+    return "torch" if found is None else found.backend
+
+
+def _first(op: str, row_invariant: bool, tensors: tuple[Tensor | None, ...]) -> Implementation | None:
     forced = _FORCED[-1] if _FORCED else None
     memory = ordinary(*tensors)
-    for candidate in _TABLE.get((op, getattr(_SCOPE, "row_invariant", False)), ()):
+    for candidate in _TABLE.get((op, row_invariant), ()):
         allowed = candidate.backend == "torch" or (memory and forced in (None, candidate.backend))
         if allowed and candidate.accepts(*tensors):
-            return candidate.function
-    return reference
+            return candidate
+    return None
 
 
 def ordinary(*tensors: Tensor | None) -> bool:
@@ -103,7 +114,6 @@ def use(backend: str) -> Iterator[None]:
         _FORCED.pop()
 
 
-def table() -> dict[str, list[str]]:
-    """Backends registered per op, in the order in which they are asked (for `leanseek doctor`)."""
-    names = {op for op, _ in _TABLE}
-    return {op: [i.backend for rows in (False, True) for i in _TABLE.get((op, rows), ())] for op in sorted(names)}
+def table(row_invariant: bool) -> dict[str, list[str]]:
+    """Backends registered per op, in the order in which they are asked."""
+    return {op: [i.backend for i in found] for (op, rows), found in sorted(_TABLE.items()) if rows == row_invariant}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from leanseek.ops.dispatch import ordinary, pick, transformed
 from leanseek.ops.linear import dequantize_blocks
+from leanseek.ops.products import linear, multiply
 
 
 def experts(
@@ -133,11 +134,11 @@ def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     if b.ndim == 3:
         out = a.new_empty(a.shape[0], b.shape[2])
         for expert, rows in enumerate(slices):
-            torch.mm(a[rows], b[expert], out=out[rows])
+            multiply(a[rows], b[expert], out[rows])
         return out
     out = a.new_empty(len(stops), a.shape[0], b.shape[1])
     for expert, rows in enumerate(slices):
-        torch.mm(a[:, rows], b[rows], out=out[expert])
+        multiply(a[:, rows], b[rows], out[expert])
     return out
 
 
@@ -209,7 +210,7 @@ def _experts_from_blocks(
     for expert in indices.unique().tolist():
         token, choice = (indices == expert).nonzero(as_tuple=True)
         up_weight = dequantize_blocks(gate_up[expert], scales[0][expert], x.dtype)
-        gate, up = F.linear(x[token], up_weight).chunk(2, dim=-1)
+        gate, up = linear(x[token], up_weight).chunk(2, dim=-1)
         act = F.silu(gate) * up * weights[token, choice, None].to(x.dtype)
-        out.index_add_(0, token, F.linear(act, dequantize_blocks(down[expert], scales[1][expert], x.dtype)).float())
+        out.index_add_(0, token, linear(act, dequantize_blocks(down[expert], scales[1][expert], x.dtype)).float())
     return out.to(x.dtype)

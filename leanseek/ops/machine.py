@@ -17,6 +17,7 @@ from torch import Tensor
 from leanseek.errors import InputError
 from leanseek.ops import cpu, numa
 from leanseek.ops.cpu.library import kernel
+from leanseek.ops.products import multiplies
 
 HUGE_PAGE = 2**21  # bytes
 _read = kernel("read_memory", "pnp")
@@ -27,11 +28,11 @@ def default_device() -> torch.device:
 
 
 def preferred_dtype(device: torch.device | str) -> torch.dtype:
-    """BF16 where the hardware multiplies it (CUDA, AVX512_BF16, AMX); else float32, as BF16 is emulated there."""
+    """BF16 where the hardware multiplies it (CUDA, AVX512_BF16, AMX) and oneDNN may; else float32: BF16 is emulated."""
     if torch.device(device).type == "cuda":
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if native and multiplies(torch.bfloat16) else torch.float32
 
 
 def use_threads(count: int | None) -> None:

@@ -126,6 +126,7 @@ def _train(
     prepare: Callable[[Transformer], None] | None,
 ) -> Summary:
     data, held_out = _open_data(run)
+    run = run.with_tokens(data.special.bos, data.special.eos)
     with _Signals() as signals:
         start = _resume(run, folder, data) if resume else _begin(run, folder)
         if prepare is not None:
@@ -208,6 +209,14 @@ def _arithmetic(run: RunConfig, dtype: torch.dtype) -> str:
     return name if run.train.precision == "bf16" else f"{name}, linears in {run.train.precision}"
 
 
+def _held_out(data: TokenDataset, run: RunConfig) -> str:
+    """What is unusual about the validation split, for the line a run begins with."""
+    if not data.samples_per_epoch:
+        return "; the shards hold out nothing, so there is no validation"
+    short = data.seq_len < run.data.seq_len
+    return f"; validation is one window of {data.seq_len} tokens, all that is held out" if short else ""
+
+
 class _Signals:
     """SIGINT and SIGTERM are noted, and honoured at the end of the step; a second one acts at once."""
 
@@ -249,8 +258,11 @@ class _Loop:
             start.step,
             what,
             f"{folder} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
-            f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here",
+            f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
+            f"{_held_out(held_out, run)}",
         )
+        for note in run.notes:
+            metrics.say(note)
 
         for line in start.changed:
             metrics.event(start.step, "changed", line)
@@ -271,7 +283,7 @@ class _Loop:
         if done % t.log_every == 0 or done == t.steps or not result.applied:
             self._log(done, size, seconds, result)
         self._note_skipped(done, result)
-        if done % t.eval_every == 0 or done == t.steps:
+        if self.held_out.samples_per_epoch and (done % t.eval_every == 0 or done == t.steps):
             self._evaluate(done)
         if done % self.run.checkpoint.every == 0 or done == t.steps:
             self.checkpoint(done)
@@ -346,7 +358,7 @@ class _Loop:
         """Loss over a fixed share of the held-out split, also as bits per byte, which compare across tokenizers."""
         nll = mtp = 0.0
         targets = size = 0
-        length = self.run.data.seq_len
+        length = self.held_out.seq_len
         micro = self.run.train.micro_batch_size or self.run.train.batch_size
         for batch in self.held_out.in_order(micro, self.run.train.eval_sequences):
             found = self.trainer.evaluate(batch.tokens)

@@ -29,7 +29,9 @@ def test_info_prints_one_json_object() -> None:
 def test_doctor_names_a_path_for_every_op() -> None:
     found = json.loads(leanseek("doctor", "--json").stdout)
     assert found["training_dtype"] in ("float32", "bfloat16")
-    assert {"linear", "experts", "latent_attention"} <= set(found["ops"])
+    assert {"linear", "experts", "latent_attention"} <= {path["op"] for path in found["ops"]}
+    text = leanseek("doctor").stdout
+    assert max(map(len, text.splitlines()[5:])) <= 100  # the table of ops fits a terminal
     assert found["kernels"]["detail"]
     assert re.match(r"\d+, (nothing to interleave|weights (not )?interleaved)", found["memory_nodes"])
 
@@ -63,9 +65,12 @@ def test_the_instruction_set_can_be_named() -> None:
         plainest = cpu.usable_variants()[-1]
         found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU=plainest).stdout)
         assert found["kernels"]["variant"] == plainest
+    found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU="none").stdout)
+    assert found["kernels"] == {"variant": None, "detail": "left out: LEANSEEK_CPU=none"}
+    assert {backend for path in found["ops"] for backend in path["rows"].values()} <= {"torch", "triton"}
     done = leanseek("doctor", LEANSEEK_CPU="sse2")
     assert done.returncode == 2
-    assert done.stderr.startswith("leanseek: LEANSEEK_CPU=sse2 names no kernels for this CPU; there are ")
+    assert done.stderr.startswith("leanseek: LEANSEEK_CPU=sse2 names no kernels for this CPU; choose ")
     assert done.stderr.count("\n") == 1
 
 

@@ -66,7 +66,6 @@ def test_structured_output_holds_its_schema(client: openai.OpenAI) -> None:
         messages=MESSAGES,
         response_format=form,
         seed=1,
-        extra_body={"chat_template_kwargs": {"thinking": True}},
     )
     parsed = json.loads(answer.choices[0].message.content or "")
     assert isinstance(parsed["ok"], bool) and parsed["n"] in (1, 2)
