@@ -278,13 +278,14 @@ def _generation(folder: Path) -> dict[str, Any]:
 def _add_sampling(writer: gguf.GGUFWriter, folder: Path) -> None:
     """The defaults of generation_config.json, where its keys have one in a GGUF file."""
     generation = _generation(folder)
-    for key, add, kind in (
+    keys: tuple[tuple[str, Callable[[Any], None], type], ...] = (
         ("temperature", writer.add_sampling_temp, float),
         ("top_p", writer.add_sampling_top_p, float),
         ("top_k", writer.add_sampling_top_k, int),
         ("min_p", writer.add_sampling_min_p, float),
         ("repetition_penalty", writer.add_sampling_penalty_repeat, float),
-    ):
+    )
+    for key, add, kind in keys:
         if isinstance(value := generation.get(key), int | float):
             add(kind(value))
 
