@@ -141,11 +141,6 @@ def prepare(
     return summary(out, len(found.files), tuple(found.skipped))
 
 
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns]
