@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from typing import Annotated, Any
 
@@ -17,7 +18,8 @@ NO_KERNEL = {
     "packed_experts": "see experts",
 }
 LEGEND = """
-Any number of rows, where none is named. avx...: native kernels; triton: GPU kernels; torch: the references.
+Any number of rows, where none is named.
+avx...: native kernels; triton: GPU kernels; torch: the references.
 In serving, ops that stack_step computes as one call are not asked one by one.
 -: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
 
@@ -30,6 +32,7 @@ def examine() -> dict[str, Any]:
     from leanseek.ops import cpu, numa, survey
     from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype
     from leanseek.ops.products import multiplies
+    from leanseek.threads import cpus, quota, waiting
 
     device = default_device()
     kernels = cpu.status()
@@ -38,6 +41,9 @@ def examine() -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "cpus": cpus(),
+        "cpu_quota": None if math.isinf(quota()) else quota(),
+        "waiting": waiting(),
         "memory_bytes": psutil.virtual_memory().total,
         "memory_nodes": numa.placement(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -70,6 +76,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print one JSON 
     why = "multiplied in hardware" if found["bf16_in_hardware"] else "emulated here, so float32 is faster"
     print(f"python {found['python']}, torch {found['torch']}, {found['device']}, {found['threads']} threads")
     print(f"memory: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
+    limit = "no quota" if found["cpu_quota"] is None else f"a quota of {found['cpu_quota']:.4g}"
+    print(f"CPUs that may be used: {found['cpus']} ({limit}); a thread without work: {found['waiting']}")
     print(f"memory nodes: {found['memory_nodes']}")
     print(f"training dtype: {found['training_dtype']} (bfloat16 is {why})")
     print(f"kernels: {found['kernels']['variant'] or 'none'}: {found['kernels']['detail']}")

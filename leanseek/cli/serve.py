@@ -26,7 +26,9 @@ def serve(
     ] = None,
     cache_gib: Annotated[float, typer.Option(help="memory of the latent cache, never exceeded")] = 1.0,
     max_queue: Annotated[int, typer.Option(help="requests that may wait; further ones are answered 429")] = 256,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N  [default: a GPU where there is one, else the CPU]")
+    ] = None,
     threads: Threads = None,
     int8_head: Annotated[
         bool, typer.Option("--int8-head", help="hold the output head in 8 bits, a scale a row")

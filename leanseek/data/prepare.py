@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -43,6 +42,7 @@ from leanseek.data.shards import (
 )
 from leanseek.data.tokenizer import load_tokenizer, save_tokenizer, token_bytes, tokenizer_files, train_tokenizer
 from leanseek.errors import Interrupted, RunError
+from leanseek.threads import cpus
 
 __all__ = ["is_validation", "prepare"]
 
@@ -101,7 +101,7 @@ def prepare(
     """Turn `inputs` into the shard folder `out`; finished work is kept.
 
     tokenizer: a tokenizer.json, or its folder; or train_vocab: the size of one to train on the training documents.
-    workers: processes that encode; one a core when None. They do not change the result.
+    workers: processes that encode; one for each CPU that may be used when None. They do not change the result.
     follow_links: read what links below a folder point to. max_document: the most a document may have, in MiB.
 
     Raises:
@@ -133,7 +133,7 @@ def prepare(
         if not (out / "manifest.json").is_file():
             share = _share(found.files, validation_fraction, seed, max_document)
             source = _Source(found.files, share, seed, max_document)
-            _write(out, source, settings, tokenizer, workers or len(os.sched_getaffinity(0)))
+            _write(out, source, settings, tokenizer, workers or cpus())
     except OSError as error:
         raise _disk_error(out, error) from None
     except KeyboardInterrupt:

@@ -19,11 +19,15 @@ SPECIAL = (BOS, EOS, PAD, *FIM)
 LONGEST_TOKEN = 256  # characters: a run of 100,000 dashes would otherwise become a token of its own
 TEMPLATE = "chat_template.jinja"
 
-# What the merges may not cross. As in the paper, punctuation takes the line breaks that follow it into one token;
-# numbers come in groups of up to three digits, and Chinese and Japanese runs stand alone.
+# What the merges may not cross: V3's own patterns, to the letter, since llama.cpp has them compiled in under a name and
+# splits otherwise for any other. Punctuation takes the line breaks that follow it into one token, numbers come in
+# groups of up to three digits, and Chinese and Japanese runs stand alone.
 _NUMBERS = r"\p{N}{1,3}"
-_IDEOGRAPHS = r"[\p{Han}\p{Hiragana}\p{Katakana}]+"
-_WORDS = r" ?[\p{P}\p{S}]+[\r\n]*|[^\r\n\p{L}\p{P}\p{S}\p{N}]?[\p{L}\p{M}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_IDEOGRAPHS = "[一-龥\u3040-ゟ゠-ヿ]+"
+_WORDS = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -88,7 +92,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, given: Path | None = None
             config[key] = tokenizer.id_to_token(token)
     if config.pop("auto_map", None) is not None or "tokenizer_class" not in config:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write(folder / CONFIG, config)
     if len(special.eos) > 1:
         _write(folder / GENERATION, {"eos_token_id": list(special.eos)})

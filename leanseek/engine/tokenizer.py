@@ -13,7 +13,7 @@ import tokenizers
 from leanseek.engine.params import EngineError
 from leanseek.engine.spans import Spans, SpanTracker
 from leanseek.errors import InputError
-from leanseek.tokens import open_tokenizer
+from leanseek.tokens import open_tokenizer, read_object
 
 
 class Tokenizer:
@@ -27,12 +27,12 @@ class Tokenizer:
         self.file = folder / "tokenizer.json"
         try:
             self.inner = open_tokenizer(self.file)
+            config = read_object(folder / "tokenizer_config.json")
         except InputError as error:
             raise EngineError(str(error)) from None
         if not isinstance(self.inner.decoder, tokenizers.decoders.ByteLevel):
             raise EngineError(f"{self.file} is not byte-level; this family's tokenizers are")
-        config = folder / "tokenizer_config.json"
-        self.bos_token_id = self._leading_token(json.loads(config.read_text())) if config.is_file() else None
+        self.bos_token_id = self._leading_token(config)
         self._added = self.inner.get_added_tokens_decoder()
         self.added_ids = sorted(self._added)
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)

@@ -3,7 +3,7 @@
 from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.cross_entropy import linear_cross_entropy
-from leanseek.ops.dispatch import row_invariant, use
+from leanseek.ops.dispatch import ordinary, row_invariant, use
 from leanseek.ops.experts import experts, route_order
 from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
 from leanseek.ops.head_linear import head_linear
@@ -53,6 +53,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mla_attention",
+    "ordinary",
     "pack",
     "pack_gated",
     "pack_heads",

@@ -24,7 +24,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     width, value_width, dtype = max(q.shape[-1], v.shape[-1]), v.shape[-1], q.dtype
     q, k, v = wide(q, k, v)
     q, k, v = ((t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1]))).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    gqa = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes sizes tensors
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     return out[..., :value_width].transpose(1, 2).to(dtype)
 
 

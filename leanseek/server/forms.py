@@ -216,9 +216,8 @@ def _terms(tokenizer: Tokenizer, text: str) -> str:
     """A text in Lark: tokens that the tokenizer splits off whole by their ids, the rest as strings."""
     terms: list[str] = []
     plain: list[int] = []
-    added = tokenizer.inner.get_added_tokens_decoder()
     for token in [*tokenizer.encode(text, add_special_tokens=False), None]:
-        if token is not None and token not in added:
+        if token is not None and token not in tokenizer.added_ids:
             plain.append(token)
             continue
         if plain:

@@ -116,8 +116,8 @@ class RunConfig:
             if not math.isfinite(value):
                 raise ConfigError(f"{key} = {value!r} must be a finite number")
         if self.schedule.warmup_steps < 0:
-            steps = min(_V3_WARMUP, self.train.steps // 5)
-            object.__setattr__(self, "schedule", dataclasses.replace(self.schedule, warmup_steps=steps))
+            warmup = _warmup(self.train.steps, self.schedule.decay_start)
+            object.__setattr__(self, "schedule", dataclasses.replace(self.schedule, warmup_steps=warmup))
         if contradiction := next(_contradictions(self), None):
             raise ConfigError(contradiction)
 
@@ -230,6 +230,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 _V3_WARMUP = 2000  # steps (4.2)
 
 
+def _warmup(steps: int, decay_start: float) -> int:
+    """Steps of a warm-up that nobody set."""
+    return min(_V3_WARMUP, steps // 5, int(decay_start * steps))
+
+
 def _contradictions(run: RunConfig) -> Iterator[str]:
     """A line for each pair of settings that cannot both be meant."""
     t, s, o, c = run.train, run.schedule, run.optimizer, run.checkpoint
@@ -328,23 +333,22 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[st
         found = [
             (i, t[section][key]) for i, t in enumerate(layers) if isinstance(t.get(section), dict) and key in t[section]
         ]
-        return found[-1] if found else (-1, getattr(_SECTIONS[section](), key))
+        by, value = found[-1] if found else (-1, getattr(_SECTIONS[section](), key))
+        return by, float(value) if key == "decay_start" and value in (0, 1) else value
 
     (by, warmup), (shortened_by, steps), (_, start) = (
         given("schedule", "warmup_steps"),
         given("train", "steps"),
         given("schedule", "decay_start"),
     )
-    if type(warmup) is not int or type(steps) is not int or not isinstance(start, int | float):
+    if type(warmup) is not int or type(steps) is not int or not isinstance(start, float) or not 0 <= start <= 1:
         return ()  # refused in a moment
-    fitting = min(_V3_WARMUP, steps // 5)
-    if warmup >= 0 and shortened_by > by and warmup > start * steps:
+    fitting = _warmup(steps, start)
+    if by >= 0 and shortened_by > by and warmup > start * steps and isinstance(table["schedule"], dict):
         table["schedule"] = table["schedule"] | {"warmup_steps": -1}
-        return (
-            f"schedule.warmup_steps = {warmup} does not fit in {steps} steps: the warm-up takes {fitting}, a fifth",
-        )
+        return (f"schedule.warmup_steps = {warmup} does not fit in {steps} steps: the warm-up takes {fitting}",)
     if by < 0 and fitting < _V3_WARMUP:
-        return (f"schedule.warmup_steps is not set: the warm-up takes {fitting} steps, a fifth of the run",)
+        return (f"schedule.warmup_steps is not set: the warm-up takes {fitting} of the {steps} steps",)
     return ()
 
 

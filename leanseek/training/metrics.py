@@ -19,7 +19,7 @@ _SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -208,6 +208,15 @@ def test_state_that_a_tokenizer_stores_is_off_in_the_engine(given: Path) -> None
     assert len(tokenizer.encode("a")) == 1
 
 
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000])
+def test_a_broken_configuration_beside_a_served_tokenizer_is_one_line(given: Path, content: str) -> None:
+    from leanseek.engine.tokenizer import Tokenizer
+
+    (given / "tokenizer_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json"):
+        Tokenizer(given)
+
+
 def test_a_long_run_of_one_character_trains_and_encodes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a" * 70_000)
     prepare([tmp_path], tmp_path / "out", train_vocab=300, workers=1)

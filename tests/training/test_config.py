@@ -71,6 +71,8 @@ def test_every_number_is_finite(key: str, value: str) -> None:
         ("optimizer.lr=1" + "0" * 400, "optimizer.lr is too large"),
         ("train.steps=1" + "0" * 5000, "train.steps must be int"),
         ("optimizer.lr=" + "[" * 100_000, "optimizer.lr must be float"),
+        ("train=3", "unknown table or key 'train'"),
+        ("schedule=3", "unknown table or key 'schedule'"),
         ("name=..", "must be a plain folder name"),
         ("name=a/b", "must be a plain folder name"),
         ("name='a\\nb'", "must be a plain folder name"),
@@ -92,6 +94,7 @@ def test_what_is_no_contradiction_loads() -> None:
         ["schedule.decay_start=0", "schedule.warmup_steps=0"],
         ["schedule.decay_start=0.5", "schedule.decay_end=0.5"],
         ["checkpoint.keep_every=400"],
+        ["schedule.decay_start=0", "schedule.warmup_steps=-1"],
         ["optimizer.lr=1e-5", "schedule.final_lr=0", "schedule.last_lr=0"],
         ["name=1e3"],
     ):
@@ -116,14 +119,14 @@ def test_without_a_schedule_the_warm_up_fits_the_run_and_that_is_said(tmp_path: 
     assert said == (
         ()
         if warmup == 2000
-        else (f"schedule.warmup_steps is not set: the warm-up takes {warmup} steps, a fifth of the run",)
+        else (f"schedule.warmup_steps is not set: the warm-up takes {warmup} of the {steps} steps",)
     )
 
 
 def test_a_preset_made_shorter_keeps_a_warm_up_that_fits_and_that_is_said(tmp_path: Path) -> None:
     """One that was chosen for this length is refused instead."""
     (short,) = RunConfig.load("demo", ["train.steps=20"]).notes
-    assert short == "schedule.warmup_steps = 40 does not fit in 20 steps: the warm-up takes 4, a fifth"
+    assert short == "schedule.warmup_steps = 40 does not fit in 20 steps: the warm-up takes 4"
     assert load(tmp_path, 'preset = "demo"\n[train]\nsteps = 20\n').schedule.warmup_steps == 4
     assert RunConfig.load("demo", ["train.steps=100"]).schedule.warmup_steps == 40  # it fits
     with pytest.raises(ConfigError, match="ends after the decay begins"):

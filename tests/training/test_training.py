@@ -17,7 +17,7 @@ from leanseek.training import RunConfig, Trainer
 from leanseek.training.balance import add_counts, update_biases
 from leanseek.training.config import BalanceConfig, MTPConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from leanseek.training.objective import losses
-from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight, samples_before
+from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
 
 MODEL = ModelConfig(
     vocab_size=67, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
@@ -282,12 +282,6 @@ def test_the_schedule_is_the_papers() -> None:
     assert [mtp_weight(run, s) for s in (0, 9_900, 10_100)] == [0.3, 0.3, 0.1]
     falling = dataclasses.replace(run, balance=BalanceConfig(0.02, bias_update_decay=0.1, bias_freeze=0.5))
     assert [bias_update_speed(falling, s) for s in (0, 3700, 7400)] == [0.02, pytest.approx(0.011), 0.0]
-
-
-def test_the_data_position_is_the_sum_of_the_batches() -> None:
-    run = dataclasses.replace(RUN, train=TrainConfig(steps=40, batch_size=9, batch_size_start=2, ramp=0.3))
-    for step in range(40):
-        assert samples_before(run, step + 1) - samples_before(run, step) == batch_size(run, step)
 
 
 @pytest.mark.parametrize("preset", ["demo", "v2-lite", "v3-671b"])

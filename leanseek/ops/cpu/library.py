@@ -20,12 +20,16 @@ import torch
 from torch import Tensor
 
 from leanseek.errors import InputError
+from leanseek.ops.dispatch import ordinary
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")  # best first
 NONE = "none"  # what LEANSEEK_CPU names to run on the torch references
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.h: enum Dtype
 _LETTERS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
 _FORCED: list[str] = []  # innermost `use_variant` last
+
+
+_NO_MEMORY = "native kernels read memory: what they computed can be neither differentiated nor repeated by a tracer"
 
 
 class Status(NamedTuple):
@@ -63,10 +67,27 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
         return function
 
     def call(*arguments: object) -> None:
+        if not ordinary():
+            raise RuntimeError(_NO_MEMORY)
         torch.get_num_threads()  # on a new thread this sets OpenMP's number, which the kernels go by
         bound(_FORCED[-1] if _FORCED else _usable()[0])(*arguments)
 
     return call
+
+
+class Function(torch.autograd.Function):
+    """A function whose backward runs kernels too, and refuses gradients without memory (fake, functional, batched)."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        native = cls.backward
+
+        def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+            if not ordinary(*grads):
+                raise RuntimeError(_NO_MEMORY)
+            return native(ctx, *grads)
+
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
 
 
 def accepts(*tensors: Tensor | None) -> bool:
