@@ -27,7 +27,6 @@ class Choice:
     min_p: Tensor  # [R] float32
     keys: Tensor  # [R] int64: the 64 random bits of each row
     filtered: bool  # whether any row restricts its candidates
-    some_greedy: bool
     width: int  # candidates to look at: as many as the largest top_k
 
     def at(self, rows: Tensor, width: int) -> Choice:
@@ -35,17 +34,32 @@ class Choice:
         temperature, top_k, top_p, min_p, keys = (
             values[rows] for values in (self.temperature, self.top_k, self.top_p, self.min_p, self.keys)
         )
-        return Choice(temperature, top_k, top_p, min_p, keys, self.filtered, False, width)
+        return Choice(temperature, top_k, top_p, min_p, keys, self.filtered, width)
 
 
 def sample(logits: Tensor, choice: Choice) -> Tensor:
-    """logits [R, V] float32 -> tokens [R] int64. top_k first, then top_p over what is left, then min_p."""
+    """logits [R, V] float32 -> tokens [R] int64. top_k first, then top_p over what is left, then min_p.
+
+    Whatever the logits, a token is one of the vocabulary: a NaN counts as -inf, and of a row whose largest is infinite
+    the first that is as large is taken. `finite_rows` tells such rows.
+    """
     return pick("sample", reference, logits)(logits, choice)
 
 
 def reference(logits: Tensor, choice: Choice) -> Tensor:
+    logits = torch.where(logits.isnan(), -math.inf, logits)
+    top, likeliest = logits.max(-1)
     sampled = _race(logits / choice.temperature.clamp_min(1e-6)[:, None], choice)
-    return torch.where(choice.temperature == 0, logits.argmax(-1), sampled) if choice.some_greedy else sampled
+    return torch.where((choice.temperature == 0) | ~top.isfinite(), likeliest, sampled)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """logits [R, V] float32 -> bool [R]: no NaN and no infinity in the row."""
+    return pick("finite_rows", _finite_rows, logits)(logits)
+
+
+def _finite_rows(logits: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(logits, math.inf, -1).isfinite()  # the largest magnitude; NaN if there is one
 
 
 def _race(scaled: Tensor, choice: Choice) -> Tensor:

@@ -20,7 +20,6 @@ def choice_of(rows: int, temperature: float, top_k: int, top_p: float, min_p: fl
         min_p=torch.full((rows,), min_p),
         keys=torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(1)),
         filtered=top_k < VOCAB or top_p < 1 or min_p > 0,
-        some_greedy=temperature == 0,
         width=VOCAB,
     )
 
