@@ -21,7 +21,9 @@ LIMIT = 480  # seconds of the whole run
 
 # name, command, seconds at most. `python` is this interpreter; a part prints JSON last, pytest a summary.
 BENCH_1B = ["--preset", "bench-1b", "--batch", "16", "--seq-len", "2048", "--steps", "3"]
-TESTS = ["tests/ops/test_triton_fp8.py", "tests/ops/test_triton_training.py", "tests/checkpoint/test_roundtrip.py"]
+TESTS = [f"tests/ops/test_triton_{name}.py" for name in ("serving", "training", "fp8")] + [
+    "tests/checkpoint/test_roundtrip.py"
+]
 PARTS: list[tuple[str, list[str], int]] = [
     ("engine tests", ["-m", "pytest", "-p", "no:cacheprovider", "tests/engine/test_cuda.py"], 120),
     ("engine", ["-m", "leanseek.bench.engine"], 90),

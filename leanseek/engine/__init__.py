@@ -15,6 +15,7 @@ from leanseek.engine.outputs import (
 )
 from leanseek.engine.params import EngineError, Guide, SamplingParams
 from leanseek.engine.sequence import Request
+from leanseek.engine.spans import Spans
 from leanseek.engine.tokenizer import Tokenizer
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "RequestFailed",
     "RequestOutput",
     "SamplingParams",
+    "Spans",
     "Stream",
     "Timing",
     "TokenLogprob",

@@ -7,12 +7,13 @@ tokens: stop conditions, text, pages that are now full. What goes wrong in one s
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence as Listing
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 from leanseek.engine.guidance import Grammars, GuideFailed, Matcher
 from leanseek.engine.outputs import Delta, EngineStats, FinishReason
@@ -43,8 +44,10 @@ class Engine:
     for DRAFTS if the model has an MTP module. seed: of the requests that bring none.
 
     Raises:
-        EngineError: options that cannot be.
+        EngineError: options that cannot be, or a forked process (see `check_process`).
     """
+
+    _process: ClassVar[int | None] = None  # where the first engine was made
 
     def __init__(
         self,
@@ -63,6 +66,8 @@ class Engine:
         prefix_cache: bool = True,
         seed: int | None = None,
     ):
+        self.check_process()
+        Engine._process = os.getpid()
         config = model.config
         drafts = DRAFTS * bool(model.mtp) if speculate is None else speculate
         if min(page_size, max_batch, step_tokens) < 1 or drafts < 0:
@@ -113,12 +118,23 @@ class Engine:
 
     # ---- requests ----
 
+    @classmethod
+    def check_process(cls) -> None:
+        """Raises EngineError in a process that was forked from one with an engine: OpenMP's threads stayed there, and
+        the first parallel loop would wait for them for ever."""
+        if cls._process not in (None, os.getpid()):
+            raise EngineError(
+                f"this process was forked from process {cls._process}, which has an engine, and cannot run one; "
+                'start it with multiprocessing\'s "spawn" method and make its LLM there'
+            )
+
     def check(self, prompt: Listing[int], params: SamplingParams) -> None:
         """Whether the engine can serve it; may be called from any thread.
 
         Raises:
             EngineError: it never could; the message says why.
         """
+        self.check_process()
         vocabulary = self.config.vocab_size
         if not prompt:
             raise EngineError("the prompt is empty")
@@ -165,7 +181,11 @@ class Engine:
             text = None
             if self.tokenizer:
                 text = TextStream(
-                    self.tokenizer, params.stop_strings, params.skip_special_tokens, params.include_stop_str_in_output
+                    self.tokenizer,
+                    params.stop_strings,
+                    params.skip_special_tokens,
+                    params.include_stop_str_in_output,
+                    params.spans,
                 )
             sequence = Sequence(
                 request=request,
@@ -264,6 +284,7 @@ class Engine:
         if not s.first_token:
             s.first_token = time.monotonic()
         end, count = None, 0
+        thought = s.text.reasoning_tokens if s.text else 0
         for token in tokens:
             s.tokens.append(token)
             count += 1
@@ -280,6 +301,8 @@ class Engine:
         self._register_pages(s)
         text = s.text.take(final=end is not None) if s.text else ""
         delta = Delta(s.request_id, s.index, tokens, text)
+        if s.text:
+            delta.reasoning_tokens = s.text.reasoning_tokens - thought
         if result.logprobs and s in result.logprobs:
             delta.logprobs = result.logprobs[s][:count]
         if s.prompt_logprobs:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
+from leanseek.engine.spans import Spans
 from leanseek.errors import InputError
 
 MAX_LOGPROBS = 20
@@ -83,6 +84,7 @@ class SamplingParams:
     guided: Guide | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    spans: Spans | None = None  # where stop strings do not count
 
     def __post_init__(self) -> None:
         self._normalise()

@@ -266,9 +266,7 @@ async def _tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any
     if (request.prompt is None) == (request.messages is None):
         raise ApiError(400, "give either prompt or messages")
     if request.messages is not None:
-        prompt = await service.render(
-            request.messages, request.tools, request.chat_template_kwargs, request.add_generation_prompt
-        )
+        prompt = await service.render(request.messages, request.tools, request.chat_template_kwargs, request)
         tokens = await service.encode(prompt, add_special_tokens=False)
     else:
         tokens = await service.encode(request.prompt or "", request.add_special_tokens)

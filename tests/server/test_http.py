@@ -302,8 +302,12 @@ def test_a_bug_of_ours_is_a_500_without_a_traceback(serve: Any, caplog: pytest.L
 def test_a_client_that_leaves_frees_the_engine(serve: Any, path: str, stream: bool) -> None:
     served = serve()
     served.engine.pause_s = 0.1
-    messages = [{"role": "user", "content": "Hi"}]
-    body = {"messages": messages, "prompt": ["Hi", "Ho"], "input": "Hi", "stream": stream, "max_tokens": 100}
+    asked: dict[str, Any] = {
+        CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
+        "/v1/completions": {"prompt": ["Hi", "Ho"]},
+        "/v1/responses": {"input": "Hi"},
+    }
+    body = asked[path] | {"stream": stream, "max_tokens": 100}
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=served.url, timeout=0.3) as leaving:
         if stream:
             with leaving.stream("POST", path, json=body) as answer:
@@ -386,3 +390,32 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_split(
     refused = served.http.post(path, json=body)
     assert refused.status_code == 400 and error(refused)["code"] == "context_length_exceeded"
     assert not split
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 100}),
+        ("/v1/responses", {"input": "Hi"}),
+    ],
+)
+def test_an_event_is_one_line_to_every_reader(serve: Any, path: str, fields: dict[str, Any]) -> None:
+    """Python's `splitlines` and JavaScript take U+2028, U+2029 and U+0085 for line ends."""
+    served = serve("v3")
+    served.engine.reply = "a\u2028b\u2029c\x85d\u000be\x1cf"
+    answer = served.http.post(path, json=fields | {"stream": True})
+    events = [line.partition(": ") for line in answer.content.decode().splitlines() if line]
+    assert {name for name, *_ in events} <= {"event", "data"}
+    bodies = [json.loads(data) for name, _, data in events if name == "data" and data != "[DONE]"]
+    assert served.engine.reply in "".join(find_texts(bodies))
+
+
+def find_texts(value: Any) -> list[str]:
+    """What deltas and choices say, wherever it stands."""
+    if isinstance(value, list):
+        return [text for each in value for text in find_texts(each)]
+    if not isinstance(value, dict):
+        return []
+    own = [each for name, each in value.items() if name in ("content", "text", "delta") and isinstance(each, str)]
+    return own + [text for each in value.values() for text in find_texts(each)]
