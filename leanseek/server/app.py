@@ -158,6 +158,8 @@ class _Gate:
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > MAX_BODY:
             raise ApiError(413, f"the body is larger than {MAX_BODY:,} bytes")
+        if "transfer-encoding" in request.headers and "content-length" in request.headers:
+            raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other")
         host = request.headers.get("host", "")
         if not _HOST.fullmatch(host):
             raise ApiError(400, "the Host header is not a host and a port")
