@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import Field
 from tokenizers import Tokenizer, models
 
 from leanseek.errors import InputError
+from leanseek.reading import Structure, read_bytes, read_optional_json, shorten
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 CONFIG, MAP, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
@@ -16,11 +18,33 @@ CONFIG, MAP, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "g
 # What the tokens are called where no file beside the tokenizer.json names them.
 _BEGINS = (BOS, "<|begin_of_text|>", "<s>", "[BOS]", "<bos>")
 _ENDS = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "[EOS]", "<eos>")
-_LARGEST = 1 << 26  # bytes of a JSON file that is read here
 
 
 class TokenizerError(InputError):
     """A tokenizer's file that cannot be used; the message names it."""
+
+
+class Added(Structure):
+    """A token that is in no merge."""
+
+    content: str
+
+
+class Named(Structure):
+    """One of several templates."""
+
+    name: str
+    template: str
+
+
+class Names(Structure):
+    """What is read of a tokenizer_config.json or a special_tokens_map.json."""
+
+    bos_token: str | Added | None = None
+    eos_token: str | Added | None = None
+    add_bos_token: bool | None = None
+    added_tokens_decoder: dict[str, Added] = Field(default_factory=dict)
+    chat_template: str | list[Named] | None = None
 
 
 class SpecialTokens(NamedTuple):
@@ -39,10 +63,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
     Raises:
         TokenizerError: no such file, or not a tokenizer.json.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise TokenizerError(f"no tokenizer at {path}")
+    content = read_bytes(path, TokenizerError)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
     except BaseException as error:
         raise TokenizerError(f"{path} is not a tokenizer.json ({library_error(error)})") from None
     tokenizer.no_truncation()
@@ -91,31 +116,24 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         TokenizerError: not JSON, not an object, or of unreasonable size.
     """
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > _LARGEST:
-        raise TokenizerError(f"{path} has more than {_LARGEST >> 20} MiB")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON that can be read: {error}") from None
-    if not isinstance(found, dict):
-        raise TokenizerError(f"{path} must hold an object, not {type(found).__name__}")
-    return found
+    return read_optional_json(path, TokenizerError)
+
+
+def named(value: str | dict[str, Any] | None) -> str | None:
+    """The text of a token as a tokenizer_config.json gives it: that, or an object with more about it."""
+    return value.get("content") if isinstance(value, dict) else value
 
 
 def _named(folder: Path, key: str, tokenizer: Tokenizer) -> int | None:
     for name in (CONFIG, MAP):
-        value = read_object(folder / name).get(key)
-        value = value.get("content") if isinstance(value, dict) else value
+        value = named(read_object(folder / name).get(key))
         if value is None:
             continue
-        try:
-            token = tokenizer.token_to_id(value) if isinstance(value, str) else None
-        except UnicodeEncodeError:  # half a surrogate pair
-            token = None
+        token = tokenizer.token_to_id(value) if isinstance(value, str) else None
         if token is None:
-            raise TokenizerError(f"{folder / name} names {key} {value!r}, which is not in the tokenizer.json")
+            raise TokenizerError(
+                f"{folder / name} names {key} {shorten(repr(value))}, which is not in the tokenizer.json"
+            )
         return token
     return None
 
@@ -125,7 +143,7 @@ def _ids(path: Path, key: str, tokenizer: Tokenizer) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < 2**32 or tokenizer.id_to_token(token) is None:
-            raise TokenizerError(f"{path} names {key} {token!r}, which is not in the tokenizer.json")
+            raise TokenizerError(f"{path} names {key} {shorten(repr(token))}, which is not in the tokenizer.json")
     return ids
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leanseek.cli.generate import Threads, sampling_params
+from leanseek.cli.generate import AllowLinks, Threads, sampling_params
 from leanseek.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy  [default: the model's, else 0.8]")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed and words give the same answers")] = None,
     threads: Threads = None,
+    allow_links: AllowLinks = False,
     chat_template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a Jinja chat template instead of the model's")
     ] = None,
@@ -39,7 +40,7 @@ def chat(
     from leanseek.server.templates import template_of
 
     use_threads(threads)
-    llm = LLM(model)
+    llm = LLM(model, allow_links=allow_links)
     if llm.tokenizer is None:
         raise EngineError(f"{model} has no tokenizer.json")
     template = template_of(llm.tokenizer, llm.engine.config, chat_template)

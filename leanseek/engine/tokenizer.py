@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from leanseek.engine.params import EngineError
 from leanseek.engine.spans import Spans, SpanTracker
 from leanseek.errors import InputError
-from leanseek.tokens import open_tokenizer, read_object
+from leanseek.reading import checked, shorten
+from leanseek.tokens import CONFIG, Names, named, open_tokenizer, read_object
 
 
 class Tokenizer:
@@ -27,7 +29,8 @@ class Tokenizer:
         self.file = folder / "tokenizer.json"
         try:
             self.inner = open_tokenizer(self.file)
-            config = read_object(folder / "tokenizer_config.json")
+            config = read_object(folder / CONFIG)
+            checked(Names, config, str(folder / CONFIG))
         except InputError as error:
             raise EngineError(str(error)) from None
         if not isinstance(self.inner.decoder, tokenizers.decoders.ByteLevel):
@@ -38,11 +41,14 @@ class Tokenizer:
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
         self._spelled: dict[int, bytes] = {}  # of tokens there are, and so no larger than the vocabulary
 
-    def _leading_token(self, config: dict[str, object]) -> int | None:
+    def _leading_token(self, config: dict[str, Any]) -> int | None:
         """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
-        bos = config.get("bos_token")
-        content = bos.get("content") if isinstance(bos, dict) else bos
-        return self.inner.token_to_id(str(content)) if config.get("add_bos_token") and content else None
+        content = named(config.get("bos_token"))
+        if not config.get("add_bos_token") or not content:
+            return None
+        if (token := self.inner.token_to_id(content)) is None:
+            raise EngineError(f"tokenizer_config.json names bos_token {shorten(repr(content))}, not in {self.file}")
+        return token
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens spelled in it become themselves."""
