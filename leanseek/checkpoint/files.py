@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -120,26 +121,24 @@ def open_file(path: Path) -> dict[str, Stored]:
     header = parse_json(file.read(length), f"{path} is corrupt: its safetensors header", CheckpointError)
     header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry, file, 8 + length, size) for name, entry in header.items()}
-    at = 8 + length
-    for name, stored in sorted(tensors.items(), key=_place):
-        if stored.start != at:
-            how = "shares bytes with" if stored.start < at else "leaves a gap behind"
+    at = 0
+    for name, (start, stop) in sorted(((n, entry["data_offsets"]) for n, entry in header.items()), key=itemgetter(1)):
+        if start != at:
+            how = "shares bytes with" if start < at else "leaves a gap behind"
             raise CheckpointError(f"{path} is corrupt: {shorten(name)} {how} the tensor before it")
-        at += stored.nbytes
-    if at != size:
-        raise CheckpointError(f"{path} is corrupt: {size - at} bytes at its end belong to no tensor")
+        at = stop
+    if 8 + length + at != size:
+        raise CheckpointError(f"{path} is corrupt: {size - 8 - length - at} bytes at its end belong to no tensor")
     return tensors
-
-
-def _place(item: tuple[str, Stored]) -> tuple[int, int]:
-    return item[1].start, item[1].nbytes
 
 
 def _stored(path: Path, name: str, entry: Any, file: BinaryIO, data: int, size: int) -> Stored:
     try:
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         sizes = (start, stop, *shape)
-        sound = all(type(n) is int and 0 <= n < 2**48 for n in sizes) and len(shape) <= MOST_DIMENSIONS
+        sound = (
+            {*map(type, sizes)} == {int} and min(sizes) >= 0 and max(sizes) < 2**48 and len(shape) <= MOST_DIMENSIONS
+        )
         dtype = _DTYPES.get(code)
     except (ValueError, TypeError, KeyError):
         sound = False
