@@ -124,7 +124,8 @@ def test_a_reader_that_takes_nothing_is_ended(serve: Any, stream: bool, monkeypa
         head = POST if stream else POST.replace(b"/v1/completions", b"/detokenize")
         client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(written) + written)
         assert lost.wait(40), "it is still waited for"
-    assert not served.engine.open
+        while served.engine.open:  # its request ends with it
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
