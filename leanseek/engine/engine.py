@@ -33,6 +33,7 @@ PRIORITY_SECONDS = 30.0  # one priority level is worth as much as having come th
 MIN_STEP_ROWS = 64
 DRAFTS = 3  # at most; how many pay is found out for each request (speculation.py)
 GIB = 2**30
+NOT_FINITE = "the model's logits are not finite: a weight is NaN or infinite, or its values overflow"
 
 
 class Engine:
@@ -260,9 +261,14 @@ class Engine:
             return
         sampled = iter(result.tokens)
         for work in works:
+            tokens = next(sampled) if work.samples else None
+            if work.sequence in result.not_finite:
+                log.error("request %s failed: %s", work.sequence.request_id, NOT_FINITE)
+                deltas.append(self._finish(work.sequence, "error", error=NOT_FINITE))
+                continue
             try:
-                if work.samples:
-                    deltas.append(self._take(work.sequence, next(sampled), result, len(works)))
+                if tokens is not None:
+                    deltas.append(self._take(work.sequence, tokens, result, len(works)))
                 else:
                     self._advance(work, result)
             except Exception as error:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from leanseek.engine.spans import Spans
 from leanseek.errors import InputError
@@ -15,6 +15,26 @@ from leanseek.errors import InputError
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 64
+GREEDY_BELOW = 1e-5  # a temperature that is as good as 0, as vLLM has it
+
+_WHOLE = {  # bounds, both included
+    "n": (1, MAX_CHOICES),
+    "top_k": (0, None),
+    "max_tokens": (1, None),
+    "min_tokens": (0, None),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "seed": (None, None),
+}
+_REAL: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+_LOGIT_BIAS = 100.0
 
 
 class EngineError(InputError):
@@ -65,14 +85,14 @@ class SamplingParams:
     """
 
     n: int = 1  # choices for one prompt
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
+    temperature: float = 1.0  # 0 to 100; 0: greedy
+    top_p: float = 1.0  # 0.000001 to 1
     top_k: int = 0  # 0 or -1: all
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # of tokens in the prompt or the output
-    presence_penalty: float = 0.0  # of tokens in the output, once each
-    frequency_penalty: float = 0.0  # of tokens in the output, times their count
-    logit_bias: Mapping[int, float] | None = None
+    min_p: float = 0.0  # 0 to 1
+    repetition_penalty: float = 1.0  # of tokens in the prompt or the output, 0.01 to 100
+    presence_penalty: float = 0.0  # of tokens in the output, once each, -2 to 2
+    frequency_penalty: float = 0.0  # of tokens in the output, times their count, -2 to 2
+    logit_bias: Mapping[int, float] | None = None  # -100 to 100
     seed: int | None = None
     max_tokens: int | None = 16  # None: to the end of the context
     min_tokens: int = 0
@@ -94,8 +114,10 @@ class SamplingParams:
         if len(self.stop_strings) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop_strings):
             raise EngineError(f"stop must be at most {MAX_STOPS} strings, none of them empty")
         for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or not _is_number(bias) or not -100 <= bias <= 100:
+            if not _is_whole(token) or not _is_between(bias, -_LOGIT_BIAS, _LOGIT_BIAS):
                 raise EngineError("logit_bias must map token ids to numbers between -100 and 100")
+        if not all(map(_is_whole, self.stop_token_ids or ())):
+            raise EngineError("stop_token_ids must be token ids")
 
     def _normalise(self) -> None:
         """Empty lists become None, lists tuples: the object is frozen and compares by value."""
@@ -105,42 +127,16 @@ class SamplingParams:
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
 
     def _check_ranges(self) -> None:
-        whole = (
-            ("n", 1, MAX_CHOICES),
-            ("top_k", 0, None),
-            ("max_tokens", 1, None),
-            ("min_tokens", 0, None),
-            ("logprobs", 0, MAX_LOGPROBS),
-            ("prompt_logprobs", 0, MAX_LOGPROBS),
-            ("seed", None, None),
-        )
-        real = (
-            ("temperature", 0.0, None),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.0, None),
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-        )
         optional = {f.name for f in fields(self) if f.default is None} | {"max_tokens"}
-        for name, low, high in (*whole, *real):
+        for name, (low, high) in (_WHOLE | _REAL).items():
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            kind = "a whole number" if (name, low, high) in whole else "a number"
-            fits = _is_number(value) and (kind == "a number" or isinstance(value, int))
-            if not fits or (low is not None and value < low) or (high is not None and value > high):
-                bounds = (
-                    f" between {low} and {high}"
-                    if high is not None
-                    else f" of at least {low}"
-                    if low is not None
-                    else ""
-                )
-                raise EngineError(f"{name} must be {kind}{bounds}, not {value!r}")
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                raise EngineError(f"{name} must be greater than 0")
+            if not (name in _REAL or _is_whole(value)) or not _is_between(value, low, high):
+                kind = "a number" if name in _REAL else "a whole number"
+                least = "" if low is None else f" of at least {low}"
+                bounds = least if high is None else f" between {low:g} and {high:g}"
+                raise EngineError(f"{name} must be {kind}{bounds}, not {_shown(value)}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -148,7 +144,7 @@ class SamplingParams:
 
     @cached_property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < GREEDY_BELOW
 
     @cached_property
     def adjusts(self) -> bool:
@@ -157,5 +153,17 @@ class SamplingParams:
         return bool(penalties or self.logit_bias or self.min_tokens)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_between(value: object, low: float | None, high: float | None) -> bool:
+    """Whether it is a finite number within the bounds that there are."""
+    if not (_is_whole(value) or (isinstance(value, float) and math.isfinite(value))):
+        return False
+    return (low is None or value >= low) and (high is None or value <= high)  # type: ignore[operator]
+
+
+def _shown(value: object) -> str:
+    """In a message; a number of a thousand digits is not."""
+    return "one of many digits" if _is_whole(value) and abs(value) >= 10**20 else repr(value)

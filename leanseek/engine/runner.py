@@ -48,6 +48,7 @@ class StepResult:
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # what may come after them
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)  # of `tokens`, where asked for
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)  # of the tokens after the work's
+    not_finite: set[Sequence] = field(default_factory=set)  # whose logits hold a NaN or an infinity
     main_seconds: float = 0.0
     draft_seconds: float = 0.0
 
@@ -216,10 +217,12 @@ class Runner:
 
     @staticmethod
     def _collect(rows: Rows, logits: Tensor, sampled: Tensor, result: StepResult) -> None:
-        tokens = sampled.tolist()  # here the host waits
+        tokens, finite = torch.stack((sampled, ops.finite_rows(logits))).tolist()  # here the host waits
         for sequence, first in zip(rows.sequences, rows.first, strict=True):
             stop = first + 1 + (_confirmed(sequence.drafts, tokens, first) if sequence.drafts else 0)
             result.tokens.append(tokens[first:stop])
+            if not all(finite[first:stop]):
+                result.not_finite.add(sequence)
             wanted = sequence.logprobs
             if wanted is not None:
                 result.logprobs[sequence] = sampler.logprobs_of(logits[first:stop], sampled[first:stop], wanted)
@@ -235,6 +238,8 @@ class Runner:
             for row in range(start, start + count, PROMPT_LOGPROB_ROWS):
                 part = slice(row, min(row + PROMPT_LOGPROB_ROWS, start + count))
                 logits = self.model.logits(hidden[part])
+                if not ops.finite_rows(logits).all():
+                    result.not_finite.add(s)
                 scores += sampler.logprobs_of(logits, batch.following[part], wanted)
 
 

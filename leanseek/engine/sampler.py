@@ -108,7 +108,7 @@ class Choice(ops.Choice):
         """None when every row is greedy."""
         if all(p.greedy for p in params):
             return None
-        values = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], dtype=torch.float32)
+        values = torch.tensor([(p.temperature * (not p.greedy), p.top_p, p.min_p) for p in params])
         temperature, top_p, min_p = values.to(device).unbind(1)
         top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
         return Choice(
@@ -126,7 +126,7 @@ def as_keys(keys: Listing[int] | Listing[list[int]], device: torch.device) -> Te
 
 
 def choose(logits: Tensor, choice: Choice | None) -> Tensor:
-    """logits [R, V] float32 -> tokens [R] int64."""
+    """logits [R, V] float32 -> tokens [R] int64, of the vocabulary whatever the logits."""
     if choice is not None:
         return ops.sample(logits, choice)
     if logits.device.type == "cpu":  # torch wakes its threads for a maximum that one finds in microseconds

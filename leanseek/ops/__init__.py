@@ -22,7 +22,7 @@ from leanseek.ops.packed import (
     unpack,
 )
 from leanseek.ops.rotary import rotate
-from leanseek.ops.sampling import Choice, sample
+from leanseek.ops.sampling import Choice, finite_rows, sample
 from leanseek.ops.select import expert_scores, select_experts
 from leanseek.ops.stack import BlockWeights, Join, StackWeights, stack_step
 from leanseek.ops.swiglu import swiglu
@@ -46,6 +46,7 @@ __all__ = [
     "dequantize_blocks",
     "expert_scores",
     "experts",
+    "finite_rows",
     "grouped_gradient",
     "grouped_product",
     "head_linear",

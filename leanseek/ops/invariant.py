@@ -120,12 +120,16 @@ def latent_attention(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, 
 
 
 def _blocks_of_keys(cache: Tensor, index: CacheIndex, sequences: Tensor) -> Tensor:
-    """Cached rows of sequences [S] in whole blocks, [S, B, BLOCK_KEYS, W]; what no query may see is anything finite."""
-    longest = int(index.lengths[sequences].max())
+    """Cached rows of sequences [S] in whole blocks, [S, B, BLOCK_KEYS, W]; zeros past a sequence's end.
+
+    What lies there was another request's, and a NaN times a weight of zero is a NaN.
+    """
+    lengths = index.lengths[sequences]
+    longest = int(lengths.max())
     keys = torch.arange(-(-longest // BLOCK_KEYS) * BLOCK_KEYS, device=cache.device)
     page = (keys // index.page_size).clamp(max=index.pages.shape[1] - 1)
     rows = index.pages[sequences][:, page] * index.page_size + keys % index.page_size  # [S, B·BLOCK_KEYS]
-    return cache[rows].unflatten(1, (-1, BLOCK_KEYS))
+    return cache[rows].masked_fill_((keys >= lengths[:, None])[..., None], 0.0).unflatten(1, (-1, BLOCK_KEYS))
 
 
 def _attend(q: Tensor, keys: Tensor, positions: Tensor, scale: float, value_width: int) -> Tensor:

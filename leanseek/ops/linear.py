@@ -34,7 +34,8 @@ def dense(weight: Tensor, scale_inv: Tensor | None, dtype: torch.dtype) -> Tenso
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """8 bits a value, one scale a row: weight [out, in] -> codes [out, in] uint8, scale_inv [out] float32.
 
-    A code is a sign bit and 7 bits of magnitude, so that BF16 holds every code exactly and -0 is as good as 0.
+    A code is a sign bit and 7 bits of magnitude, so that BF16 holds every code exactly and -0 is as good as 0. A row
+    with a NaN or an infinity has the scale NaN: none of it is a number.
     """
     return pick("quantize_rows", _quantize_rows, weight)(weight)
 
@@ -44,7 +45,9 @@ def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     for part, out in zip(weight.split(4096), codes.split(4096), strict=True):  # a part at a time: heads are large
         wide = part.float()
         scale = wide.abs().amax(-1) / 127
+        scale[~scale.isfinite()] = torch.nan
         wide /= torch.where(scale > 0, scale, 1.0)[:, None]
+        wide[scale.isnan()] = 0.0
         out.copy_(wide.abs().round() + 128 * (wide < 0))
         scales.append(scale)
     return codes, torch.cat(scales)

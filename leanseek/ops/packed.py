@@ -31,6 +31,7 @@ class Packed:
     count: int
     rows: int
     columns: int
+    checked: Tensor | None = None  # FP8: uint8 [count, panels], where kernels note whether a panel holds a NaN
 
 
 class Place(enum.Enum):
@@ -134,7 +135,8 @@ def _packed(
     else:
         panels = pick("pack_panels", _no_kernels, stack)
         data = panels(stack, addresses, columns, stride, group if place is Place.WITHIN else 0)
-    return Packed(data, scale, len(stack), rows, columns)
+    checked = torch.zeros(data.shape[:2], dtype=torch.uint8) if data.dtype == torch.float8_e4m3fn else None
+    return Packed(data, scale, len(stack), rows, columns, checked)
 
 
 def _no_kernels(*_: object) -> Tensor:

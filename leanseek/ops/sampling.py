@@ -36,7 +36,11 @@ class Choice:
 
 
 def sample(logits: Tensor, choice: Choice) -> Tensor:
-    """logits [R, V] float32 -> tokens [R] int64. top_k first, then top_p over what is left, then min_p."""
+    """logits [R, V] float32 -> tokens [R] int64. top_k first, then top_p over what is left, then min_p.
+
+    Whatever the logits, a token is one of the vocabulary: a NaN counts as -inf, and of a row whose largest is infinite
+    the first that is as large is taken. `finite_rows` tells such rows.
+    """
     return pick("sample", reference, logits)(logits, choice)
 
 
@@ -46,7 +50,17 @@ def reference(logits: Tensor, choice: Choice) -> Tensor:
     return torch.cat([_sample(logits[rows], choice.at(rows)) for rows in parts])
 
 
+def finite_rows(logits: Tensor) -> Tensor:
+    """logits [R, V] float32 -> bool [R]: no NaN and no infinity in the row."""
+    return pick("finite_rows", _finite_rows, logits)(logits)
+
+
+def _finite_rows(logits: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(logits, math.inf, -1).isfinite()  # the largest magnitude; NaN if there is one
+
+
 def _sample(logits: Tensor, choice: Choice) -> Tensor:
+    logits = torch.where(logits.isnan(), -math.inf, logits)
     top, likeliest = logits.max(-1)
     greedy = (choice.temperature == 0) | ~top.isfinite()
     if bool(greedy.all()):

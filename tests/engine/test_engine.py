@@ -237,6 +237,19 @@ def test_options_that_cannot_be(
         {"max_tokens": 2.5},
         {"min_tokens": 5, "max_tokens": 4},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-46},
+        {"repetition_penalty": 1e300},
+        {"temperature": 1e30},
+        {"temperature": 10**400},
+        {"top_p": 1e-46},
+        {"top_k": -(10**400)},
+        {"frequency_penalty": -1e300},
+        {"logit_bias": {1: 1e300}},
+        {"logit_bias": {1: 10**400}},
+        {"logit_bias": {1: float("nan")}},
+        {"logit_bias": {True: 1.0}},
+        {"stop_token_ids": ["8"]},
+        {"stop_token_ids": [1.5]},
         {"presence_penalty": 3},
         {"logit_bias": {1: 101}},
         {"logprobs": 21},
@@ -248,4 +261,4 @@ def test_options_that_cannot_be(
 def test_wrong_sampling_params(wrong: dict[str, Any]) -> None:
     with pytest.raises(EngineError) as caught:
         SamplingParams(**wrong)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 120

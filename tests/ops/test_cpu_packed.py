@@ -137,16 +137,46 @@ def test_rows_in_bf16(variant: str, kind: str, m: int) -> None:
     assert ((got - want).abs() <= 2.0**-8 * want.abs() + 1e-5 * magnitude).all()
 
 
+@pytest.mark.parametrize("path", [*VARIANTS, "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_every_fp8_code_is_exact(path: str, dtype: torch.dtype) -> None:
+    """Subnormals too, and NaN is NaN in its own row alone: a product with the identity returns each code's value."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    weight = codes.view(torch.float8_e4m3fn)[:, None].repeat(1, 130).contiguous()
+    weight[:, 1::2] = 0.0  # so that a NaN is not in every sum
+    plain, scale = weight.float(), torch.ones(2, 2)
+    bad = plain.isnan()
+    assert bad.any(1).nonzero().flatten().tolist() == [0x7F, 0xFF]
+    with ops.use("torch") if path == "torch" else cpu.use_variant(path), ops.row_invariant():
+        packed = None if path == "torch" else ops.pack(weight, scale)
+        for m in (1, 2, 4, 7, 130):
+            x = torch.eye(130, dtype=dtype)[:m]
+            out = ops.linear(x, weight, scale) if packed is None else ops.packed_linear(x, packed)
+            expected = plain.T[:m].masked_fill(bad.any(1), torch.nan)  # NaN times zero
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert torch.equal(out.nan_to_num().float(), expected.nan_to_num())
+    assert torch.equal(ops.dequantize_blocks(weight, scale).isnan(), bad)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_every_finite_fp8_code_is_exact(variant: str) -> None:
-    """Subnormals too: a product with the identity returns each code's value."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    codes = codes[(codes & 0x7F) != 0x7F]  # without the two NaNs
-    weight = codes.view(torch.float8_e4m3fn)[:, None].repeat(1, 64).contiguous()
-    with cpu.use_variant(variant), ops.row_invariant():
-        out = ops.packed_linear(torch.eye(64), ops.pack(weight, torch.ones(2, 1)))
-    assert torch.equal(out, weight.float().T)
+def test_a_nan_code_stays_in_its_row_and_its_expert(variant: str) -> None:
+    codes = torch.randint(0, 0x7F, (3, 192, 128), dtype=torch.uint8)
+    codes[1, 100, 37], codes[2, 5, 0] = 0x7F, 0xFF
+    gate, up = codes.view(torch.float8_e4m3fn).chunk(2, 1)
+    down = torch.randn(3, 128, 96).to(torch.float8_e4m3fn)
+    one = torch.full((3, 1, 1), 1e-3)
+    with cpu.use_variant(variant):
+        gated, down_packed = ops.pack_gated(gate, up, (one, one)), ops.pack(down, one)
+        for n in (1, 4, 30):  # twice: what a panel holds is known the second time
+            for _ in range(2):
+                out = ops.packed_experts(torch.ones(n, 128), torch.tensor([[0], [1], [2]] * n)[:n], torch.ones(n, 1), gated, down_packed)  # fmt: skip
+                assert [bool(row.isnan().any()) for row in out] == ([False, True, True] * n)[:n]
+        head = ops.pack(codes[1].view(torch.float8_e4m3fn), torch.ones(2, 1))
+        for n in (1, 5, 40):
+            out = ops.packed_linear(torch.rand(n, 128) + 0.1, head)
+            assert out.isnan().any(0).nonzero().flatten().tolist() == [100]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -32,12 +32,14 @@ class Matrix(ctypes.Structure):  # stored.h: Matrix
         ("scale", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+        ("checked", ctypes.c_void_p),
     ]
 
 
 def matrix(packed: Packed) -> Matrix:
     """What a kernel reads of it; `packed` must outlive it."""
-    return Matrix(KINDS[packed.data.dtype], *pointers(packed.data, packed.scale), packed.rows, packed.columns)
+    kind, checked = KINDS[packed.data.dtype], pointers(packed.checked)
+    return Matrix(kind, *pointers(packed.data, packed.scale), packed.rows, packed.columns, *checked)
 
 
 def _packs(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Tokens from rows of logits, without sorting a row."""
+"""Tokens from rows of logits, without sorting a row; and which rows are sound."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from leanseek.ops.dispatch import register
 from leanseek.ops.sampling import Choice
 
 _sample_rows = kernel("sample_rows", "pnnn pppp pp")
+_finite_rows = kernel("finite_rows", "pnnn p")
 
 
 def _takes(logits: Tensor) -> bool:
@@ -24,3 +25,11 @@ def sample(logits: Tensor, choice: Choice) -> Tensor:
     inputs = [t.contiguous() for t in (c.temperature, c.top_k, c.top_p, c.min_p, c.keys)]
     _sample_rows(logits.data_ptr(), logits.stride(0), *logits.shape, *pointers(*inputs), tokens.data_ptr())
     return tokens
+
+
+@register("finite_rows", "cpu", _takes)
+@register("finite_rows", "cpu", _takes, row_invariant=True)
+def finite_rows(logits: Tensor) -> Tensor:
+    finite = torch.empty(len(logits), dtype=torch.bool)
+    _finite_rows(logits.data_ptr(), logits.stride(0), *logits.shape, finite.data_ptr())
+    return finite

@@ -19,11 +19,6 @@ constexpr int64_t STEP = 1;
 inline int64_t steps(int64_t K) { return (K + STEP - 1) / STEP; }
 inline int64_t cells(int64_t K, int64_t N) { return (N + PANEL - 1) / PANEL * PANEL * steps(K) * STEP; }
 
-// As `scratch`, of cells.
-inline Cell* cell_scratch(int slot, int64_t n) {
-    return reinterpret_cast<Cell*>(scratch(slot, (n * int64_t(sizeof(Cell)) + 3) / 4));
-}
-
 #if defined(__AVX512BF16__)
 
 inline __m512i pairs_of(vec a, vec b) {  // a0 b0 a1 b1 ...
@@ -208,7 +203,7 @@ void grouped_product(const Groups& groups, Left a, int64_t K, const W* weight, b
     tasks(groups.count, groups.longest(), N, [&](int64_t g, int64_t m, int64_t n, int64_t columns) {
         if (m >= groups.rows(g)) return;
         const int64_t rows = std::min(TASK_ROWS, groups.rows(g) - m), at = groups.begin(g) + m;
-        Cell* panels = cell_scratch(0, cells(K, columns));
+        Cell* panels = scratch<Cell>(0, cells(K, columns));
         const W* w = weight + g * N * K;
         if (across)
             pack_across([&](int64_t k) { return w + k * N + n; }, K, columns, panels);
@@ -244,7 +239,7 @@ void grouped_gradient(const Groups& groups, const Row& left, int64_t M, const Ot
                 lanes_of(columns, [&](int64_t i, int lanes) { store(c + r * N + i, zero(), lanes); });
             return;
         }
-        Cell* panels = cell_scratch(0, cells(K, columns));
+        Cell* panels = scratch<Cell>(0, cells(K, columns));
         pack_across([&](int64_t k) { return right(begin + k) + n; }, K, columns, panels);
         multiply_cells(rows, columns, K, start(g) + m * STEP, STEP, wide, panels, c, N);
     });

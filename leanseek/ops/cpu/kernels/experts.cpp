@@ -152,7 +152,7 @@ struct Narrow {
     Groups groups{p.first, p.experts};
 
     Left gather(const bf16* x, int slot) const {
-        return copy_rows([&](int64_t r) { return x + p.token(r) * p.D; }, rows, p.D, cell_scratch(slot, left_size(rows, p.D)));
+        return copy_rows([&](int64_t r) { return x + p.token(r) * p.D; }, rows, p.D, scratch<Cell>(slot, left_size(rows, p.D)));
     }
     template <class Body>
     void each_row(const Body& body) const {
@@ -164,7 +164,7 @@ struct Narrow {
     template <class W>
     void forward(const bf16* x, const W* gate_up, const W* down, bf16* hidden, float* result) const {
         grouped_product(groups, gather(x, 2), p.D, gate_up, false, 2 * p.I, hidden);
-        bf16* act = cell_scratch(3, rows * width);
+        bf16* act = scratch<Cell>(3, rows * width);
         each_row([&](int64_t r) {
             const vec w = set1(weights[p.grouped[r]]);
             const bf16 *gate = hidden + r * 2 * p.I, *up = gate + p.I;
@@ -182,8 +182,8 @@ struct Narrow {
     void backward(const bf16* x, const W* gate_up, const W* down, const bf16* hidden, const bf16* grad, float* result,
                   float* dweights, const WeightGradients<W>& to) const {
         const Left grads = gather(grad, 2);
-        bf16 *act = cell_scratch(3, rows * p.I), *dact = cell_scratch(4, rows * p.I);
-        bf16* dhidden = cell_scratch(5, rows * 2 * p.I);
+        bf16 *act = scratch<Cell>(3, rows * p.I), *dact = scratch<Cell>(4, rows * p.I);
+        bf16* dhidden = scratch<Cell>(5, rows * 2 * p.I);
         grouped_product(groups, grads, p.D, down, true, p.I, dact);
         each_row([&](int64_t r) {
             const vec w = set1(weights[p.grouped[r]]);
@@ -200,7 +200,7 @@ struct Narrow {
             dweights[p.grouped[r]] = reduce_add(dw);
         });
         grouped_product(groups, Left{dhidden, 2 * p.I}, 2 * p.I, gate_up, true, p.D, result);
-        Cell* turned = cell_scratch(1, turned_size(groups, std::max(p.D, 2 * p.I)));
+        Cell* turned = scratch<Cell>(1, turned_size(groups, std::max(p.D, 2 * p.I)));
         grouped_gradient(
             groups, [&](int64_t r) { return grads.data + r * grads.stride; }, p.D, [&](int64_t r) { return act + r * p.I; }, p.I,
             turned, to.down);

@@ -57,7 +57,8 @@ inline float encode(float v, float scale, const Format& f) {
 
 inline uint8_t e4m3_code(float q) {  // of a value on the grid
     const uint32_t bits = bits_of(q) & 0x7fffffff;
-    const uint32_t normal = (bits >> 20) - (120 << 3), subnormal = uint32_t(int32_t(float_of(bits) * 512.0f));
+    const uint32_t normal = (bits >> 20) - (120 << 3);
+    const uint32_t subnormal = uint32_t(int32_t(float_of(std::min(bits, 0x3c800000u)) * 512.0f));
     const uint32_t code = bits >= 0x3c800000 ? normal : subnormal;
     return uint8_t((bits > 0x7f800000 ? 0x7f : code) | (bits_of(q) >> 24 & 0x80));
 }

@@ -10,7 +10,7 @@ KERNEL grouped_product(int64_t weight_dtype, int64_t out_dtype, const int64_t* s
     const Left left = STEP == 2 && K % 2 == 0  // pairs lie there as they are
                           ? Left{(const Cell*)a, lda}
                           : copy_rows([&](int64_t r) { return (const bf16*)a + r * lda; }, rows, K,
-                                      cell_scratch(1, left_size(rows, K)));
+                                      scratch<Cell>(1, left_size(rows, K)));
     with_types(weight_dtype, out_dtype, [&](auto* weight_type, auto* out_type) {
         grouped_product(groups, left, K, (const ELEMENT(weight_type)*)w, across, N, (ELEMENT(out_type)*)out);
     });
@@ -23,7 +23,7 @@ KERNEL grouped_gradient(int64_t out_dtype, const int64_t* shape, const int64_t* 
     const Groups groups{first, shape[0]};
     const int64_t M = shape[1], N = shape[2];
     const bf16 *left = (const bf16*)a, *right = (const bf16*)b;
-    Cell* turned = cell_scratch(1, turned_size(groups, M));
+    Cell* turned = scratch<Cell>(1, turned_size(groups, M));
     with_type(out_dtype, [&](auto* type) {
         grouped_gradient(groups, [&](int64_t r) { return left + r * M; }, M, [&](int64_t r) { return right + r * N; }, N,
                          turned, (ELEMENT(type)*)out);

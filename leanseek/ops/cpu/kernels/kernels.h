@@ -28,21 +28,26 @@ static void with_types(int64_t dtype, int64_t other, const Body& body) {
 #define ELEMENT(pointer) std::remove_pointer_t<decltype(pointer)>
 
 // Memory of the calling thread, 64-byte aligned, kept from call to call. `slot` tells apart what is held at one time.
-static inline float* scratch(int slot, int64_t floats) {
+static inline void* scratch_bytes(int slot, size_t bytes) {
     struct Buffer {
-        float* data = nullptr;
-        int64_t size = 0;
+        void* data = nullptr;
+        size_t size = 0;
         ~Buffer() { std::free(data); }
     };
     thread_local Buffer buffers[8];
     Buffer& buffer = buffers[slot];
-    if (buffer.size < floats || SANITIZED) {
+    if (buffer.size < bytes || SANITIZED) {
         std::free(buffer.data);
-        buffer.size = (floats + 15) / 16 * 16;
-        buffer.data = static_cast<float*>(std::aligned_alloc(64, size_t(buffer.size) * sizeof(float)));
+        buffer.size = (bytes + 63) / 64 * 64;
+        buffer.data = std::aligned_alloc(64, buffer.size);
         if (!buffer.data) throw std::bad_alloc();
+        __asan_poison_memory_region(static_cast<char*>(buffer.data) + bytes, buffer.size - bytes);
     }
     return buffer.data;
+}
+template <class T = float>
+static inline T* scratch(int slot, int64_t count) {
+    return static_cast<T*>(scratch_bytes(slot, size_t(count) * sizeof(T)));
 }
 
 // Calls body(offset, lanes) over [0, width): full vectors, then one of the remaining lanes.

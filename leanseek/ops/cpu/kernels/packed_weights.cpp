@@ -47,7 +47,7 @@ KERNEL pack_panels(int64_t kind, const int64_t* rows, int64_t panels, int64_t K,
             T* to = static_cast<T*>(out) + i * some * size;
             int64_t offset = i / groups * next;
             if (group) {  // read from a copy
-                T* copy = reinterpret_cast<T*>(scratch(0, some * size));
+                T* copy = scratch<T>(0, some * size);
                 std::copy_n(to, some * size, copy);
                 offset += copy - to;
             }
@@ -60,19 +60,24 @@ KERNEL pack_panels(int64_t kind, const int64_t* rows, int64_t panels, int64_t K,
     else pack(static_cast<float*>(nullptr));
 }
 
-// codes [rows][K] with a sign bit and 7 bits of magnitude, and a scale a row.
+// codes [rows][K] with a sign bit and 7 bits of magnitude, and a scale a row: NaN for a row that is not finite.
 KERNEL quantize_rows(int64_t dtype, const void* weight, int64_t rows, int64_t K, uint8_t* codes, float* scales) {
     with_type(dtype, [&](auto* type) {
         const auto* data = static_cast<const ELEMENT(type)*>(weight);
         parallel_for(rows, [&](int64_t r) {
             float* row = scratch(0, K);
-            vec most = zero();
+            vec most = zero(), nothing = zero();  // the latter a NaN by any value that is not finite
             lanes_of(K, [&](int64_t k, int lanes) {
                 const vec v = load(data + r * K + k, lanes);
                 store(row + k, v, lanes);
                 most = max(most, max(v, zero() - v));
+                nothing = fma(v, zero(), nothing);
             });
-            scales[r] = reduce_max(most) / 127.0f;
+            scales[r] = reduce_max(most) / 127.0f + reduce_add(nothing);
+            if (!(scales[r] == scales[r])) {
+                std::fill_n(codes + r * K, K, uint8_t(0));
+                return;
+            }
             const float divisor = scales[r] > 0 ? scales[r] : 1.0f;
             for (int64_t k = 0; k < K; k++) {
                 const float q = row[k] / divisor;

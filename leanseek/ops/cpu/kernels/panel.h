@@ -2,10 +2,11 @@
 //
 // Each y[m][n] is one chain of operations over k in one fixed order, whatever the number of rows m that run together: a
 // request's result does not depend on what else is in its batch. There are two arithmetics, both with FP32 sums:
-// - exact: x in FP32, the weight decoded to FP32; even and odd columns have a sum each;
+// - exact: x in FP32, the weight decoded to FP32, one sum over the columns in their order;
 // - narrow, for x in BF16 where the CPU multiplies BF16: the weight's codes as BF16, which holds all of e4m3 and of INT8
-//   exactly. FP8 is summed over 128 columns at a time and only then scaled (as the paper promotes its partial sums, 3.3.2).
-// Few rows decode in registers; more decode a block of 128 columns once into L1.
+//   exactly.
+// FP8 is summed over 128 columns at a time and only then scaled (as the paper promotes its partial sums, 3.3.2). Few rows
+// decode in registers; more decode a block of 128 columns once into L1.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -15,25 +16,27 @@
 
 namespace {
 
+// How rows of x are held: in FP32; in FP32 times RAISE, for codes that decode too small (FP8_UNIT); in BF16.
+enum class Form { EXACT, RAISED, NARROW };
+constexpr float RAISE = 0x1p60f;
+
+// Of x as a weight of this kind meets it.
+inline Form form_of(int64_t kind, [[maybe_unused]] bool x_is_bf16) {
+#if defined(__AVX512BF16__)
+    if (x_is_bf16 && kind != FP32) return Form::NARROW;
+#endif
+    return kind == FP8 ? Form::RAISED : Form::EXACT;
+}
+inline long bytes_of(Form form) { return form == Form::NARROW ? 2 : 4; }
+
 // Rows of x in blocks of 128 columns: column k of row m is at k / 128 * stride + m * 128 + k % 128.
 struct Rows {
-    const void* data;  // BF16 if narrow, else FP32
+    const void* data;
     long stride;
-    bool narrow;
+    Form form;
 
-    Rows from(long first) const {
-        return {static_cast<const char*>(data) + first * BLOCK * (narrow ? 2 : 4), stride, narrow};
-    }
+    Rows from(long first) const { return {static_cast<const char*>(data) + first * BLOCK * bytes_of(form), stride, form}; }
 };
-
-// Which weights x in BF16 may meet in the narrow arithmetic.
-inline bool narrows([[maybe_unused]] int64_t kind) {
-#if defined(__AVX512BF16__)
-    return kind != FP32;
-#else
-    return false;
-#endif
-}
 
 // Calls body(tile, first) over m rows, cut evenly into tiles of at most MOST rows; `tile` is an integral_constant.
 template <int MOST, class Body>
@@ -50,82 +53,151 @@ inline void row_tiles(long m, const Body& body) {
     }
 }
 
-// ---- exact: vectors of LANES / 2 rows, two columns each; a half of a panel is PARTS of VECS vectors ----
+// ---- exact: a row of x has VECS vectors of sums, of LANES rows of the panel each ----
 
-constexpr int VECS = 4, PARTS = 2 * HALF_ROWS / (VECS * LANES);
-constexpr int EXACT_ROWS = REGISTERS == 32 ? 6 : 3;
-constexpr long EXACT_WIDTH = 2 * PANEL_ROWS;  // values of a row of sums
+constexpr int VECS = PANEL_ROWS / LANES, HALF_VECS = VECS / 2;
+constexpr int FEW = REGISTERS == 32 ? 6 : 3;         // rows of x that decode in registers together,
+constexpr long DECODING_MOST = REGISTERS == 32 ? 6 : 4;  // and up to which that is done again for more
+constexpr int WIDE_ROWS = REGISTERS == 32 ? 12 : 3;  // and that meet decoded weights together,
+constexpr int WIDE_VECS = REGISTERS == 32 ? 2 : 4;   // this many vectors of sums each: 128 columns of them are 16 KiB
+constexpr long FETCH_AHEAD = 4096;                   // bytes
 
-// sums[m][part's vectors] (+)= `pairs` pairs of columns from w, whose rows of pairs are `step` apart.
-template <int M, class T>
-void exact_tile(const T* w, long step, const float* x, long pairs, bool scaled, float scale, float* sums, bool fresh) {
-    vec sum[M][VECS];
-#pragma GCC unroll 8
+// sum [M][V] becomes what follows sums [m][64]: with `scale` (of the two halves), its multiple is added.
+template <int M, int V>
+inline void put_sums(vec (&sum)[M][V], const float* scale, float* sums, bool fresh) {
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECS; v++) sum[m][v] = scaled || fresh ? zero() : load(sums + m * EXACT_WIDTH + v * LANES);
-    for (long p = 0; p < pairs; p++) {
-        if constexpr (M == 1) __builtin_prefetch(w + p * step + BLOCK * PANEL_ROWS);  // the same part of the next block
-        vec factor[M];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) factor[m] = set1_pair(x + m * BLOCK + 2 * p);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECS; v += 2) {
-            vec a, b;
-            widen(w + p * step + v * LANES, a, b);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++) sum[m][v] = fma(a, factor[m], sum[m][v]), sum[m][v + 1] = fma(b, factor[m], sum[m][v + 1]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECS; v++) {
-            float* to = sums + m * EXACT_WIDTH + v * LANES;
-            store(to, scaled ? fma(sum[m][v], set1(scale), fresh ? zero() : load(to)) : sum[m][v]);
+        for (int v = 0; v < V; v++) {
+            float* to = sums + m * PANEL_ROWS + v * LANES;
+            if (scale) sum[m][v] = fma(sum[m][v], set1(scale[v / HALF_VECS] * (FP8_UNIT / RAISE)), fresh ? zero() : load(to));
+            store(to, sum[m][v]);
         }
 }
 
+template <int M, int V>
+inline void take_sums(vec (&sum)[M][V], const float* sums, bool fresh) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sum[m][v] = fresh ? zero() : load(sums + m * PANEL_ROWS + v * LANES);
+}
+
+// p, which the compiler does not know to be p: it loads again what it would else hold in registers, of which a sum then has
+// none, and a sum that goes through memory is a chain of 15 cycles instead of 8.
+inline const float* unknown(const float* p) {
+    asm volatile("" : "+r"(p));
+    return p;
+}
+
+// sums [m][V vectors] (+)= `pairs` pairs of columns from w.
+template <int M, int V, class T>
+void decoding_tile(const T* w, const float* x, long pairs, const float* scale, float* sums, bool fresh) {
+    vec sum[M][V];
+    take_sums(sum, sums, scale || fresh);
+    for (long p = 0; p < pairs; p++, w += 2 * PANEL_ROWS) {
+#pragma GCC unroll 8
+        for (long i = 0; i < 2 * V * LANES * long(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(w) + FETCH_AHEAD + i);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v += 2) {
+            const Spread of = spread(w + 2 * v * LANES);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const float* at = M == 2 ? unknown(x + 2 * p) : x + 2 * p;
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++)
+                    sum[m][v + i] = fma(of.odd[i], set1(at[m * BLOCK + 1]), fma(of.even[i], set1(at[m * BLOCK]), sum[m][v + i]));
+            }
+        }
+    }
+    put_sums(sum, scale, sums, fresh);
+}
+
+template <int M, class T>
+void decoding_rows(const T* w, const float* x, long pairs, const float* scale, float* sums, bool fresh) {
+    constexpr int V = M == 1 || REGISTERS == 32 ? VECS : HALF_VECS;
+    for (int v = 0; v < VECS; v += V)
+        decoding_tile<M, V>(w + 2 * v * LANES, x, pairs, scale ? scale + v / HALF_VECS : nullptr, sums + v * LANES, fresh);
+}
+
+// As decoding_tile, of `columns` columns that are decoded: w [columns][WIDE_VECS].
+template <int M>
+void decoded_tile(const float* w, const float* x, long columns, const float* scale, float* sums, bool fresh) {
+    vec sum[M][WIDE_VECS];
+    take_sums(sum, sums, scale || fresh);
+    for (long k = 0; k < columns; k++, w += WIDE_VECS * LANES) {
+        vec factor[M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) factor[m] = set1(x[m * BLOCK + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE_VECS; v++) {
+            const vec column = load(w + v * LANES);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) sum[m][v] = fma(column, factor[m], sum[m][v]);
+        }
+    }
+    put_sums(sum, scale, sums, fresh);
+}
+
+// Where a NaN's code lies in `pairs` pairs of columns, a NaN in what they were decoded to, vectors [v, v + WIDE_VECS).
+[[maybe_unused]] inline void put_nans(const uint8_t* w, long pairs, int v, float* decoded) {
+    for (long n = 0; n < PANEL_ROWS; n++) {
+        const long lane = sum_of(FP8, n) - v * LANES;
+        if (lane < 0 || lane >= WIDE_VECS * LANES) continue;
+        for (long k = 0; k < 2 * pairs; k++)
+            if ((w[k / 2 * 2 * PANEL_ROWS + 2 * place_of(FP8, n) + k % 2] & 0x7f) == 0x7f) decoded[k * WIDE_VECS * LANES + lane] = __builtin_nanf("");
+    }
+}
+
 template <class T>
-void exact_panel(const Matrix& w, const T* panel, const float* scale, const Rows& x, long m, float* sums) {
-    float* wide = scratch(5, BLOCK / 2 * VECS * LANES);
-    for (long b = 0; b < blocks_of(w); b++) {
+void exact_panel(const Matrix& w, const T* panel, const float* scale, bool nans, const Rows& x, long m, float* sums) {
+    constexpr bool always = std::is_same_v<T, float> && REGISTERS == 32;  // decode: it is only another order
+    float* decoded = scratch(5, BLOCK * WIDE_VECS * LANES);
+    for (long b = 0; b < blocks_of(w); b++, panel += BLOCK * PANEL_ROWS) {
         const long pairs = std::min(BLOCK / 2, pairs_of(w) - b * BLOCK / 2);
         const float* rows = static_cast<const float*>(x.data) + b * x.stride;
-        for (long part = 0; part < 2 * PARTS; part++) {
-            const T* from = panel + b * BLOCK * PANEL_ROWS + part * VECS * LANES;
-            const float factor = w.kind == FP8 ? scale[2 * b + part / PARTS] * 256.0f : 1.0f;
-            const bool decode_once = m > EXACT_ROWS && !std::is_same_v<T, float>;
-            if (decode_once)
-                for (long p = 0; p < pairs; p++)
-                    for (int v = 0; v < VECS; v += 2) {
-                        vec a, b;
-                        widen(from + p * EXACT_WIDTH + v * LANES, a, b);
-                        store(wide + (p * VECS + v) * LANES, a), store(wide + (p * VECS + v + 1) * LANES, b);
-                    }
-            row_tiles<EXACT_ROWS>(m, [&](auto tile, long first) {
-                float* to = sums + first * EXACT_WIDTH + part * VECS * LANES;
-                if (decode_once)
-                    exact_tile<tile.value>(wide, VECS * LANES, rows + first * BLOCK, pairs, w.kind == FP8, factor, to, b == 0);
-                else
-                    exact_tile<tile.value>(from, EXACT_WIDTH, rows + first * BLOCK, pairs, w.kind == FP8, factor, to, b == 0);
+        const float* scales = w.kind == FP8 ? scale + 2 * b : nullptr;
+        if (always || (m <= DECODING_MOST && !nans)) {
+            row_tiles<FEW>(m, [&](auto tile, long first) {
+                decoding_rows<tile.value>(panel, rows + first * BLOCK, pairs, scales, sums + first * PANEL_ROWS, b == 0);
+            });
+            continue;
+        }
+        for (int v = 0; v < VECS; v += WIDE_VECS) {
+            for (long p = 0; p < pairs; p++)
+#pragma GCC unroll 2
+                for (int i = 0; i < WIDE_VECS; i += 2) {
+                    const Spread of = spread(panel + p * 2 * PANEL_ROWS + 2 * (v + i) * LANES);
+                    float* to = decoded + (2 * p * WIDE_VECS + i) * LANES;
+                    store(to, of.even[0]), store(to + LANES, of.even[1]);
+                    store(to + WIDE_VECS * LANES, of.odd[0]), store(to + (WIDE_VECS + 1) * LANES, of.odd[1]);
+                }
+            if constexpr (std::is_same_v<T, uint8_t>)
+                if (nans) put_nans(panel, pairs, v, decoded);
+            const float* halves = scales ? scales + v / HALF_VECS : nullptr;
+            row_tiles<WIDE_ROWS>(m, [&](auto tile, long first) {
+                decoded_tile<tile.value>(decoded, rows + first * BLOCK, 2 * pairs, halves, sums + first * PANEL_ROWS + v * LANES, b == 0);
             });
         }
     }
 }
 
-// out[m][64] of one panel: the sums of even and odd columns added.
-inline void exact_rows(const Matrix& w, const char* panel, const float* scale, const Rows& x, long m, float* out) {
-    float* sums = scratch(4, m * EXACT_WIDTH);
-    if (w.kind == FP8) exact_panel(w, reinterpret_cast<const uint8_t*>(panel), scale, x, m, sums);
-    else if (w.kind == INT8) exact_panel(w, reinterpret_cast<const signed_byte*>(panel), scale, x, m, sums);
-    else if (w.kind == BF16) exact_panel(w, reinterpret_cast<const bf16*>(panel), scale, x, m, sums);
-    else exact_panel(w, reinterpret_cast<const float*>(panel), scale, x, m, sums);
-    for (long i = 0; i < m; i++)
-        for (long n = 0; n < PANEL_ROWS; n++) {
-            const float* pair = sums + i * EXACT_WIDTH + 2 * place_of(w.kind, n);
-            out[i * PANEL_ROWS + n] = pair[0] + pair[1];
-        }
+// out[m][64] of one panel.
+template <class T>
+void exact_rows(const Matrix& w, const char* panel, const float* scale, bool nans, const Rows& x, long m, float* out) {
+    struct Places {
+        uint8_t of[PANEL_ROWS];
+    };
+    constexpr int64_t kind = std::is_same_v<T, float> ? FP32 : std::is_same_v<T, bf16> ? BF16 : FP8;  // INT8 is as FP8
+    constexpr Places places = [] {
+        Places p{};
+        for (int64_t n = 0; n < PANEL_ROWS; n++) p.of[n] = uint8_t(sum_of(kind, n));
+        return p;
+    }();
+    float* sums = kind == BF16 ? out : scratch(4, m * PANEL_ROWS);
+    exact_panel(w, reinterpret_cast<const T*>(panel), scale, nans, x, m, sums);
+    for (long i = 0; kind != BF16 && i < m; i++)
+        for (long n = 0; n < PANEL_ROWS; n++) out[i * PANEL_ROWS + n] = sums[i * PANEL_ROWS + places.of[n]];
 }
 
 // ---- narrow ----
@@ -216,7 +288,7 @@ constexpr long DIRECT_MOST = 32; // rows of x up to which decoding again beats d
 template <bool SCALED>
 void narrow_codes(const Matrix& w, const char* panel, const float* scale, const Rows& x, long m, float* out) {
     const CodeSource codes(w.kind);
-    char* wide = reinterpret_cast<char*>(scratch(5, BLOCK / 2 * PANEL_ROWS));
+    char* wide = scratch<char>(5, BLOCK / 2 * WideSource::BYTES);
     for (long b = 0; b < blocks_of(w); b++) {
         const long pairs = std::min(BLOCK / 2, pairs_of(w) - b * BLOCK / 2);
         const char *from = panel + b * BLOCK * PANEL_ROWS, *next = from + BLOCK * PANEL_ROWS;
@@ -273,49 +345,51 @@ inline void multiply_panel(const Matrix& w, long panel, const Rows& x, long m, f
     const char* data = static_cast<const char*>(w.data) + panel * panel_bytes(w);
     const float* scale = w.scale ? w.scale + panel * panel_scales(w) : nullptr;
 #if defined(__AVX512BF16__)
-    if (x.narrow) narrow_rows(w, data, scale, x, m, out);
+    if (x.form == Form::NARROW) narrow_rows(w, data, scale, x, m, out);
     else
 #endif
-        exact_rows(w, data, scale, x, m, out);
+    if (w.kind == FP8) exact_rows<uint8_t>(w, data, scale, has_nan(w, panel), x, m, out);
+    else if (w.kind == INT8) exact_rows<signed_byte>(w, data, scale, false, x, m, out);
+    else if (w.kind == BF16) exact_rows<bf16>(w, data, scale, false, x, m, out);
+    else exact_rows<float>(w, data, scale, false, x, m, out);
+    const vec unit = set1(x.form == Form::NARROW ? 1.0f : INT8_UNIT);
     if (w.kind == INT8)
         for (long i = 0; i < m; i++)
             for (long n = 0; n < PANEL_ROWS; n += LANES) {
                 float* at = out + i * PANEL_ROWS + n;
-                store(at, load(at) * load(scale + n));
+                store(at, load(at) * unit * load(scale + n));
             }
 }
 
-// Rows of x in memory of the arena; narrow where x was BF16 (or may be rounded to it) and the weight allows it.
+// Rows of x in memory of the arena, as the weight takes them. x_is_bf16: or may be rounded to it.
 class PreparedRows {
   public:
-    PreparedRows(Arena& arena, long count, long columns, bool narrow)
-        : columns_(columns), stride_(count * BLOCK), narrow_(narrow),
-          data_(arena.take<char>((columns + BLOCK - 1) / BLOCK * stride_ * size())) {}
     PreparedRows(Arena& arena, long count, const Matrix& w, bool x_is_bf16)
-        : PreparedRows(arena, count, w.columns, x_is_bf16 && narrows(w.kind)) {}
+        : columns_(w.columns), stride_(count * BLOCK), form_(form_of(w.kind, x_is_bf16)),
+          data_(arena.take<char>(blocks_of(w) * stride_ * bytes_of(form_))) {}
 
     // n columns of row `row` from column k, a multiple of LANES; a last odd column gets a zero beside it.
     template <class T>
     void set(long row, const T* x, long k, long n) {
-        if (narrow_) put_columns<bf16>(row, x, k, n);
-        else put_columns<float>(row, x, k, n);
+        if (form_ == Form::NARROW) put_columns<bf16>(row, x, k, n, [](vec v) { return v; });
+        else if (form_ == Form::EXACT) put_columns<float>(row, x, k, n, [](vec v) { return v; });
+        else put_columns<float>(row, x, k, n, [](vec v) { return v * set1(RAISE); });
     }
     void copy(long row, const PreparedRows& from, long its_row) {
         for (long b = 0; b < (columns_ + BLOCK - 1) / BLOCK; b++)
-            std::copy_n(from.at(its_row, b * BLOCK), BLOCK * size(), at(row, b * BLOCK));
+            std::copy_n(from.at(its_row, b * BLOCK), BLOCK * bytes_of(form_), at(row, b * BLOCK));
     }
-    Rows rows(long first = 0) const { return Rows{data_, stride_, narrow_}.from(first); }
+    Rows rows(long first = 0) const { return Rows{data_, stride_, form_}.from(first); }
 
   private:
-    template <class To, class T>
-    void put_columns(long row, const T* x, long k, long n) {
-        lanes_of(n, [&](int64_t i, int lanes) { store(reinterpret_cast<To*>(at(row, k + i)), load(x + i, lanes), lanes); });
+    template <class To, class T, class Change>
+    void put_columns(long row, const T* x, long k, long n, const Change& change) {
+        lanes_of(n, [&](int64_t i, int lanes) { store(reinterpret_cast<To*>(at(row, k + i)), change(load(x + i, lanes)), lanes); });
         if (k + n == columns_ && columns_ % 2) put(reinterpret_cast<To*>(at(row, columns_ - 1)) + 1, 0.0f);
     }
-    long size() const { return narrow_ ? 2 : 4; }
-    char* at(long row, long k) const { return data_ + (k / BLOCK * stride_ + row * BLOCK + k % BLOCK) * size(); }
+    char* at(long row, long k) const { return data_ + (k / BLOCK * stride_ + row * BLOCK + k % BLOCK) * bytes_of(form_); }
     long columns_, stride_;
-    bool narrow_;
+    Form form_;
     char* data_;
 };
 

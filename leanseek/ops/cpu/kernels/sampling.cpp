@@ -31,7 +31,7 @@ struct Cut {
 int bucket_of(float weight) {
     uint32_t bits;
     std::memcpy(&bits, &weight, 4);
-    return int(bits >> SHIFT);
+    return std::min(int(bits >> SHIFT), BUCKETS - 1);
 }
 
 // A number in (0, 1) for a token id: splitmix64, as ops/sampling.py has it.
@@ -113,16 +113,17 @@ int64_t race(const float* weights, int64_t vocab, const Cut& cut, float min_p, u
 }  // namespace
 
 // tokens [rows] of logits [rows, vocab] with stride ld. temperature 0 is greedy; top_k = vocab, top_p = 1 and min_p = 0 cut
-// nothing. A row's token depends on nothing but the row.
+// nothing. A row's token depends on nothing but the row. A NaN counts as -inf; where the largest logit is infinite, the
+// first that is as large is the token.
 KERNEL sample_rows(const float* logits, int64_t ld, int64_t rows, int64_t vocab, const float* temperature,
                    const int64_t* top_k, const float* top_p, const float* min_p, const int64_t* keys, int64_t* tokens) {
     parallel_for(rows, [&](int64_t row) {
         const float* in = logits + row * ld;
         vec most = set1(-std::numeric_limits<float>::infinity());
-        lanes_of(vocab, [&](int64_t i, int n) { most = max(most, keep_first(load(in + i, n), n, most)); });
+        lanes_of(vocab, [&](int64_t i, int n) { most = max(keep_first(load(in + i, n), n, most), most); });  // NaN: the second
         const float top = reduce_max(most);
-        const int64_t likeliest = std::find(in, in + vocab, top) - in;
-        if (temperature[row] == 0.0f || likeliest == vocab || !std::isfinite(top)) {
+        const int64_t likeliest = std::find(in, in + vocab, top) - in;  // past the end of nothing but NaN
+        if (temperature[row] == 0.0f || !std::isfinite(top)) {
             tokens[row] = likeliest % vocab;
             return;
         }
@@ -133,5 +134,14 @@ KERNEL sample_rows(const float* logits, int64_t ld, int64_t rows, int64_t vocab,
         });
         const Cut cut = cut_of(weights, vocab, top_k[row], top_p[row]);
         tokens[row] = race(weights, vocab, cut, min_p[row], uint64_t(keys[row]), likeliest);
+    });
+}
+
+// finite [rows]: whether all of a row of logits [rows, vocab] is.
+KERNEL finite_rows(const float* logits, int64_t ld, int64_t rows, int64_t vocab, uint8_t* finite) {
+    parallel_rows(rows, vocab, [&](int64_t row) {
+        vec sum = zero();  // of zeros, unless an infinity or a NaN is among what they are made of
+        lanes_of(vocab, [&](int64_t i, int n) { sum = fma(load(logits + row * ld + i, n), zero(), sum); });
+        finite[row] = reduce_add(sum) == 0.0f;
     });
 }

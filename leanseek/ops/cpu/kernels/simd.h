@@ -70,6 +70,24 @@ static inline void store(float* p, vec a, int n) {
 }
 static inline vec keep_first(vec a, int n, vec others) { return _mm512_mask_mov_ps(others, first(n), a); }
 
+using ints = __m512i;
+static inline ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+static inline ints words(int a) { return _mm512_set1_epi16(short(a)); }
+static inline ints lanes_with(int64_t a) { return _mm512_set1_epi32(int(a)); }
+template <int N> static inline ints left16(ints a) { return _mm512_slli_epi16(a, N); }
+template <int N> static inline ints right16(ints a) { return _mm512_srai_epi16(a, N); }  // of signed words
+template <int N> static inline ints left32(ints a) { return _mm512_slli_epi32(a, N); }
+static inline ints negated_where(ints a, ints sign) {  // bytes of a, where sign's are negative -a
+    return _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), a);
+}
+static inline ints twice8(ints a) { return _mm512_add_epi8(a, a); }
+static inline ints max_unsigned8(ints a, ints b) { return _mm512_max_epu8(a, b); }
+static inline bool any_equal8(ints a, int b) { return _mm512_cmpeq_epi8_mask(a, _mm512_set1_epi8(char(b))) != 0; }
+static inline vec as_floats(ints a) { return _mm512_castsi512_ps(a); }
+static inline vec to_floats(ints a) { return _mm512_cvtepi32_ps(a); }
+static inline vec even_lanes(vec a, vec b) { return _mm512_shuffle_ps(a, b, 0x88); }  // in each quarter, first of a
+static inline vec odd_lanes(vec a, vec b) { return _mm512_shuffle_ps(a, b, 0xdd); }
+
 static inline vec widen(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
@@ -149,6 +167,24 @@ static inline void store(float* p, vec a, int n) {
 static inline vec keep_first(vec a, int n, vec others) {
     return _mm256_blendv_ps(others, a, _mm256_castsi256_ps(first(n)));
 }
+
+using ints = __m256i;
+static inline ints load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline ints words(int a) { return _mm256_set1_epi16(short(a)); }
+static inline ints lanes_with(int64_t a) { return _mm256_set1_epi32(int(a)); }
+template <int N> static inline ints left16(ints a) { return _mm256_slli_epi16(a, N); }
+template <int N> static inline ints right16(ints a) { return _mm256_srai_epi16(a, N); }  // of signed words
+template <int N> static inline ints left32(ints a) { return _mm256_slli_epi32(a, N); }
+static inline ints negated_where(ints a, ints sign) { return _mm256_sign_epi8(a, sign); }  // where 0, a is 0 too
+static inline ints twice8(ints a) { return _mm256_add_epi8(a, a); }
+static inline ints max_unsigned8(ints a, ints b) { return _mm256_max_epu8(a, b); }
+static inline bool any_equal8(ints a, int b) {
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(a, _mm256_set1_epi8(char(b)))) != 0;
+}
+static inline vec as_floats(ints a) { return _mm256_castsi256_ps(a); }
+static inline vec to_floats(ints a) { return _mm256_cvtepi32_ps(a); }
+static inline vec even_lanes(vec a, vec b) { return _mm256_shuffle_ps(a, b, 0x88); }  // in each half, first of a
+static inline vec odd_lanes(vec a, vec b) { return _mm256_shuffle_ps(a, b, 0xdd); }
 
 static inline vec widen(__m128i bits) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

@@ -93,7 +93,7 @@ void attention(Arena& arena, const BlockPlan& p, bool narrow, const Step& step, 
     float* latent = arena.take<float>(N * W);
     const Matrix& down = compressed ? p.q_a : p.q_b;
     const PreparedRows for_kv = prepared(arena, p.kv_a, narrow, normed, N);
-    const PreparedRows for_q = narrows(down.kind) == narrows(p.kv_a.kind) ? for_kv : prepared(arena, down, narrow, normed, N);
+    const PreparedRows for_q = form_of(down.kind, narrow) == form_of(p.kv_a.kind, narrow) ? for_kv : prepared(arena, down, narrow, normed, N);
     float* small = compressed ? arena.take<float>(N * p.q_a.rows) : query;
     multiply({{down, for_q.rows(), N, small, down.rows}, {p.kv_a, for_kv.rows(), N, latent, W}});
     if (compressed) {
@@ -201,7 +201,7 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
         parallel_rows(N, 16 * p.experts, [&](int64_t n) { choose(p, logits + n * p.experts, indices + n * p.top_k, weights + n * p.top_k); });
         groups.push_back(experts.group(arena, rows, narrow, {indices, weights, N, p.top_k}, place));
     }
-    const bool apart = always && p.gate.data && narrows(p.mlp_gated.kind) != narrows(p.gated.kind);
+    const bool apart = always && p.gate.data && form_of(p.mlp_gated.kind, narrow) != form_of(p.gated.kind, narrow);
     const PreparedRows for_mlp = apart ? prepared(arena, p.mlp_gated, narrow, normed, N) : rows;
     PreparedRows act(arena, N, always ? p.mlp_down : p.down, narrow);
     if (always) groups.push_back({{{p.mlp_gated, p.mlp_down, 0, N}}, &for_mlp, nullptr, &act, arena.take<float>(N * D)});

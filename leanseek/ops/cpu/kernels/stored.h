@@ -14,14 +14,16 @@ constexpr int64_t PANEL_ROWS = 64, HALF_ROWS = 32;
 
 // A packed weight [rows, columns], or a stack of experts' weights of that shape. scale: [panels][blocks of columns][2] of
 // FP8, for the two halves of a panel; [panels][PANEL_ROWS] of INT8; else null.
+// FP8 may have `checked`, [panels] of 0 at first: what has_nan found.
 struct Matrix {
     int64_t kind;
     const void* data;
     const float* scale;
     int64_t rows, columns;
+    uint8_t* checked;
 };
 
-inline int64_t value_bytes(int64_t kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+constexpr int64_t value_bytes(int64_t kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 inline int64_t pairs_of(const Matrix& w) { return (w.columns + 1) / 2; }
 inline int64_t blocks_of(const Matrix& w) { return (w.columns + BLOCK - 1) / BLOCK; }
 inline int64_t panels_of(const Matrix& w) { return (w.rows + PANEL_ROWS - 1) / PANEL_ROWS; }
@@ -32,69 +34,90 @@ inline Matrix expert_of(const Matrix& stacked, int64_t e) {  // one matrix of a 
     Matrix one = stacked;
     one.data = static_cast<const char*>(stacked.data) + e * panels_of(stacked) * panel_bytes(stacked);
     if (one.scale) one.scale += e * panels_of(stacked) * panel_scales(stacked);
+    if (one.checked) one.checked += e * panels_of(stacked);
     return one;
 }
 
 // Where row n of a panel stands among its pairs.
-inline int64_t place_of(int64_t kind, int64_t n) {
+constexpr int64_t place_of(int64_t kind, int64_t n) {
     if (value_bytes(kind) > 1) return n;
     return n / 32 * 32 + n % 16 / 4 * 8 + n % 32 / 16 * 4 + n % 4;
 }
 
 // ---- decoding to FP32 ----
 
-// e4m3 moved to a half's place (sign to bit 15, exponent and mantissa from bit 7) reads as value / 256: exact for every
-// finite code, subnormals included. The NaN codes 0x7f and 0xff do not survive: loading refuses weights that hold them.
-static inline float fp8_over_256(uint8_t code) {
-    const uint16_t half = uint16_t((uint16_t(int16_t(int8_t(code))) << 7) & 0xbfff);
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
-}
-
 // INT8 has a sign bit and a magnitude, so that it decodes as e4m3 does: by a table of 128 entries.
 struct signed_byte {
     uint8_t code;
 };
 
-// 2 LANES values from p.
-static inline void widen(const uint8_t* p, vec& a, vec& b) {  // over 256
-#if defined(__AVX512F__)
-    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(short(0xbfff)));
-    a = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
-    b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
-#else
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(short(0xbfff)));
-    a = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
-    b = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
-#endif
-}
-static inline vec widen_lanes(const signed_byte* p) {
-#if defined(__AVX512F__)
-    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x80)), 24);
-    const vec size = _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32(0x7f)));
-    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(size), sign));
-#else
-    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x80)), 24);
-    const vec size = _mm256_cvtepi32_ps(_mm256_and_si256(code, _mm256_set1_epi32(0x7f)));
-    return _mm256_or_ps(size, _mm256_castsi256_ps(sign));
-#endif
-}
-static inline void widen(const signed_byte* p, vec& a, vec& b) { a = widen_lanes(p), b = widen_lanes(p + LANES); }
-static inline void widen(const float* p, vec& a, vec& b) { a = load(p), b = load(p + LANES); }
-static inline void widen(const bf16* p, vec& a, vec& b) { a = load(p), b = load(p + LANES); }
+// The two columns of 2 LANES rows, which lie side by side in memory. In the order of the sums: see sum_of.
+struct Spread {
+    vec even[2], odd[2];
+};
 
-// BF16 of the 128 codes without a sign. NaN, 0x7f in e4m3, stays NaN.
-static inline const uint16_t* code_table(int64_t kind) {
+constexpr float FP8_UNIT = 0x1p120f, INT8_UNIT = 0x1p-24f;  // what `spread` leaves out of a value
+
+// e4m3 moved to a float's place (sign to bit 31, exponent and mantissa from bit 20) reads as value / 2^120: exact for
+// every finite code, as a subnormal where e4m3 is one. Not for NaN, 0x7f and 0xff: see has_nan.
+static inline Spread spread(const uint8_t* p) {
+    const ints codes = load_ints(p), kept = words(0x87f0), high = lanes_with(0xffff0000);
+    const ints odd = right16<4>(codes) & kept, even = right16<4>(left16<8>(codes)) & kept;  // as BF16
+    return {{as_floats(left32<16>(even)), as_floats(even & high)}, {as_floats(left32<16>(odd)), as_floats(odd & high)}};
+}
+static inline Spread spread(const signed_byte* p) {  // times 2^24
+    const ints codes = load_ints(p), top = lanes_with(0xff000000);
+    const ints v = negated_where(codes & words(0x7f7f), codes);
+    return {{to_floats(left32<24>(v)), to_floats(left32<8>(v) & top)}, {to_floats(left32<16>(v) & top), to_floats(v & top)}};
+}
+static inline Spread spread(const bf16* p) {
+    const ints a = load_ints(p), b = load_ints(p + 2 * LANES), high = lanes_with(0xffff0000);
+    return {{as_floats(left32<16>(a)), as_floats(left32<16>(b))}, {as_floats(a & high), as_floats(b & high)}};
+}
+static inline Spread spread(const float* p) {
+    const vec a = load(p), b = load(p + LANES), c = load(p + 2 * LANES), d = load(p + 3 * LANES);
+    return {{even_lanes(a, b), even_lanes(c, d)}, {odd_lanes(a, b), odd_lanes(c, d)}};
+}
+
+// Where the sum of row n of a panel comes to stand.
+constexpr int64_t sum_of(int64_t kind, int64_t n) {
+    if (value_bytes(kind) == 1) {
+        const int64_t place = place_of(kind, n);
+        return (place / (2 * LANES) * 2 + place % 2) * LANES + place % (2 * LANES) / 2;
+    }
+    if (value_bytes(kind) == 2) return n;
+    const int64_t lane = n % LANES, half = LANES / 2;
+    return n / LANES * LANES + lane % half / 2 * 4 + lane / half * 2 + lane % 2;
+}
+
+// Whether there is a NaN among the e4m3 codes of a panel. Asked when it is multiplied, answered once.
+[[maybe_unused]] static inline bool has_nan(const Matrix& w, int64_t panel) {
+    enum : uint8_t { UNKNOWN, CLEAN, NANS };
+    const uint8_t known = w.checked ? __atomic_load_n(w.checked + panel, __ATOMIC_RELAXED) : uint8_t(UNKNOWN);
+    if (known != UNKNOWN) return known == NANS;
+    const char* codes = static_cast<const char*>(w.data) + panel * panel_bytes(w);
+    ints largest = words(0);  // without the sign, times two
+    for (int64_t i = 0; i < panel_bytes(w); i += int64_t(sizeof(ints))) largest = max_unsigned8(largest, twice8(load_ints(codes + i)));
+    const bool found = any_equal8(largest, 0xfe);
+    if (w.checked) __atomic_store_n(w.checked + panel, uint8_t(found ? NANS : CLEAN), __ATOMIC_RELAXED);
+    return found;
+}
+
+static inline float fp8_value(uint8_t code) {
+    const float size = (code & 0x7f) < 8 ? float(code & 7) * 0x1p-9f : float(8 + code % 8) * float(1 << (code >> 3 & 15)) * 0x1p-10f;
+    const float value = (code & 0x7f) == 0x7f ? __builtin_nanf("") : size;
+    return code & 0x80 ? -value : value;
+}
+
+// BF16 of the 128 codes without a sign.
+[[maybe_unused]] static inline const uint16_t* code_table(int64_t kind) {
     struct Table {
         uint16_t bits[128];
         explicit Table(int64_t kind) {
             for (int code = 0; code < 128; code++) {
                 bf16 value;
-                put(&value, kind == INT8 ? float(code) : fp8_over_256(uint8_t(code)) * 256.0f);
-                bits[code] = kind == FP8 && code == 0x7f ? 0x7fc0 : value.bits;
+                put(&value, kind == INT8 ? float(code) : fp8_value(uint8_t(code)));
+                bits[code] = value.bits;
             }
         }
     };
