@@ -50,7 +50,7 @@ def test_output_has_its_form(
     temperature: float,
     drafts: int,
 ) -> None:
-    params = SamplingParams(temperature=temperature, seed=3, max_tokens=480, guided=guide)
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=200, guided=guide)
     text, reason = text_of(make_engine(drafting_model, tokenizer, speculate=drafts, eos_token_ids=[0]), params)
     assert reason == "stop"
     assert fits(text), text
