@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= 2.13.0
 DEMO   := runs/demo
 
-.PHONY: demo test test-slow test-peers test-browser test-gpu sanitize check format clean
+.PHONY: demo test test-portable test-lowest test-slow test-peers test-browser test-gpu gpu-check sanitize check format clean
 
 # ---- set-up ----
 
@@ -32,15 +32,48 @@ demo: $(BIN)/leanseek.stamp
 	test -d corpora/shakespeare || $(BIN)/leanseek data fetch shakespeare --out corpora/shakespeare
 	$(BIN)/leanseek data prepare corpora/shakespeare --out shards/shakespeare --train-tokenizer 4096
 	rm -rf $(DEMO) $(DEMO)-unbalanced
-	$(BIN)/leanseek train configs/demo-unbalanced.toml
-	$(BIN)/leanseek train configs/demo.toml --compare $(DEMO)-unbalanced
+	$(BIN)/leanseek train configs/demo-unbalanced.toml --minutes 2
+	$(BIN)/leanseek train configs/demo.toml --minutes 6.5 --compare $(DEMO)-unbalanced
 	$(BIN)/leanseek generate $(DEMO) "KING HENRY." --max-tokens 120 --seed 1
 	@echo "The report: $(DEMO)/report.html"
 
 # ---- checks ----
 
+QUICK := -m "not slow and not peer and not gpu and not browser"
+# A process a core, each of one thread; a file's tests stay together, with their fixtures.
+SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+
 test: $(BIN)/leanseek.stamp
-	$(BIN)/pytest -m "not slow and not peer and not gpu and not browser"
+	$(SHARED) $(QUICK)
+	$(MAKE) test-portable
+
+# What a CPU of another kind computes: torch confined to AVX2, with the AVX2 kernels (where they run), then with none.
+# GPU kernels have an interpreter, the same on each; the kernels' own tests force every variant in `make test`.
+CONFINED := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+PORTABLE := $(QUICK) --ignore-glob "tests/ops/test_triton*" --ignore-glob "tests/ops/test_cpu_*" \
+	tests/ops tests/engine tests/model
+test-portable: $(BIN)/leanseek.stamp
+	if $(BIN)/python -c "from leanseek.ops import cpu; raise SystemExit('avx2' not in cpu.usable_variants())"; then \
+		$(CONFINED) LEANSEEK_CPU=avx2 $(SHARED) $(PORTABLE); fi
+	$(CONFINED) LEANSEEK_CPU=none $(SHARED) $(PORTABLE)
+
+# The lowest versions that pyproject.toml allows of all that is used at run time but torch, in an environment of their own.
+# transformers, schemathesis and lm-eval ask for newer ones, so the tests that judge by them are left out.
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/server tests/data tests/cli tests/checkpoint/test_training_checkpoint.py \
+	tests/checkpoint/test_convert.py tests/checkpoint/test_broken.py
+test-lowest: $(BIN)/leanseek.stamp
+	$(PYTHON) -m venv $(LOWEST)
+	$(BIN)/python -c "import re, tomllib; \
+		print(*(re.sub('>=.*', '', d) + '==' + d.split('>=')[1] for d in \
+		tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if not d.startswith('torch')), sep='\n')" \
+		> $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install -q "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+	$(LOWEST)/bin/pip install -q -c $(LOWEST)/lowest.txt -e . pytest pytest-timeout hypothesis openai httpx zstandard
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest $(QUICK) $(LOWEST_TESTS) --ignore tests/server/test_fuzz.py \
+		--ignore tests/server/test_page.py --ignore tests/server/test_lm_eval.py --ignore tests/server/test_templates.py \
+		-k "not transformers_reads_it"
 
 test-slow: $(BIN)/leanseek.stamp
 	$(BIN)/pytest -m slow
@@ -56,6 +89,11 @@ test-browser: $(BIN)/leanseek.stamp
 
 test-gpu: $(BIN)/leanseek.stamp
 	$(BIN)/pytest -m gpu
+
+# On a GPU machine, at most eight minutes: tests, the engine, training and kernels, into benchmarks/results/. Takes the
+# Python it is given, with what that has installed: PYTHON=python3 where the virtual environment cannot be made.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 # The kernels' tests under AddressSanitizer and UBSan. Two to three minutes on 2 cores. The instrumented libraries
 # stand in the checkout while the tests run; the plain ones come back when these pass, fail or are interrupted.
@@ -79,4 +117,4 @@ format: $(BIN)/leanseek.stamp
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build runs corpora shards
+	rm -rf $(VENV) $(LOWEST) build runs corpora shards

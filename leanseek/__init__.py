@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from leanseek.threads import set_openmp
 
 if TYPE_CHECKING:
     from leanseek.checkpoint import load, save
@@ -11,6 +15,9 @@ if TYPE_CHECKING:
     from leanseek.engine import LLM, SamplingParams
     from leanseek.errors import InputError
     from leanseek.model import Transformer
+
+if "torch" not in sys.modules:  # afterwards nobody reads it
+    set_openmp(os.environ)
 
 # Where each public name lives. Imported on first use: `leanseek --help` should not wait for torch.
 _HOMES = {

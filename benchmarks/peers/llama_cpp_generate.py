@@ -5,7 +5,6 @@ usage: llama_cpp_generate.py FILE.gguf NEW CONTEXT        (pip install llama-cpp
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import sys
@@ -14,10 +13,11 @@ from typing import Any
 
 from llama_cpp import Llama
 
+import leanseek.threads
 from leanseek.bench.workers import serve
 
 file, new, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-threads = os.cpu_count()
+threads = leanseek.threads.threads()
 llm = Llama(
     file,
     n_ctx=context + new + 64,

@@ -1,6 +1,6 @@
 """vLLM on a CPU as a worker of `leanseek bench serve`; it runs in an environment of its own (docs/bench.md).
 
-usage: vllm_serve.py FOLDER
+usage: vllm_serve.py WORKERS.py FOLDER
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import random
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
@@ -19,7 +18,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 from vllm import LLM, SamplingParams
 
 # leanseek is not in this environment; its protocol is one file that needs nothing.
-spec = importlib.util.spec_from_file_location("workers", Path(__file__).parents[2] / "leanseek/bench/workers.py")
+spec = importlib.util.spec_from_file_location("workers", sys.argv[1])
 assert spec and spec.loader
 workers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(workers)
@@ -46,4 +45,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[2])

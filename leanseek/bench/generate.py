@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from leanseek.bench.models import cache_root, random_model
-from leanseek.bench.train import machine
-from leanseek.bench.workers import Worker, peer_command, serve
+from leanseek.bench.train import fastest_dtype, machine
+from leanseek.bench.workers import Worker, peer_command, say, serve
 from leanseek.checkpoint import export_gguf, read_config
 from leanseek.config import ModelConfig
 from leanseek.engine import LLM, SamplingParams
@@ -45,7 +45,10 @@ def bench_generate(preset: str, peers: list[str], contexts: list[int]) -> dict[s
         InputError: there is no such preset.
         RunError: our own side failed.
     """
-    config, limits, notes = ModelConfig.preset(preset), machine(), []
+    config = ModelConfig.preset(preset)
+    limits = machine()
+    notes: list[str] = []
+    fastest = fastest_dtype(limits)
     alone = {name: _command(preset, name) for name in SIDES}
     results: dict[str, Any] = {}
     for context in contexts:
@@ -57,16 +60,15 @@ def bench_generate(preset: str, peers: list[str], contexts: list[int]) -> dict[s
             read = side["bytes_per_token"] * side["decode_tokens_per_second"]
             side["share_of_read_bandwidth"] = read / side["read_bytes_per_second"]
             rate = side["prefill_tokens_per_second"] * prefill_flops(config, context)
-            side["share_of_bfloat16_gemm"] = rate / limits["gemm_flops_bfloat16"]
+            side[f"share_of_{fastest}_gemm"] = rate / limits[f"gemm_flops_{fastest}"]
     pairs: list[dict[str, Any]] = []
     for peer, mode, ours in [(p, mode, ours) for p in peers for mode, ours in PEERS[p]]:
-        peers_command = _peer(peer, mode, preset)
-        if peers_command is None:
-            notes.append(f"{peer}: its script is in a checkout's benchmarks/peers, not in the installed package")
-            continue
         theirs = f"{peer} {mode}"
+        if peer == "transformers" and mode in limits["emulated"]:
+            notes.append(f"{theirs}: left out, torch emulates {mode} here")
+            continue
         try:
-            found = _turns({ours: alone[ours], theirs: peers_command}, contexts[0])
+            found = _turns({ours: alone[ours], theirs: _peer(peer, mode, preset)}, contexts[0])
         except RunError as error:
             notes.append(str(error))
             continue
@@ -109,7 +111,7 @@ def _command(preset: str, name: str) -> list[str]:
     return [sys.executable, "-m", "leanseek.bench.generate", str(folder), head]
 
 
-def _peer(peer: str, mode: str, preset: str) -> list[str] | None:
+def _peer(peer: str, mode: str, preset: str) -> list[str]:
     folder = random_model(preset, "bf16", cache_root())
     if peer == "transformers":
         return peer_command("transformers_generate", str(folder), str(NEW))
@@ -120,6 +122,7 @@ def _peer(peer: str, mode: str, preset: str) -> list[str] | None:
 
 
 def _turns(sides: dict[str, list[str]], context: int) -> dict[str, dict[str, float]]:
+    say(f"{' beside '.join(sides)}, {context} tokens of context")
     workers = {name: Worker([*command, str(context)]) for name, command in sides.items()}
     try:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.bench.train import machine
+from leanseek.bench.train import fastest_dtype, machine
 from leanseek.ops.machine import default_device, preferred_dtype
 
 ROUNDS = 15
@@ -48,7 +48,7 @@ def bench_kernels(size: int | None = None, rounds: int | None = None) -> dict[st
     limits = machine()
     for result in results.values():
         if "flops_per_second" in result:
-            result["share_of_gemm"] = result["flops_per_second"] / limits["gemm_flops_bfloat16"]
+            result["share_of_gemm"] = result["flops_per_second"] / limits[f"gemm_flops_{fastest_dtype(limits)}"]
         if "bytes_per_second" in result:
             result["share_of_copy"] = result["bytes_per_second"] / results["copy"]["bytes_per_second"]
     return {

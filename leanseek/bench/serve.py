@@ -22,7 +22,7 @@ from typing import Any
 
 from leanseek.bench.models import cache_root, random_model
 from leanseek.bench.train import machine
-from leanseek.bench.workers import Worker, peer_command, serve
+from leanseek.bench.workers import Worker, peer_command, say, serve
 from leanseek.checkpoint import read_config, resolve
 from leanseek.engine import Engine, Request, SamplingParams, load_engine
 from leanseek.errors import InputError, RunError
@@ -76,15 +76,13 @@ def _drafts(folder: Path) -> bool:
 
 def _vllm(preset: str | None, python: str | None, notes: list[str]) -> list[str] | None:
     """The peer's command over the same network in BF16, which is the fastest that it computes in."""
-    command = peer_command("vllm_serve")
-    if command is None:
-        notes.append("vllm-cpu: its script is in a checkout's benchmarks/peers, not in the installed package")
-    elif python is None:
+    if python is None:
         notes.append("vllm-cpu: not installed; --vllm-python PYTHON names the environment that has it (docs/bench.md)")
     elif preset is None:
         notes.append("vllm-cpu: compared on presets only")
     else:
-        return [python, *command[1:], str(random_model(preset, "bf16", cache_root()))]
+        script, *arguments = peer_command("vllm_serve", str(random_model(preset, "bf16", cache_root())))[1:]
+        return [python, script, str(Path(__file__).with_name("workers.py")), *arguments]
     return None
 
 
@@ -97,8 +95,9 @@ def _alternate(sides: dict[str, list[str]], streams: list[int], notes: list[str]
         if "leanseek" not in workers:
             raise RunError(notes[-1])
         turns: dict[str, dict[int, list[dict[str, Any]]]] = {n: {count: [] for count in streams} for n in workers}
-        for _ in range(TURNS):
+        for turn in range(TURNS):
             for count in streams:
+                say(f"turn {turn + 1} of {TURNS}, {count} streams: {', '.join(workers)}")
                 for name, worker in workers.items():
                     turns[name][count].append(_checked(name, worker.work(count)))
         return {name: {str(count): _median(runs) for count, runs in by.items()} for name, by in turns.items()}

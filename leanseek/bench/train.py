@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanseek.bench.workers import Worker, peer_command, serve
+from leanseek.bench.workers import Worker, peer_command, say, serve
 from leanseek.model import Transformer
 from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype, read_bandwidth
 from leanseek.planning import train_flops_per_token
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.activations import activation_bytes_per_token
+from leanseek.training.pace import random_tokens
 
 PEER_MODES = ("float32", "autocast", "bfloat16")
 
@@ -28,15 +29,23 @@ PEER_MODES = ("float32", "autocast", "bfloat16")
 def machine() -> dict[str, Any]:
     """What this machine is and what it can do, measured now."""
     device = default_device()
+    say("measuring the machine's limits")
+    float32, bfloat16 = (gemm_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16))
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "preferred_dtype": str(preferred_dtype(device)).removeprefix("torch."),
-        "gemm_flops_float32": gemm_rate(torch.float32, device),
-        "gemm_flops_bfloat16": gemm_rate(torch.bfloat16, device),
+        "gemm_flops_float32": float32,
+        "gemm_flops_bfloat16": bfloat16,
+        "emulated": ["bfloat16"] if bfloat16 < float32 else [],  # by torch, and slower than what it stands for
         "read_bytes_per_second": read_bandwidth(device),
     }
+
+
+def fastest_dtype(limits: dict[str, Any]) -> str:
+    """The dtype that `machine()` found matrix products to be fastest in."""
+    return "float32" if limits["emulated"] else "bfloat16"
 
 
 def cpu_name() -> str:
@@ -57,21 +66,21 @@ def bench_train(preset: str, batch: int, seq_len: int, steps: int, peers: list[s
     if "transformers" in peers:
         config = json.dumps(run.model.to_hf())
         for mode in PEER_MODES:
-            peer = peer_command("transformers_train", mode, str(batch), str(seq_len), config)
-            if peer is None:
-                notes.append(
-                    "transformers: its script is in a checkout's benchmarks/peers, not in the installed package"
-                )
-                break
-            sides[f"transformers {mode}"] = peer
+            if mode != "float32" and limits["emulated"]:  # a step would take minutes
+                notes.append(f"transformers {mode}: left out, torch emulates bfloat16 here")
+                continue
+            sides[f"transformers {mode}"] = peer_command("transformers_train", mode, str(batch), str(seq_len), config)
     results = _alternate(sides, steps, batch * seq_len, notes)
     flops = train_flops_per_token(run.model, seq_len)
     own, fp8 = results["leanseek"], results["leanseek fp8"]
-    best_gemm = max(limits["gemm_flops_float32"], limits["gemm_flops_bfloat16"])
+    after = machine()  # others may have been at work before
+    limits |= {key: max(limits[key], value) for key, value in after.items() if key.startswith("gemm_")}
+    gemm = f"gemm_flops_{fastest_dtype(limits)}"
     for side in results.values():
         side["flops_per_second"] = side["tokens_per_second"] * flops
-        side["share_of_best_gemm"] = side["flops_per_second"] / best_gemm
-        side["share_of_bfloat16_gemm"] = side["flops_per_second"] / limits["gemm_flops_bfloat16"]
+        limits[gemm] = max(limits[gemm], side["flops_per_second"])
+    for side in results.values():
+        side["share_of_best_gemm"] = side["flops_per_second"] / limits[gemm]
     found: dict[str, Any] = {
         "benchmark": "train", "preset": preset, "batch": batch, "seq_len": seq_len, "flops_per_token": flops,
         "machine": limits, "results": results, "notes": notes,
@@ -89,14 +98,16 @@ def bench_train(preset: str, batch: int, seq_len: int, steps: int, peers: list[s
 
 def _alternate(sides: dict[str, list[str]], steps: int, tokens: int, notes: list[str]) -> dict[str, dict[str, Any]]:
     """Start every side, drop those that fail with a note, and let them take turns."""
+    say(f"starting {', '.join(sides)}")
     workers = {name: Worker(command) for name, command in sides.items()}
     try:
         for name in [n for n, w in workers.items() if "error" in w.ready]:
             notes.append(f"{name}: {workers.pop(name).ready['error']}")
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         last: dict[str, dict[str, Any]] = {}
-        for _ in range(5):
+        for turn in range(5):
             for name, worker in workers.items():
+                say(f"turn {turn + 1} of 5: {name}")
                 last[name] = worker.work(steps)
                 seconds[name] += last[name]["seconds"]
         return {
@@ -141,11 +152,9 @@ def profile(preset: str, batch: int, seq_len: int) -> str:
 
 def _ready(run: RunConfig) -> tuple[Trainer, Tensor]:
     """A trainer and a batch of random tokens [B, T + 1 + D] for it."""
-    shape = (run.train.batch_size, run.data.seq_len + 1 + run.model.num_nextn_predict_layers)
     device = default_device()
     model = Transformer(run.model, device).init_weights(torch.Generator(device).manual_seed(0))
-    tokens = torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    return Trainer(run, model), tokens
+    return Trainer(run, model), random_tokens(run)
 
 
 def _worker(preset: str, batch: str, seq_len: str, precision: str) -> None:

@@ -18,7 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"  # scripts, in a checkout alone
+_INSIDE = Path(__file__).parent / "peers"  # the peers' scripts, once installed
+PEERS = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2] / "benchmarks" / "peers"
+
+
+def say(line: str) -> None:
+    """Progress, on stderr: what a measurement does now."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Worker:
@@ -64,7 +70,6 @@ def serve(ready: dict[str, Any], work: Callable[[int], dict[str, Any]]) -> None:
         print(json.dumps({"peak_memory_bytes": peak} | found), flush=True)
 
 
-def peer_command(name: str, *arguments: str) -> list[str] | None:
-    """How to start a peer's script, or None outside a checkout."""
-    script = PEERS / f"{name}.py"
-    return [sys.executable, str(script), *arguments] if script.is_file() else None
+def peer_command(name: str, *arguments: str) -> list[str]:
+    """How to start a peer's script."""
+    return [sys.executable, str(PEERS / f"{name}.py"), *arguments]

@@ -7,6 +7,7 @@ from leanseek.checkpoint.hf import load, read_config, resolve, save, write_model
 from leanseek.checkpoint.names import iter_hf_tensors
 from leanseek.checkpoint.packed import PackedCopy
 from leanseek.checkpoint.tokenizer import find_tokenizer
+from leanseek.checkpoint.training import load_ema
 
 __all__ = [
     "CheckpointError",
@@ -16,6 +17,7 @@ __all__ = [
     "find_tokenizer",
     "iter_hf_tensors",
     "load",
+    "load_ema",
     "read_config",
     "resolve",
     "save",

@@ -37,29 +37,50 @@ class _Described(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of a weight that needs no scales
+_SCALES = (*WIDE, torch.float8_e8m0fnu)
+
+
 def check_blocks(tensors: Mapping[str, _Described]) -> None:
-    """Every FP8 weight has scales of the right shape.
+    """Every FP8 matrix has scales of the right shape and dtype, and no scales are without their FP8 matrix.
 
     Raises:
-        CheckpointError: one has not, or a tensor has a dtype that is no weight's.
+        CheckpointError: it is not so, or a tensor has a dtype that is no weight's.
     """
     for name, tensor in tensors.items():
         if name.endswith(SCALE):
-            continue
-        if tensor.dtype == FP8:
-            scale = tensors.get(name + SCALE)
-            if scale is None:
-                raise CheckpointError(f"{name} is FP8 but its scales {name}{SCALE} are missing")
-            if len(tensor.shape) != 2 or scale.shape != scale_shape(tensor.shape):
+            weight = tensors.get(name.removesuffix(SCALE))
+            if weight is not None and weight.dtype != FP8:
                 raise CheckpointError(
-                    f"{name}{SCALE} has shape {list(scale.shape)}, not one scale for each 128×128 block of "
-                    f"{list(tensor.shape)}"
+                    f"{name} are scales of FP8 blocks, but {name.removesuffix(SCALE)} is {_name(weight.dtype)}"
                 )
-        elif tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        elif tensor.dtype == FP8:
+            _check_scales(name, tensor, tensors.get(name + SCALE))
+        elif tensor.dtype not in WIDE:
             raise CheckpointError(
-                f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}; weights are "
-                f"float32, bfloat16, float16 or float8_e4m3fn with scales"
+                f"{name} is stored as {_name(tensor.dtype)}; weights are float32, bfloat16, float16, float64 or "
+                "float8_e4m3fn with scales"
             )
+
+
+def _check_scales(name: str, weight: _Described, scale: _Described | None) -> None:
+    if len(weight.shape) != 2:
+        raise CheckpointError(f"{name} is FP8, which only a matrix can be; its shape is {list(weight.shape)}")
+    if scale is None:
+        raise CheckpointError(f"{name} is FP8 but its scales {name}{SCALE} are missing")
+    if scale.shape != scale_shape(weight.shape):
+        raise CheckpointError(
+            f"{name}{SCALE} has shape {list(scale.shape)}, not one scale for each 128×128 block of {list(weight.shape)}"
+        )
+    if scale.dtype not in _SCALES:
+        raise CheckpointError(
+            f"{name}{SCALE} is stored as {_name(scale.dtype)}; scales are float32, bfloat16, float16, float64 or "
+            "float8_e8m0fnu"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_quantization(config: dict[str, Any]) -> None:

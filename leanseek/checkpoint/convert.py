@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from leanseek.checkpoint import blocks
+from leanseek.checkpoint.beside import copy_beside
 from leanseek.checkpoint.files import CheckpointError, Lazy, atomic_folder, read_json, write_json
 from leanseek.checkpoint.hf import described, open_checkpoint, resolve, write_weights
-from leanseek.checkpoint.tokenizer import TOKENIZER_FILES
 
 _FORMATS = {"bf16": blocks.as_bf16, "fp8": blocks.as_fp8}
 
@@ -23,14 +22,16 @@ def convert(
     to: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
     max_shard_bytes: int = 5 * 10**9,
-) -> None:
+) -> list[str]:
     """Write the checkpoint `source` (a folder or a run) to `out`; `to` is bf16, or fp8: 128×128 blocks and BF16.
 
-    Everything but the weights' format stays: MTP layers, the tokenizer's files, every key of config.json.
-    `e_score_correction_bias` stays as stored. progress(done, total): bytes written.
+    Everything but the weights' format stays: MTP layers, every key of config.json, the files beside the weights.
+    `e_score_correction_bias` stays as stored. progress(done, total): bytes written. Returns a line for each file that
+    was left out.
 
     Raises:
-        CheckpointError: `source` is broken (as `load`), `out` is not empty, or there is no such format.
+        CheckpointError: `source` is broken (as `load`), `out` is not empty or cannot be written, no such format.
+        RunError: the disk is full.
     """
     if to not in _FORMATS:
         raise CheckpointError(f"--to {to!r} is not one of {', '.join(_FORMATS)}")
@@ -47,11 +48,13 @@ def convert(
         return tensor
 
     values = read_json(folder / "config.json")
-    values.pop("quantization_config", None)
+    quantization = values.pop("quantization_config", None)
     with atomic_folder(Path(out)) as partial:
-        write_json(partial / "config.json", values | described(tensors))
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / name)
+        about = described(tensors)
+        if quantization and "quantization_config" in about:  # FP8 passes through, whatever else is said of it too
+            about["quantization_config"] = quantization
+        write_json(partial / "config.json", values | about)
+        left = copy_beside(folder, partial)
         watched = [lazy._replace(make=functools.partial(counted, lazy)) for lazy in tensors]
         write_weights(partial, watched, model.config, max_shard_bytes)
+    return left

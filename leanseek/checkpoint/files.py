@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from leanseek.errors import InputError
+from leanseek.errors import InputError, RunError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -79,7 +80,10 @@ class Stored(NamedTuple):
         """Fill flat, of our dtype, from a byte offset. A read: a mapping would fault its pages in one by one."""
         left = memoryview(flat.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]
         while left:
-            count = os.preadv(self.file.fileno(), [left], offset)
+            try:
+                count = os.preadv(self.file.fileno(), [left], offset)
+            except OSError as error:
+                raise CheckpointError(f"{self.file.name}: {error.strerror}") from None
             if not count:
                 raise CheckpointError(f"{self.file.name} ends before byte {offset + len(left)}; copy it again")
             left, offset = left[count:], offset + count
@@ -273,20 +277,45 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path, then: str = "make room and run it again") -> Iterator[None]:
+    """What the system says to a write below `path`, in one line.
+
+    Raises:
+        RunError: the disk is full; `then` is what to do.
+        CheckpointError: the place cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            disk = mount_point(path)
+            raise RunError(f"the disk at {disk} is full, {path} cannot be written: {then}") from None
+        where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}{where}") from None
+
+
+def mount_point(path: Path) -> Path:
+    whole = path.resolve()
+    return next(p for p in (whole, *whole.parents) if p.is_mount())
+
+
+@contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` once everything is in it, and vanishes if anything fails.
 
     Raises:
-        CheckpointError: `path` exists and is not an empty folder.
+        CheckpointError: `path` exists and is not an empty folder, or cannot be written.
+        RunError: the disk is full.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} exists and is not empty; choose another path or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with writing(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointError(f"{path} exists and is not empty; choose another path or remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+        partial.mkdir()
+        try:
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

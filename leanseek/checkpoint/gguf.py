@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from leanseek.checkpoint import blocks
-from leanseek.checkpoint.files import CheckpointError, Lazy
+from leanseek.checkpoint.files import CheckpointError, Lazy, read_json, writing
 from leanseek.checkpoint.hf import open_checkpoint, resolve
 from leanseek.checkpoint.tokenizer import tokenizer_json
 from leanseek.config import ModelConfig
@@ -41,7 +41,9 @@ def export_gguf(
     tokenizer the file takes token ids only.
 
     Raises:
-        CheckpointError: `source` is broken (as `load`), `out` exists, or llama.cpp would compute something else.
+        CheckpointError: `source` is broken (as `load`), `out` exists or cannot be written, or llama.cpp would compute
+            something else.
+        RunError: the disk is full.
     """
     folder, out = resolve(source), Path(out)
     if out.exists():
@@ -56,17 +58,19 @@ def export_gguf(
     if dtype == "auto":
         common = {torch.bfloat16: "bf16", torch.float16: "f16"}
         dtype = common.get(tensors["model.layers.0.self_attn.o_proj.weight"].dtype, "f32")
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        writer = gguf.GGUFWriter(partial, "deepseek2")
-        _describe(writer, model.config, folder.name, _TYPES[dtype])
-        _add_tokenizer(writer, model.config, Path(tokenizer_from) if tokenizer_from else folder)
-        _write(writer, list(_matrices(tensors, model.config, _TYPES[dtype])))
-        partial.replace(out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            writer = gguf.GGUFWriter(partial, "deepseek2")
+            _describe(writer, model.config, folder.name, _TYPES[dtype])
+            _add_sampling(writer, folder)
+            _add_tokenizer(writer, model.config, Path(tokenizer_from) if tokenizer_from else folder, folder)
+            _write(writer, list(_matrices(tensors, model.config, _TYPES[dtype])))
+            partial.replace(out)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def unsupported_by_llama_cpp(config: ModelConfig) -> str | None:
@@ -225,8 +229,8 @@ def _encode(tensor: Tensor, kind: Type) -> np.ndarray[Any, Any]:
 # ---- tokenizer ----
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path) -> None:
-    """The byte-level BPE of `source`'s tokenizer.json, as llama.cpp's `gpt2` model."""
+def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder: Path) -> None:
+    """The byte-level BPE of `source`'s tokenizer.json, as llama.cpp's `gpt2` model; end tokens also from `folder`."""
     path = tokenizer_json(source)
     if path is None:
         writer.add_tokenizer_model("no_vocab")
@@ -245,29 +249,79 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path) -> Non
     for number, (token, kind) in known.items():
         tokens[number], types[number] = token, kind
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(spec.get("pre_tokenizer")))
+    writer.add_tokenizer_pre(pre_tokenizer_name(path, spec))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(path.parent, load_merges=True, n_vocab=c.vocab_size)
-    ids = {"bos": c.bos_token_id, "eos": c.eos_token_ids[0] if c.eos_token_ids else None}
-    special.special_token_ids = {k: v for k, v in ids.items() if v is not None} | special.special_token_ids
+    if c.bos_token_id is not None:
+        special.special_token_ids.setdefault("bos", c.bos_token_id)
+    special.special_token_ids |= _ends(special.special_token_ids.get("eos"), c, folder)
     special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
     special.add_to_gguf(writer, quiet=True)
 
 
-def pre_tokenizer_name(pre_tokenizer: dict[str, Any] | None) -> str:
-    """llama.cpp's name for how a tokenizer.json splits text before the merges.
+def _ends(first: int | None, c: ModelConfig, folder: Path) -> dict[str, int]:
+    """All tokens that end an answer, under the three keys that llama.cpp stops at."""
+    listed = _generation(folder).get("eos_token_id")
+    ends = [first, *(listed if isinstance(listed, list) else [listed]), *c.eos_token_ids]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    if len(ends) > 3:
+        warnings.warn(f"a GGUF file holds three end tokens; llama.cpp will not stop at {ends[3:]}", stacklevel=5)
+    return dict(zip(("eos", "eot", "eom"), ends, strict=False))
 
-    The tokenizers we train split like V3's but for punctuation before a letter ('t is two pieces, V3's is one). No
-    merge of theirs crosses that place, so they give the same tokens under V3's name.
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _add_sampling(writer: gguf.GGUFWriter, folder: Path) -> None:
+    """The defaults of generation_config.json, where its keys have one in a GGUF file."""
+    generation = _generation(folder)
+    keys: tuple[tuple[str, Callable[[Any], None], type], ...] = (
+        ("temperature", writer.add_sampling_temp, float),
+        ("top_p", writer.add_sampling_top_p, float),
+        ("top_k", writer.add_sampling_top_k, int),
+        ("min_p", writer.add_sampling_min_p, float),
+        ("repetition_penalty", writer.add_sampling_penalty_repeat, float),
+    )
+    for key, add, kind in keys:
+        if isinstance(value := generation.get(key), int | float):
+            add(kind(value))
+
+
+# How V3's tokenizer.json splits a text before the merges; those that we train split alike (data/tokenizer.py).
+_V3_PATTERNS = [
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+]
+
+
+def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
+    """llama.cpp's name for how the tokenizer.json at `path` splits text before the merges.
+
+    Raises:
+        CheckpointError: it has none, or a normalizer, which llama.cpp passes over: the model would read other tokens.
     """
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
-    patterns = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"]
-    if patterns and patterns[0] == r"\p{N}{1,3}" and r"?[\p{L}\p{M}]+" in patterns[-1]:
+    normalizer = spec.get("normalizer")
+    if normalizer and normalizer != {"type": "Sequence", "normalizers": []}:
+        raise CheckpointError(f"{path} has a normalizer ({normalizer.get('type')}), which llama.cpp does not apply")
+    top = spec.get("pre_tokenizer") or {}
+    steps = top.get("pretokenizers", [top] if top else [])
+    splits = [step for step in steps if step["type"] == "Split"]
+    patterns = [step["pattern"].get("Regex", "") for step in splits]
+    isolated = all(step.get("behavior") == "Isolated" and not step.get("invert") for step in splits)
+    last = steps[-1] if steps else {}
+    whole = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
+    if whole and isolated and patterns == _V3_PATTERNS and len(steps) == 4 and not last.get("use_regex", True):
         return "deepseek-v3"
     if patterns and patterns[0] in ("[\r\n]", r"[\r\n]"):
         return "deepseek-llm"  # V2
-    if not patterns and any(step["type"] == "ByteLevel" and step.get("use_regex", True) for step in steps):
+    if whole and len(steps) == 1 and last.get("use_regex", True):
         return "gpt-2"
-    warnings.warn("llama.cpp has no name for this tokenizer's pre-tokenizer: text may split otherwise", stacklevel=2)
-    return "default"
+    raise CheckpointError(
+        f"{path} splits text in a way that llama.cpp has no name for, so it would read other tokens than the model was "
+        "trained on; give --tokenizer, or train on shards whose tokenizer is V3's or made by this version"
+    )

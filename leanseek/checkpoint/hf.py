@@ -15,6 +15,7 @@ from torch import Tensor
 
 from leanseek import ops
 from leanseek.checkpoint import blocks
+from leanseek.checkpoint.beside import copy_beside
 from leanseek.checkpoint.files import (
     MTP_FILE,
     SINGLE,
@@ -106,8 +107,9 @@ def load(
     """The model of a Hugging Face folder or of a run's newest checkpoint.
 
     Reads tensor by tensor, so peak memory is the loaded weights and one tensor. `dtype` is torch's or its name;
-    "auto" keeps what is stored, FP8 blocks becoming BF16; `e_score_correction_bias` is float32 always. `keep_fp8`
-    leaves FP8 weights as they are, with their scales, for inference (experts if 128 divides moe_intermediate_size).
+    "auto" keeps what is stored, FP8 blocks becoming BF16, float64 float32, and float16 float32 where other weights are
+    no float16; `e_score_correction_bias` is float32 always. `keep_fp8` leaves FP8 weights as they are, with their
+    scales, for inference (experts if 128 divides moe_intermediate_size, and where all that is read together is FP8).
     MTP modules that the config promises but the folder lacks are left out with a warning.
 
     Raises:
@@ -119,10 +121,19 @@ def load(
     model, tensors = open_checkpoint(resolve(path))
     config = model.config
     state: dict[str, Tensor] = {}
+    stored = {
+        name: [tensors[part.name] for part in hf_parts(name, meta, config.num_hidden_layers)]
+        for name, meta in model.state_dict().items()
+    }
+    kept = _kept(model, stored) if keep_fp8 else set()
+    exact = bool(kept) or any(
+        part.dtype not in (torch.float16, blocks.FP8) for name, parts in stored.items() for part in parts
+        if not name.endswith(_BIAS)
+    )  # fmt: skip
     for name, meta in model.state_dict().items():
-        parts = [tensors[part.name] for part in hf_parts(name, meta, config.num_hidden_layers)]
-        keep = keep_fp8 and all(part.dtype == blocks.FP8 for part in parts) and _takes_scales(model, name)
-        kind = blocks.FP8 if keep else _dtype(name, parts, wanted)
+        keep = name in kept
+        together = [part for other in ({name} | _read_with(name)) & stored.keys() for part in stored[other]]
+        kind = blocks.FP8 if keep else _dtype(name, together, wanted, exact)
         state[name] = _fill(empty(meta.shape, kind, device), name, tensors, config, keep)
         if keep:
             scale = torch.empty(blocks.scale_shape(tuple(meta.shape)), dtype=torch.float32, device=device)
@@ -177,6 +188,25 @@ def _ignored(name: str, config: ModelConfig) -> bool:
     return depth >= 0 and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))  # copies
 
 
+def _kept(model: Transformer, stored: Mapping[str, list[Stored]]) -> set[str]:
+    """Weights that can stay FP8. Those that one product reads together stay together, or none of them does."""
+    able = {
+        name
+        for name, parts in stored.items()
+        if all(part.dtype == blocks.FP8 for part in parts) and _takes_scales(model, name)
+    }
+    return {name for name in able if able.issuperset(_read_with(name) & stored.keys())}
+
+
+def _read_with(name: str) -> set[str]:
+    """The weights that a product takes together with `name`, all in one dtype."""
+    for one, other in (("gate_proj.weight", "up_proj.weight"), ("experts.gate_up_proj", "experts.down_proj")):
+        for this, that in ((one, other), (other, one)):
+            if name.endswith("." + this):
+                return {name.removesuffix(this) + that}
+    return set()
+
+
 def _takes_scales(model: Transformer, name: str) -> bool:
     """Whether the module of this weight computes with FP8 blocks; one must not lie across an expert's gate and up."""
     module, _, leaf = name.rpartition(".")
@@ -185,13 +215,21 @@ def _takes_scales(model: Transformer, name: str) -> bool:
     return hasattr(model.get_submodule(module), leaf + blocks.SCALE)
 
 
-def _dtype(name: str, parts: list[Stored], wanted: torch.dtype | None) -> torch.dtype:
-    if name.endswith("e_score_correction_bias"):
+_BIAS = "e_score_correction_bias"
+
+
+def _dtype(name: str, parts: list[Stored], wanted: torch.dtype | None, exact: bool) -> torch.dtype:
+    """Of a tensor in memory: one that holds all `parts` that a product reads together.
+
+    float64 becomes float32, and so does float16 (`exact`) beside weights of another dtype: no kernel takes such pairs.
+    """
+    if name.endswith(_BIAS):
         return torch.float32
     if wanted is not None:
         return wanted
-    stored = {torch.bfloat16 if part.dtype == blocks.FP8 else part.dtype for part in parts}
-    return functools.reduce(torch.promote_types, stored)
+    found = {torch.bfloat16 if part.dtype == blocks.FP8 else part.dtype for part in parts}
+    kind = functools.reduce(torch.promote_types, found)
+    return torch.float32 if kind == torch.float64 or (exact and kind == torch.float16) else kind
 
 
 def _fill(out: Tensor, name: str, tensors: Mapping[str, Stored], config: ModelConfig, keep: bool = False) -> Tensor:
@@ -215,15 +253,18 @@ def save(
     format: str = "hf",
     tokenizer_from: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
-) -> None:
+    beside: str | Path | None = None,
+) -> list[str]:
     """A folder that transformers and vLLM load with nothing missing and nothing unexpected.
 
     "hf" keeps the model's dtypes (kept FP8 becomes BF16); "hf-fp8" writes 128×128 FP8 blocks and BF16, as published.
-    Tensors are made and written one at a time; the folder appears whole or not at all.
+    Tensors are made and written one at a time; the folder appears whole or not at all. `beside` is the model folder
+    whose other files go along (generation_config.json, templates, licence); returned is a line for each left out.
 
     Raises:
         ConfigError: no Hugging Face class computes this network (a baseline).
-        CheckpointError: `path` exists and is not empty, or `tokenizer_from` has no tokenizer.
+        CheckpointError: `path` exists and is not empty or cannot be written, or `tokenizer_from` has no tokenizer.
+        RunError: the disk is full.
     """
     config = model.config
     if reason := unsupported_by_hf(config):
@@ -238,10 +279,13 @@ def save(
     tensors += _mtp_copies({lazy.name: lazy for lazy in tensors}, config)
     with atomic_folder(Path(path)) as folder:
         write_json(folder / "config.json", config.to_hf() | described(tensors))
-        write_json(folder / "generation_config.json", _generation_config(config))
+        left = copy_beside(Path(beside), folder) if beside is not None else []
+        if not (folder / "generation_config.json").is_file():
+            write_json(folder / "generation_config.json", _generation_config(config))
         if tokenizer_from is not None:
             copy_tokenizer(Path(tokenizer_from), folder, config)
         write_weights(folder, tensors, config, max_shard_bytes)
+    return left
 
 
 def write_model(model: Transformer, folder: Path) -> None:
@@ -255,6 +299,7 @@ def write_model(model: Transformer, folder: Path) -> None:
     else:
         config = model.config.to_hf()
     write_json(folder / "config.json", config | described(tensors))
+    write_json(folder / "generation_config.json", _generation_config(model.config))
     write_file(folder / SINGLE, tensors)
 
 
@@ -326,5 +371,6 @@ def _mtp_copies(tensors: Mapping[str, Lazy], config: ModelConfig) -> list[Lazy]:
 
 
 def _generation_config(config: ModelConfig) -> dict[str, Any]:
-    hf = config.to_hf()
-    return {"_from_model_config": True, "bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
+    eos = list(config.eos_token_ids)
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None)}
+    return {"_from_model_config": True, **ids}

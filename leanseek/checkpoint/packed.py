@@ -89,17 +89,23 @@ class PackedCopy:
         lazies = [Lazy(name, t.dtype, tuple(t.shape), t.detach) for name, t in ordered]
         try:
             self._folder.mkdir(exist_ok=True)
-            if self._folder.is_symlink() or shutil.disk_usage(self._folder).free < 2 * size:
+            if self._folder.is_symlink():
                 return
             with open(os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else another start writes it
                 partial = self._folder / "partial"
-                partial.unlink(missing_ok=True)
-                write_file(partial, lazies)
+                partial.unlink(missing_ok=True)  # of a start that was killed while it wrote
                 for old in self._folder.glob("packed-*.safetensors"):
                     if not old.name.startswith(f"packed-{self._stamp}-"):
-                        old.unlink()
-                partial.replace(self.path)
+                        old.unlink()  # nothing will map it again
+                if shutil.disk_usage(self._folder).free < 2 * size:  # judged when all that is ours to clear is gone
+                    log.info("no packed copy of the weights in %s: it would leave the disk too full", self._folder)
+                    return
+                try:
+                    write_file(partial, lazies)
+                    partial.replace(self.path)
+                finally:
+                    partial.unlink(missing_ok=True)
             log.info("wrote %s: the next start maps it", self.path)
         except OSError as error:
             log.info("no packed copy of the weights in %s: %s", self._folder, error.strerror)

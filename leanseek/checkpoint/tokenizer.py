@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from leanseek.checkpoint.files import CheckpointError, write_json
 from leanseek.config import ModelConfig
+from leanseek.tokens import open_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,13 +20,15 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
-    """Copy the tokenizer of `source` (a folder, or a tokenizer.json) into `folder`.
+    """Copy the tokenizer of `source` (a folder, or a tokenizer.json, with the files beside it) into `folder`.
 
     A lone tokenizer.json gets a `tokenizer_config.json`, or transformers would take it for a Llama tokenizer.
 
     Raises:
         CheckpointError: there is no tokenizer in `source`.
     """
+    if source.is_file() and source.name == "tokenizer.json":
+        source = source.parent
     if source.is_file():
         shutil.copyfile(source, folder / "tokenizer.json")
     elif not any((source / name).is_file() for name in TOKENIZER_FILES):
@@ -37,7 +38,7 @@ def copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
     if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = open_tokenizer(folder / "tokenizer.json")
         bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
         eos = tokenizer.id_to_token(config.eos_token_ids[0]) if config.eos_token_ids else None
         values = {

@@ -14,10 +14,11 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from leanseek.checkpoint.files import CheckpointError, Lazy, write_file
+from leanseek.checkpoint.files import CheckpointError, Lazy, open_file, write_file
 from leanseek.checkpoint.hf import write_model
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.model import Transformer
@@ -53,7 +54,7 @@ def write_checkpoint(
         copy_tokenizer(tokenizer_from, partial, model.config)
         files = {p.name: [p.stat().st_size, _crc(p)] for p in sorted(partial.iterdir())}
         state = state | {"step": step, "files": files}
-        (partial / STATE).write_text(json.dumps(state | {"checksum": _checksum(state)}, indent=1))
+        (partial / STATE).write_text(json.dumps(state | {"checksum": _checksum(state)}, indent=1), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _sync(path)
         partial.rename(final)
@@ -99,14 +100,36 @@ def set_aside(run: Path, step: int) -> None:
             (run / "checkpoints" / f"step-{later}").rename(aside)
 
 
+def newest_whole(run: Path) -> Path | None:
+    """The folder of the newest checkpoint whose checksums hold, its tensors not read."""
+    for step in reversed(steps_on_disk(run)):
+        folder = run / "checkpoints" / f"step-{step}"
+        try:
+            check(folder)
+            return folder
+        except CheckpointError:
+            continue
+    return None
+
+
 def read_checkpoint(folder: Path) -> Resumed:
     """State of one checkpoint; the model is read with `load`.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.
     """
+    state = check(folder)
+    return Resumed(folder, state["step"], state, load_file(folder / "state.safetensors"))
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint, every file of which has the checksum written there.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or corrupt.
+    """
     try:
-        state = json.loads((folder / STATE).read_text())
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         whole = state.pop("checksum") == _checksum(state)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         whole = False
@@ -116,7 +139,27 @@ def read_checkpoint(folder: Path) -> Resumed:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size or _crc(path) != crc:
             raise CheckpointError(f"{path} is missing, truncated or corrupt (checksum)")
-    return Resumed(folder, state["step"], state, load_file(folder / "state.safetensors"))
+    return state
+
+
+@torch.no_grad()
+def load_ema(model: Transformer, folder: Path) -> Transformer:
+    """Put the averaged weights of the training checkpoint `folder` in the place of the model's; returns the model.
+
+    Raises:
+        CheckpointError: the checkpoint has none, or one is missing or of another shape.
+    """
+    path = folder / "state.safetensors"
+    stored = open_file(path) if path.is_file() else {}
+    if not any(name.startswith("ema.") for name in stored):
+        raise CheckpointError(f"{folder} has no averaged weights; a run keeps them with optimizer.ema, such as 0.999")
+    for name, parameter in model.named_parameters():
+        found = stored.get(f"ema.{name}")
+        if found is None or found.shape != tuple(parameter.shape):
+            shape = "missing" if found is None else f"of shape {list(found.shape)}, not {list(parameter.shape)}"
+            raise CheckpointError(f"{path}: ema.{name} is {shape}")
+        found.copy_to(parameter.data)
+    return model
 
 
 def _checksum(state: dict[str, Any]) -> int:

@@ -153,7 +153,7 @@ def kernels(
     for name, result in found["results"].items():
         line = f"{name:>52}: {result['seconds'] * 1e3:9.3f} ms"
         if "flops_per_second" in result:
-            line += f"  {result['flops_per_second'] / 1e12:8.2f} TFLOP/s, {result['share_of_gemm']:4.0%} of BF16 GEMM"
+            line += f"  {result['flops_per_second'] / 1e12:8.2f} TFLOP/s, {result['share_of_gemm']:4.0%} of GEMM"
         if "bytes_per_second" in result:
             line += f"  {result['bytes_per_second'] / 1e9:8.1f} GB/s, {result['share_of_copy']:4.0%} of copy"
         if "speed_ratio" in result:

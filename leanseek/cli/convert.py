@@ -23,5 +23,7 @@ def convert(
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("")
-        checkpoint.convert(source, out, to, lambda done, total: bar.update(task, completed=done, total=total))
-    console.print(f"wrote {out}")
+        left = checkpoint.convert(source, out, to, lambda done, total: bar.update(task, completed=done, total=total))
+    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    for line in left:
+        console.print(f"left out: {line}", markup=False, soft_wrap=True)

@@ -1,45 +1,76 @@
-"""leanseek data: prepare token shards, fetch corpora."""
+"""leanseek data: prepare token shards, check them, fetch corpora."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from leanseek.data.shards import Prepared
+
 app = typer.Typer(help="Turn text into token shards, and fetch corpora to start with.", no_args_is_help=True)
+_LISTED = 10  # skipped files, before "and N more"
 
 
 @app.command()
 def prepare(
-    inputs: Annotated[list[Path], typer.Argument(help=".txt, .jsonl(.gz/.zst), .parquet files, or folders of them")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help=".txt, .jsonl, .ndjson, .json (each also .gz, .zst), .parquet, or folders")
+    ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],
-    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to use")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to use, or its folder")] = None,
     train_tokenizer: Annotated[int | None, typer.Option(metavar="VOCAB", help="train one of this size")] = None,
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = 0.05,
     seed: Annotated[int, typer.Option(help="of the validation split")] = 0,
-    workers: Annotated[int | None, typer.Option(help="processes; one a core when unset")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes  [default: one for each CPU that may be used]")] = None,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="read what links in folders point to")] = False,
+    max_document: Annotated[int, typer.Option(metavar="MiB", help="the most a row or a line may have")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tokenize INPUTS into the shard folder OUT. Interrupted, it goes on where it was."""
     from leanseek.data.prepare import prepare as run
 
     done = run(
-        inputs,
-        out,
-        tokenizer=tokenizer,
+        [path.expanduser() for path in inputs],
+        out.expanduser(),
+        tokenizer=tokenizer and tokenizer.expanduser(),
         train_vocab=train_tokenizer,
         validation_fraction=validation_fraction,
         seed=seed,
         workers=workers,
+        follow_links=follow_links,
+        max_document=max_document,
     )
     if as_json:
-        print(json.dumps({"out": str(out), "documents": done.documents, "tokens": done.tokens, "bytes": done.bytes}))
+        _print_json(done)
         return
-    for split, tokens in done.tokens.items():
-        ratio = done.bytes[split] / max(tokens, 1)
-        print(f"{split:>10}: {done.documents[split]:,} documents, {tokens:,} tokens, {ratio:.2f} bytes per token")
+    print(f"{done.files:,} files read, {len(done.skipped):,} skipped")
+    for path, why in done.skipped[:_LISTED]:
+        print(f"  skipped {_shown(path)}: {why}")
+    if len(done.skipped) > _LISTED:
+        print(f"  and {len(done.skipped) - _LISTED:,} more (--json lists all)")
+    _print_splits(done)
+    if not done.documents["validation"]:
+        print("nothing is held out: `leanseek train` goes without validation (a second document would give it one)")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a folder made by `leanseek data prepare`")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Check every byte of prepared shards. Training does so once, and after that looks at sizes and times."""
+    from leanseek.data.shards import verify as run
+
+    done = run(folder.expanduser())
+    if as_json:
+        _print_json(done)
+    else:
+        _print_splits(done)
+        print(f"{_shown(folder)} is whole")
 
 
 @app.command()
@@ -51,3 +82,21 @@ def fetch(
     from leanseek.data.corpora import fetch as run
 
     print(run(name, out))
+
+
+def _print_json(done: Prepared) -> None:
+    skipped = [{"path": str(path), "why": why} for path, why in done.skipped]
+    totals = {"documents": done.documents, "tokens": done.tokens, "bytes": done.bytes}
+    print(json.dumps({"out": str(done.folder), "files": done.files, "skipped": skipped, **totals}))
+
+
+def _print_splits(done: Prepared) -> None:
+    print(f"{'':>12}{'documents':>14}{'tokens':>18}{'bytes':>18}{'bytes/token':>13}")
+    for split, tokens in done.tokens.items():
+        ratio = f"{done.bytes[split] / tokens:.2f}" if tokens else "-"
+        print(f"{split:>12}{done.documents[split]:>14,}{tokens:>18,}{done.bytes[split]:>18,}{ratio:>13}")
+
+
+def _shown(path: Path) -> str:
+    """A path for a terminal: what is not printable in it is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))

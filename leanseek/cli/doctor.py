@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from typing import Annotated, Any
 
 import typer
+
+KINDS = ("float32", "bfloat16", "fp8 weights")
+# what it means where no kernel computes them
+NO_KERNEL = {
+    "stack_step": "op by op",
+    "pack_panels": "as stored",
+    "packed_linear": "see linear",
+    "packed_experts": "see experts",
+}
+LEGEND = """
+Any number of rows, where none is named.
+avx...: native kernels; triton: GPU kernels; torch: the references.
+In serving, ops that stack_step computes as one call are not asked one by one.
+-: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
 
 
 def examine() -> dict[str, Any]:
@@ -14,9 +29,10 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from leanseek import ops
-    from leanseek.ops import cpu, numa
+    from leanseek.ops import cpu, numa, survey
     from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype
+    from leanseek.ops.products import multiplies
+    from leanseek.threads import cpus, quota, waiting
 
     device = default_device()
     kernels = cpu.status()
@@ -25,17 +41,29 @@ def examine() -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "cpus": cpus(),
+        "cpu_quota": None if math.isinf(quota()) else quota(),
+        "waiting": waiting(),
         "memory_bytes": psutil.virtual_memory().total,
         "memory_nodes": numa.placement(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_in_hardware": preferred_dtype(device) == torch.bfloat16,
         "gemm_flops": {
-            str(d).removeprefix("torch."): gemm_rate(d, device, 1024) for d in (torch.float32, torch.bfloat16)
+            str(d).removeprefix("torch."): gemm_rate(d, device, 1024)
+            for d in (torch.float32, torch.bfloat16)
+            if device.type == "cuda" or multiplies(d)
         },
         "training_dtype": str(preferred_dtype(device)).removeprefix("torch."),
         "kernels": {"variant": kernels.variant, "detail": kernels.detail},
-        "ops": ops.table(),
-    }
+        "ops": [
+            {
+                "op": p.op, "use": p.use, "operands": p.kind,
+                "rows": dict(zip(survey.ROWS, p.backends, strict=True)), "declined": p.declined, "widened": p.widened,
+            }
+            for p in survey.survey(device)
+        ],
+        "why_not_faster": survey.reasons(device),
+    }  # fmt: skip
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
@@ -48,8 +76,25 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print one JSON 
     why = "multiplied in hardware" if found["bf16_in_hardware"] else "emulated here, so float32 is faster"
     print(f"python {found['python']}, torch {found['torch']}, {found['device']}, {found['threads']} threads")
     print(f"memory: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
+    limit = "no quota" if found["cpu_quota"] is None else f"a quota of {found['cpu_quota']:.4g}"
+    print(f"CPUs that may be used: {found['cpus']} ({limit}); a thread without work: {found['waiting']}")
     print(f"memory nodes: {found['memory_nodes']}")
     print(f"training dtype: {found['training_dtype']} (bfloat16 is {why})")
     print(f"kernels: {found['kernels']['variant'] or 'none'}: {found['kernels']['detail']}")
-    for op, backends in found["ops"].items():
-        print(f"  {op}: {', '.join([*backends, 'torch reference'])}")
+    for use in dict.fromkeys(p["use"] for p in found["ops"]):
+        print(f"\n{'ops in ' + use:26}" + "".join(f"{kind:22}" for kind in KINDS).rstrip())
+        paths = [p for p in found["ops"] if p["use"] == use]
+        for op in dict.fromkeys(p["op"] for p in paths):
+            cells = {p["operands"]: _cell(p, found["kernels"]["variant"]) for p in paths if p["op"] == op}
+            print(f"  {op:24}" + "".join(f"{cells.get(kind, '-'):22}" for kind in KINDS).rstrip())
+    print(LEGEND)
+    for what, why in found["why_not_faster"].items():
+        print(f"no {what}: {why}")
+
+
+def _cell(path: dict[str, Any], variant: str | None) -> str:
+    names = {"cpu": variant or "cpu", "torch": NO_KERNEL.get(path["op"], "torch")}
+    by_rows = {rows: names.get(backend, backend) for rows, backend in path["rows"].items()}
+    one, many = by_rows.values()
+    notes = "*" * path["declined"] + "+" * path["widened"]
+    return (one if one == many else f"{many}, 1 row: {one}") + notes

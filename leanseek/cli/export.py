@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -18,20 +19,36 @@ def export(
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json or its folder; found beside the checkpoint by itself.")
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="the averaged weights that a run with optimizer.ema keeps.")
+    ] = False,
 ) -> None:
     """Write a checkpoint for transformers and vLLM (hf, hf-fp8) or for llama.cpp (gguf)."""
     from rich.console import Console
+    from rich.markup import escape
 
     from leanseek import checkpoint
+    from leanseek.checkpoint.files import writing
 
     if format not in ("hf", "hf-fp8", "gguf"):
         raise checkpoint.CheckpointError(f"--format {format!r} is not one of hf, hf-fp8, gguf")
-    tokenizer = tokenizer or checkpoint.find_tokenizer(checkpoint.resolve(source))
-    console = Console(stderr=True)
-    with console.status(f"reading {source}, writing {out}"):
-        if format == "gguf":
-            checkpoint.export_gguf(source, out, dtype, tokenizer)
+    folder = checkpoint.resolve(source)
+    tokenizer = tokenizer or checkpoint.find_tokenizer(folder)
+    console, left = Console(stderr=True), list[str]()
+    with console.status(f"reading {escape(str(source))}, writing {escape(str(out))}"):
+        if format != "gguf":
+            model = checkpoint.load(folder, dtype=dtype)
+            if ema:
+                checkpoint.load_ema(model, folder)
+            left = checkpoint.save(model, out, format, tokenizer, beside=folder)
+        elif ema:
+            with writing(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.ema-") as averaged:
+                model = checkpoint.load_ema(checkpoint.load(folder), folder)
+                checkpoint.save(model, Path(averaged) / folder.name, beside=folder)
+                checkpoint.export_gguf(Path(averaged) / folder.name, out, dtype, tokenizer)
         else:
-            model = checkpoint.load(source, dtype=dtype)
-            checkpoint.save(model, out, format, tokenizer)
-    console.print(f"wrote {out}" + ("" if tokenizer else "; there was no tokenizer to write beside it"))
+            checkpoint.export_gguf(folder, out, dtype, tokenizer)
+    nothing = "" if tokenizer else "; there was no tokenizer to write beside it"
+    console.print(f"wrote {out}{nothing}", markup=False, soft_wrap=True)
+    for line in left:
+        console.print(f"left out: {line}", markup=False, soft_wrap=True)

@@ -23,7 +23,9 @@ def serve(
     ] = None,
     cache_gib: Annotated[float, typer.Option(help="memory of the latent cache, never exceeded")] = 1.0,
     max_queue: Annotated[int, typer.Option(help="requests that may wait; further ones are answered 429")] = 256,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N  [default: a GPU where there is one, else the CPU]")
+    ] = None,
     threads: Threads = None,
     int8_head: Annotated[
         bool, typer.Option("--int8-head", help="hold the output head in 8 bits, a scale a row")
@@ -34,14 +36,23 @@ def serve(
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="another site whose pages may call this server (CORS); may be repeated")
     ] = None,
+    root_path: Annotated[str, typer.Option(help="what a proxy puts before every path, such as /llm")] = "",
+    keep_alive_timeout: Annotated[
+        float, typer.Option(min=0, help="seconds that a connection is kept between two requests")
+    ] = 75.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="seconds that running requests have to end when the server is told to stop")
+    ] = 30.0,
 ) -> None:
     """Serve a model: OpenAI's API under /v1, a chat page at /."""
     from leanseek.ops.machine import use_threads
     from leanseek.server.app import Access
+    from leanseek.server.connections import Limits
     from leanseek.server.run import serve as run
 
     use_threads(threads)
-    access = Access(api_key, allowed_origin or ())
+    access = Access(api_key, allowed_origin or (), root_path)
+    limits = Limits(keep_alive_s=keep_alive_timeout, shutdown_s=shutdown_timeout)
     options = {"max_model_len": max_model_len, "cache_gib": cache_gib, "max_queue": max_queue, "device": device}
     options |= {"int8_head": int8_head, "packed_copy": packed_copy}
-    run(model, host, port, served_model_name, access, **options)
+    run(model, host, port, served_model_name, access, limits, **options)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from leanseek.errors import InputError
 
 
 def train(
@@ -14,15 +17,24 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     name: Annotated[str | None, typer.Option(help="folder in runs/; the file's name when unset")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on at the newest good checkpoint")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="fewer steps, where this machine would take longer than that")
+    ] = None,
     compare: Annotated[Path | None, typer.Option(help="another run, drawn beside this one in the report")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
 ) -> None:
     """Train; writes runs/NAME/ with config.toml, metrics.jsonl, checkpoints/, tensorboard/ and report.html."""
-    from leanseek.training import RunConfig
+    from leanseek.training import RunConfig, fit_steps
     from leanseek.training import train as run
 
+    if resume and minutes is not None:
+        raise InputError("--minutes sets the length of a run when it starts; leave it away with --resume")
     named = [] if name is None else [f"name={json.dumps(name)}"]
-    done = run(RunConfig.load(config, [*(overrides or []), *named]), resume=resume, compare=compare)
+    settings = RunConfig.load(config, [*(overrides or []), *named])
+    if minutes is not None:
+        settings, line = fit_steps(settings, minutes)
+        print(line, file=sys.stderr)
+    done = run(settings, resume=resume, compare=compare)
     if as_json:
         print(json.dumps(done._asdict() | {"folder": str(done.folder)}))
         return

@@ -1,5 +1,5 @@
 """Files -> tokenizer -> token shards -> packed batches (section 4.1)."""
 
-from leanseek.data.files import DataError
+from leanseek.data.formats import DataError
 
 __all__ = ["DataError"]

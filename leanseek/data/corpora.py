@@ -53,7 +53,7 @@ def _dictionary(path: Path) -> Iterator[str]:
 
 def _wordnet(path: Path) -> Iterator[str]:
     """The gloss of each synset stands behind a bar."""
-    lines = (line for line in path.read_text(errors="replace").splitlines() if " | " in line)
+    lines = (line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if " | " in line)
     yield "\n".join(f"{line.split()[4].replace('_', ' ')}: {line.split(' | ', 1)[1].strip()}" for line in lines)
 
 
@@ -123,7 +123,10 @@ def _collect(source: Source, folder: Path, out: Path) -> int:
     import pyarrow
 
     label, size = re.split("[=@]", source.package)[0], 0
-    with pyarrow.output_stream(out / f"{label}.jsonl.zst", compression="zstd") as raw, io.TextIOWrapper(raw) as file:
+    with (
+        pyarrow.output_stream(out / f"{label}.jsonl.zst", compression="zstd") as raw,
+        io.TextIOWrapper(raw, encoding="utf-8") as file,
+    ):
         for text in (piece for path in paths for document in source.read(path) for piece in pieces([document])):
             if text.strip():
                 file.write(json.dumps({"text": text, "source": label}, ensure_ascii=False) + "\n")

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanseek.data.files import DataError
-from leanseek.data.shards import SPLITS, check_files, open_shard, read_manifest
-from leanseek.data.tokenizer import end_token, fim_tokens, load_tokenizer
+from leanseek.data.formats import DataError
+from leanseek.data.shards import SPLITS, Shards
+from leanseek.data.tokenizer import fim_tokens, load_tokenizer
+from leanseek.tokens import special_tokens
 
 
 class Batch(NamedTuple):
@@ -25,7 +26,9 @@ class Batch(NamedTuple):
 
 
 class TokenDataset:
-    """One split of a prepared folder, memory-mapped; every checksum is verified on opening.
+    """One split of a prepared folder, memory-mapped and checked (see `Shards`).
+
+    A validation split shorter than a window is one window of what there is, `seq_len` says how long; it may be empty.
 
     Raises:
         DataError: no finished folder, a damaged shard (named), fewer tokens than one window, FIM without its tokens.
@@ -34,29 +37,39 @@ class TokenDataset:
     def __init__(self, folder: Path, split: str, seq_len: int, extra: int = 1, seed: int = 0, fim_rate: float = 0.0):
         if split not in SPLITS:
             raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-        self.folder, self.split, self.seq_len, self.extra = folder, split, seq_len, extra
+        self.folder, self.split, self.extra = folder, split, extra
         self.seed, self.fim_rate = seed, fim_rate
         self.shards: list[np.ndarray] = []
-        starts, ends, shard_of = [], [], []
-        manifest = read_manifest(folder)
-        check_files(folder, manifest["files"])
-        for number, entry in enumerate(manifest["shards"]):
-            if entry[split]["documents"]:
-                tokens, doc_ends = open_shard(folder, number, split, entry)
+        starts, ends, shard_of = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        stored = Shards(folder)
+        for number, entry in enumerate(stored.entries):
+            if getattr(entry, split).documents:
+                tokens, doc_ends = stored.open(number, split)
                 starts.append(np.concatenate(([0], doc_ends[:-1])))
                 ends.append(doc_ends)
                 shard_of.append(np.full(len(doc_ends), len(self.shards)))
                 self.shards.append(tokens)
-        if not self.shards or (total := sum(map(len, self.shards))) < seq_len + extra:
-            raise DataError(f"{folder} has fewer than {seq_len + extra} {split} tokens; prepare more or lower seq_len")
+        stored.keep_stamps()
+        total = sum(map(len, self.shards))
+        if split == "train" and total < seq_len + extra:
+            raise DataError(
+                f"{folder} has {total} train tokens, fewer than the {seq_len + extra} of one window; prepare more text "
+                "or lower seq_len"
+            )
+        self.seq_len = min(seq_len, max(total - extra, 1))
         self.starts, self.ends, self.shard_of = map(np.concatenate, (starts, ends, shard_of))
-        self.samples_per_epoch = (total - extra) // seq_len
-        self.token_bytes = torch.from_numpy(np.load(folder / "token_bytes.npy", allow_pickle=False).astype(np.int64))
+        self.samples_per_epoch = max(total - extra, 0) // self.seq_len
+        self.token_bytes = torch.from_numpy(stored.token_bytes)
         tokenizer = load_tokenizer(folder)
-        self.end, self.fim = end_token(tokenizer), fim_tokens(tokenizer)
+        self.special, self.fim = special_tokens(tokenizer, folder), fim_tokens(tokenizer)
         if fim_rate and self.fim is None:
             raise DataError(f"the tokenizer in {folder} has no fill-in-middle tokens; set fim_rate = 0")
         self._epoch: tuple[int, Any, Any, Any] = (-1, None, None, None)
+
+    @property
+    def end(self) -> int:
+        """The id that closes a document."""
+        return self.special.eos[0]
 
     def __len__(self) -> int:
         """Documents of the split."""
@@ -105,11 +118,17 @@ class TokenDataset:
         return out
 
     def _fill_in_middle(self, tokens: np.ndarray, document: int) -> np.ndarray:
-        """PSM (4.1): <begin> prefix <hole> suffix <end> middle <eos>; cuts drawn for (seed, epoch, document)."""
+        """PSM (4.1): <begin> prefix <hole> suffix <end> middle <eos>; cuts drawn for (seed, epoch, document).
+
+        What the tokenizer puts before a text stays in front.
+        """
         assert self.fim is not None
         begin, hole, end = self.fim
-        body = tokens[:-1].astype(np.int64)
+        leading = len(self.special.leading)
+        if tuple(tokens[:leading].tolist()) != self.special.leading:
+            leading = 0
+        body = tokens[leading:-1].astype(np.int64)
         rng = np.random.default_rng([self.seed, self._epoch[0], document])
         a, b = np.sort(rng.integers(0, len(body) + 1, size=2))
-        parts = ([begin], body[:a], [hole], body[b:], [end], body[a:b], tokens[-1:])
+        parts = (tokens[:leading], [begin], body[:a], [hole], body[b:], [end], body[a:b], tokens[-1:])
         return np.concatenate([np.asarray(p, dtype=np.int64) for p in parts])

@@ -9,41 +9,72 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import math
+import sys
+import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from functools import cache
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from tokenizers import Tokenizer
 
-from leanseek.data.files import DataError, documents, input_files, read
-from leanseek.data.shards import SPLITS, Prepared, ShardWriter, summary, to_json, write_atomic, write_manifest
-from leanseek.data.tokenizer import end_token, load_tokenizer, save_tokenizer, token_bytes, train_tokenizer
+from leanseek.data.encode import Encoded, Encoders, digest, is_validation
+from leanseek.data.files import find_inputs
+from leanseek.data.formats import MAX_DOCUMENT, DataError, read
+from leanseek.data.shards import (
+    SPLITS,
+    Entry,
+    Prepared,
+    ShardWriter,
+    read_json,
+    read_token_bytes,
+    summary,
+    to_json,
+    write_atomic,
+    write_manifest,
+)
+from leanseek.data.tokenizer import load_tokenizer, save_tokenizer, token_bytes, tokenizer_files, train_tokenizer
+from leanseek.errors import Interrupted, RunError
+from leanseek.threads import cpus
+
+__all__ = ["is_validation", "prepare"]
 
 SHARD_TOKENS = 1 << 24  # of both splits together: the most that a killed run has to do again
 _BATCH_CHARACTERS = 1 << 18  # sent to a process at a time
+_AHEAD_CHARACTERS = 1 << 27  # read ahead at most, beside the batch that each process has
+_SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
 class _Settings:
     """What decides the bytes of a folder; settings.json holds it."""
 
-    files: list[list[Any]]  # [path, size]
-    tokenizer: str | None  # sha256 of the file
+    files: list[list[Any]]  # [path, size, time of change in ns]
+    tokenizer: str | None  # sha256 of its files
     train_tokenizer: int | None
     validation_fraction: float
     seed: int
     shard_tokens: int
-    version: int = 2
+    version: int = 3
+
+
+class _Source(NamedTuple):
+    """The input files, the share held out (see `_share`), and the limit of a document in MiB."""
+
+    files: list[Path]
+    share: float
+    seed: int
+    max_document: int
+
+    def documents(self) -> Iterator[str]:
+        return (text for path in self.files for text, _ in read(path, self.max_document) if text)
 
 
 class _Place(NamedTuple):
@@ -52,20 +83,6 @@ class _Place(NamedTuple):
     file: int
     document: int
     read: int
-
-
-class _Encoded(NamedTuple):
-    """A document: its split, its ids with the end token, the UTF-8 bytes of its text."""
-
-    split: str
-    ids: np.ndarray
-    size: int
-
-
-def is_validation(text: str, fraction: float, seed: int) -> bool:
-    """Whether a document belongs to the validation split: by its content, so that duplicates stay together."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def prepare(
@@ -78,14 +95,19 @@ def prepare(
     seed: int = 0,
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    follow_links: bool = False,
+    max_document: int = MAX_DOCUMENT,
 ) -> Prepared:
     """Turn `inputs` into the shard folder `out`; finished work is kept.
 
-    tokenizer: a tokenizer.json; or train_vocab: the size of one to train on the training documents.
-    workers: processes that encode; one a core when None. They do not change the result.
+    tokenizer: a tokenizer.json, or its folder; or train_vocab: the size of one to train on the training documents.
+    workers: processes that encode; one for each CPU that may be used when None. They do not change the result.
+    follow_links: read what links below a folder point to. max_document: the most a document may have, in MiB.
 
     Raises:
-        DataError: unreadable input, or `out` was prepared with other settings.
+        DataError: unreadable input, an unusable `out`, or one that was prepared with other settings.
+        RunError: the disk is full, or a process died; what is done is kept.
+        Interrupted: Ctrl-C; what is done is kept.
     """
     if (tokenizer is None) == (train_vocab is None):
         raise DataError("give either a tokenizer file (--tokenizer) or the size of one to train (--train-tokenizer)")
@@ -93,23 +115,51 @@ def prepare(
         raise DataError(f"the validation fraction must lie in [0, 1), not {validation_fraction}")
     if not 0 <= seed < 2**64:
         raise DataError(f"the seed must lie in [0, 2^64), not {seed}")
-    files = input_files(inputs)
-    sizes = [[str(path), path.stat().st_size] for path in files]
-    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer and tokenizer.is_file() else None
-    settings = _Settings(sizes, digest, train_vocab, validation_fraction, seed, shard_tokens)
-    _claim(out, settings)
-    if (out / "manifest.json").is_file():
-        return summary(out)
-    with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
-        if not (out / "token_bytes.npy").is_file():
-            task = progress.add_task("tokenizer", total=None)
-            _place_tokenizer(out, files, tokenizer, settings)
-            progress.update(task, total=1, completed=1)
-        entries = _write_shards(out, files, settings, workers or os.cpu_count() or 1, progress)
-    if not entries:
-        raise DataError(f"there is no text in {', '.join(map(str, inputs))}")
-    write_manifest(out, entries)
-    return summary(out)
+    if workers is not None and not 1 <= workers <= 1024:
+        raise DataError(f"workers must lie between 1 and 1024, not {workers}")
+    if not 1 <= max_document <= 1 << 11:
+        raise DataError(f"the limit of a document must lie between 1 and 2048 MiB, not {max_document}")
+    found = find_inputs(inputs, follow_links, without=out)
+    settings = _Settings(
+        [_identity(path) for path in found.files],
+        None if tokenizer is None else _digest(tokenizer),
+        train_vocab,
+        validation_fraction,
+        seed,
+        shard_tokens,
+    )
+    try:
+        _claim(out, settings)
+        if not (out / "manifest.json").is_file():
+            share = _share(found.files, validation_fraction, seed, max_document)
+            source = _Source(found.files, share, seed, max_document)
+            _write(out, source, settings, tokenizer, workers or cpus())
+    except OSError as error:
+        raise _disk_error(out, error) from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; {out} keeps its whole shards, and the same command goes on") from None
+    return summary(out, len(found.files), tuple(found.skipped))
+
+
+def _identity(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def _digest(tokenizer: Path) -> str:
+    whole = hashlib.sha256()
+    for path in tokenizer_files(tokenizer):
+        if not path.is_file():
+            raise DataError(f"no tokenizer at {path}")
+        whole.update(hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()
+
+
+def _disk_error(out: Path, error: OSError) -> Exception:
+    why = f"{error.filename or out}: {error.strerror or error}"
+    if error.errno in (ENOSPC, EDQUOT, EFBIG, EIO):
+        return RunError(f"{out} cannot be written ({why}); make room, and the same command goes on")
+    return DataError(f"{out} cannot be used for the shards ({why}); choose another --out")
 
 
 def _claim(out: Path, settings: _Settings) -> None:
@@ -119,60 +169,120 @@ def _claim(out: Path, settings: _Settings) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(path, to_json(asdict(settings)))
         return
-    before = json.loads(path.read_text())
-    if changed := [key for key, value in asdict(settings).items() if before.get(key) != value]:
-        raise DataError(f"{out} was prepared with another {changed[0]}; choose another --out or delete that folder")
+    try:
+        before = json.loads(path.read_bytes())
+        changed = [key for key, value in asdict(settings).items() if before.get(key) != value]
+    except (ValueError, RecursionError, AttributeError):
+        raise DataError(f"{path} is corrupt; delete {out} and run data prepare again") from None
+    if not changed:
+        return
+    mend = "choose another --out or delete that folder"
+    if "version" in changed:
+        raise DataError(f"{out} was prepared by another version of leanseek; {mend}")
+    if changed[0] == "files":
+        raise DataError(f"{_changed_file(before['files'], settings.files)} since {out} was prepared; {mend}")
+    raise DataError(f"{out} was prepared with another {changed[0]}; {mend}")
 
 
-def _place_tokenizer(out: Path, files: list[Path], given: Path | None, settings: _Settings) -> None:
+def _changed_file(before: object, now: list[list[Any]]) -> str:
+    """The first file that is not as it was, and in what."""
+    was = {str(file[0]): file for file in before if isinstance(file, list) and file} if isinstance(before, list) else {}
+    for file in now:
+        if file[0] not in was:
+            return f"{file[0]} was added"
+        if file != was.pop(file[0]):
+            return f"{file[0]} has changed (its size, or when it was written)"
+    return f"{next(iter(was), 'the order of the files')} went away"
+
+
+def _share(files: list[Path], fraction: float, seed: int, max_document: int) -> float:
+    """The fraction, moved as little as gives each split a document, where there are two that differ.
+
+    Reading stops once both splits have one: after some 1 / fraction documents.
+    """
+    if not fraction:
+        return fraction
+    least, most = 2**64, -1
+    for text in _Source(files, fraction, seed, max_document).documents():
+        value = digest(text, seed)
+        least, most = min(least, value), max(most, value)
+        if least < fraction * 2**64 <= most:
+            return fraction
+    if most < 0:
+        return fraction
+    if least == most:  # one document: it trains
+        return 0.0
+    # floats beside the integers: only what is below share * 2^64 is held out
+    return math.nextafter(least / 2**64, 1.0) if least >= fraction * 2**64 else math.nextafter(most / 2**64, 0.0)
+
+
+def _write(out: Path, source: _Source, settings: _Settings, tokenizer: Path | None, workers: int) -> None:
+    console = Console(stderr=True)  # a bar needs a terminal; lines are said elsewhere
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as progress:
+        if not (out / "token_bytes.npy").is_file():
+            task = progress.add_task("tokenizer", total=None)
+            _place_tokenizer(out, source, tokenizer, settings)
+            progress.update(task, total=1, completed=1)
+        entries = _write_shards(out, source, settings, workers, progress)
+    if not entries:
+        raise DataError("there is no text in the files that were read")
+    for path, before in zip(source.files, settings.files, strict=True):
+        if _identity(path) != before:
+            raise DataError(f"{path} has changed while it was read; delete {out} and run data prepare again")
+    write_manifest(out, entries)
+
+
+def _place_tokenizer(out: Path, source: _Source, given: Path | None, settings: _Settings) -> None:
     if given is not None:
         tokenizer = load_tokenizer(given)
     else:
         assert settings.train_tokenizer is not None
-        fraction, seed = settings.validation_fraction, settings.seed
-        texts = (t for path in files for t in documents(path) if not is_validation(t, fraction, seed))
+        texts = (text for text in source.documents() if not is_validation(text, source.share, source.seed))
         tokenizer = train_tokenizer(texts, settings.train_tokenizer)
-    end_token(tokenizer)  # a tokenizer without one is refused before any work is done
-    save_tokenizer(tokenizer, out)
+    save_tokenizer(tokenizer, out, given)  # one without an end token is refused before any work is done
     content = io.BytesIO()
     np.save(content, token_bytes(tokenizer))
     write_atomic(out / "token_bytes.npy", content.getvalue())  # last: marks the tokenizer as done
 
 
-def _write_shards(
-    out: Path, files: list[Path], settings: _Settings, workers: int, progress: Progress
-) -> list[dict[str, Any]]:
+def _write_shards(out: Path, source: _Source, settings: _Settings, workers: int, progress: Progress) -> list[Entry]:
     """Write the shards that are not there yet; returns the entries of all."""
-    entries: list[dict[str, Any]] = []
+    entries: list[Entry] = []
     while (done := out / f"{len(entries):05d}.json").is_file():
-        entries.append(json.loads(done.read_text()))
-    start = entries[-1]["next"] if entries else [0, 0]
-    before = np.cumsum([0, *(size for _, size in settings.files)])
+        entries.append(read_json(done, Entry))
+    start = entries[-1].next if entries else [0, 0]
+    if start[0] >= len(source.files):
+        raise DataError(f"{out / f'{len(entries) - 1:05d}.json'} is corrupt; delete {out} and run data prepare again")
+    before = np.cumsum([0, *(size for _, size, _ in settings.files)])
     task = progress.add_task("shards", total=int(before[-1]), completed=int(before[start[0]]))
-    ids = len(np.load(out / "token_bytes.npy", allow_pickle=False))
-    dtype = np.dtype(np.uint16 if ids <= 2**16 else np.uint32)
-    writer, place = None, _Place(start[0], start[1], 0)
-    for places, encoded in _encode_all(out, _batches(files, *start), settings, workers):
-        for place, document in zip(places, encoded, strict=True):
-            writer = writer or ShardWriter(out, len(entries), dtype)
-            writer.add(*document)
-            if writer.tokens >= settings.shard_tokens:
-                entries.append(writer.close([place.file, place.document]))
-                writer = None
-        progress.update(task, completed=int(before[place.file]) + place.read)
+    dtype = np.dtype(np.uint16 if len(read_token_bytes(out, {})) <= 2**16 else np.uint32)
+    writer, place, said = None, _Place(start[0], start[1], 0), time.monotonic()
+    with Encoders(workers, out, source.share, source.seed) as encoders:
+        for places, encoded in _in_order(encoders, _batches(source, *start), 2 * workers):
+            for place, document in zip(places, encoded, strict=True):
+                writer = writer or ShardWriter(out, len(entries), dtype)
+                writer.add(SPLITS[document.validation], document.ids, document.size)
+                if writer.tokens >= settings.shard_tokens:
+                    entries.append(writer.close([place.file, place.document]))
+                    writer = None
+            read_by_now = int(before[place.file]) + place.read
+            progress.update(task, completed=read_by_now)
+            if not progress.console.is_terminal and time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                print(f"shards: {read_by_now / max(int(before[-1]), 1):.0%} of the input read", file=sys.stderr)
     if writer:
         entries.append(writer.close([place.file, place.document]))
     progress.update(task, completed=int(before[-1]))
     return entries
 
 
-def _batches(files: list[Path], file: int, document: int) -> Iterator[tuple[list[_Place], list[str]]]:
+def _batches(source: _Source, file: int, document: int) -> Iterator[tuple[list[_Place], list[str]]]:
     """The documents after the first `document` of files[file], some at a time."""
     places: list[_Place] = []
     texts: list[str] = []
     size = 0
-    for number in range(file, len(files)):
-        numbered = enumerate(read(files[number]), start=1)
+    for number in range(file, len(source.files)):
+        numbered = enumerate(read(source.files[number], source.max_document), start=1)
         for count, (text, position) in islice(numbered, document if number == file else 0, None):
             if text:
                 places.append(_Place(number, count, position))
@@ -185,35 +295,19 @@ def _batches(files: list[Path], file: int, document: int) -> Iterator[tuple[list
         yield places, texts
 
 
-def _encode_all(
-    out: Path, batches: Iterator[tuple[list[_Place], list[str]]], settings: _Settings, workers: int
-) -> Iterator[tuple[list[_Place], list[_Encoded]]]:
+def _in_order(
+    encoders: Encoders, batches: Iterator[tuple[list[_Place], list[str]]], ahead: int
+) -> Iterator[tuple[list[_Place], list[Encoded]]]:
     """The batches through the processes and back in order, a few read ahead."""
-    waiting: deque[tuple[list[_Place], Future[list[_Encoded]]]] = deque()
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for places, texts in batches:
-            job = pool.submit(_encode, out, texts, settings.validation_fraction, settings.seed)
-            waiting.append((places, job))
-            if len(waiting) > 2 * workers:
-                places, job = waiting.popleft()
-                yield places, job.result()
-        for places, job in waiting:
+    waiting: deque[tuple[list[_Place], int, Future[list[Encoded]]]] = deque()
+    size = 0
+    for places, texts in batches:
+        length = sum(map(len, texts))
+        waiting.append((places, length, encoders.submit(texts)))
+        size += length
+        while len(waiting) > ahead or size > _AHEAD_CHARACTERS:
+            places, length, job = waiting.popleft()
+            size -= length
             yield places, job.result()
-
-
-def _encode(folder: Path, texts: list[str], fraction: float, seed: int) -> list[_Encoded]:
-    """Runs in a worker process."""
-    tokenizer, end = _encoder(folder)
-    return [
-        _Encoded(SPLITS[is_validation(text, fraction, seed)], np.array([*e.ids, end], np.uint32), len(text.encode()))
-        for text, e in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True)
-    ]
-
-
-@cache  # one a worker process
-def _encoder(folder: Path) -> tuple[Tokenizer, int]:
-    """The tokenizer for raw text, in which the name of a special token is text and never that token; its end token."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    tokenizer = load_tokenizer(folder)
-    tokenizer.encode_special_tokens = True
-    return tokenizer, end_token(tokenizer)
+    for places, _, job in waiting:
+        yield places, job.result()

@@ -1,6 +1,6 @@
-"""The folder of a prepared corpus: what is written there, and reading it back with every checksum verified.
+"""The folder of a prepared corpus: what is written there, and reading it back with everything checked.
 
-tokenizer.json, tokenizer_config.json    the tokenizer
+tokenizer.json, tokenizer_config.json    the tokenizer; of a given one also chat_template.jinja and its other end tokens
 token_bytes.npy                          UTF-8 bytes of each id
 settings.json                            what was asked for
 NNNNN.train.bin, NNNNN.validation.bin    token ids, documents one after the other, each closed by the end token
@@ -11,81 +11,229 @@ manifest.json                            all of these and the tokenizer's checks
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from leanseek.data.files import DataError
+from leanseek.data.formats import DataError
 
 SPLITS = ("train", "validation")
 _CHECKED = ("tokenizer.json", "token_bytes.npy")
+_MOST_IDS = 1 << 24  # in a vocabulary
+_BLOCK = 1 << 24  # bytes checked at a time
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Crc = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Counts(BaseModel):
+    """One split of a shard."""
+
+    model_config = ConfigDict(strict=True)
+    documents: Count
+    tokens: Count
+    bytes: Count
+    crc32: Crc
+    ends_crc32: Crc
+
+
+class Entry(BaseModel):
+    """A shard, as in NNNNN.json; `next` is the file and the document after it."""
+
+    model_config = ConfigDict(strict=True)
+    dtype: Literal["uint16", "uint32"]
+    next: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    train: Counts
+    validation: Counts
+
+
+class Manifest(BaseModel):
+    """manifest.json. Folders of the first version have no `files`."""
+
+    model_config = ConfigDict(strict=True)
+    files: dict[Literal["tokenizer.json", "token_bytes.npy"], Crc] = {}
+    shards: list[Entry]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a finished folder holds."""
+    """What a finished folder holds, and what became of the inputs."""
 
     folder: Path
     documents: dict[str, int]
     tokens: dict[str, int]
     bytes: dict[str, int]
+    files: int = 0
+    skipped: tuple[tuple[Path, str], ...] = ()
 
 
-def summary(folder: Path) -> Prepared:
+def summary(folder: Path, files: int = 0, skipped: tuple[tuple[Path, str], ...] = ()) -> Prepared:
     """Totals of a finished folder. Raises DataError where it is not one."""
-    shards = read_manifest(folder)["shards"]
-    totals = {key: {s: sum(e[s][key] for e in shards) for s in SPLITS} for key in ("documents", "tokens", "bytes")}
-    return Prepared(folder, totals["documents"], totals["tokens"], totals["bytes"])
+    shards = read_manifest(folder).shards
+    totals = {
+        key: {split: sum(getattr(getattr(entry, split), key) for entry in shards) for split in SPLITS}
+        for key in ("documents", "tokens", "bytes")
+    }
+    return Prepared(folder, totals["documents"], totals["tokens"], totals["bytes"], files, skipped)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """{"shards": [...], "files": {name: crc32}} of a finished folder. Raises DataError where it is not one."""
+def verify(folder: Path) -> Prepared:
+    """Check every byte of a finished folder. Raises DataError where something is damaged."""
+    shards = Shards(folder, anew=True)
+    for number, entry in enumerate(shards.entries):
+        for split in SPLITS:
+            if getattr(entry, split).documents:
+                shards.open(number, split)
+    shards.keep_stamps()
+    return summary(folder)
+
+
+_File = TypeVar("_File", bound=BaseModel)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished folder. Raises DataError where it is not one."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no finished shards; run `leanseek data prepare ... --out {folder}`")
+    return read_json(path, Manifest)
+
+
+def read_json(path: Path, kind: type[_File]) -> _File:
+    """A JSON file of the folder. Raises DataError where it is not what was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return {"shards": manifest["shards"], "files": manifest.get("files", {})}
-    except FileNotFoundError:
-        raise DataError(f"{folder} holds no finished shards; run `leanseek data prepare ... --out {folder}`") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise DataError(f"{folder / 'manifest.json'} is corrupt; delete it and run data prepare again") from None
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "its JSON"
+        raise DataError(
+            f"{path} is corrupt ({place}: {first['msg']}); delete {path.parent} and run data prepare again"
+        ) from None
 
 
-def write_manifest(folder: Path, shards: list[dict[str, Any]]) -> None:
+def write_manifest(folder: Path, shards: list[Entry]) -> None:
     """Mark the folder as complete."""
     files = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
-    write_atomic(folder / "manifest.json", to_json({"files": files, "shards": shards}))
+    write_atomic(folder / "manifest.json", to_json({"files": files, "shards": [s.model_dump() for s in shards]}))
 
 
-def check_files(folder: Path, files: dict[str, int]) -> None:
-    """Raises DataError: a file is missing or has another checksum than the manifest's."""
+def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
+    """UTF-8 bytes of each id [ids] int64, once it and the tokenizer have the checksums that the manifest gives.
+
+    Raises:
+        DataError: one of `files` is missing or has another checksum, or the array is no such array.
+    """
     for name, crc in files.items():
         path = folder / name
         if not path.is_file() or zlib.crc32(path.read_bytes()) != crc:
             raise DataError(f"{path} is missing or corrupt; delete {folder} and prepare it again")
+    path = folder / "token_bytes.npy"
+    try:
+        sizes = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header may promise any size
+        if sizes.ndim != 1 or sizes.dtype.kind != "u" or not 1 <= len(sizes) <= _MOST_IDS:
+            raise ValueError
+        return sizes.astype(np.int64)
+    except (OSError, ValueError, EOFError, AttributeError):
+        raise DataError(f"{path} is missing or corrupt; delete {folder} and prepare it again") from None
 
 
-def open_shard(folder: Path, number: int, split: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Memory-mapped tokens [tokens] and the documents' ends [documents] of one split of a shard that has documents.
+class Shards:
+    """A finished folder, opened for reading. `anew`: check every byte, not only those not checked before.
+
+    Sizes, and that the documents tile the tokens, are checked whenever a shard is opened. Its bytes are read as a whole
+    (checksum, largest id) once: a stamp in the user's cache folder says so while the file's size, times and inode stay
+    what they were.
 
     Raises:
-        DataError: a file is missing, truncated or has another checksum than the manifest's.
+        DataError: no finished folder, or one that is damaged.
     """
-    counts = entry[split]
-    tokens = _map(folder / f"{number:05d}.{split}.bin", entry["dtype"], counts["tokens"], counts["crc32"])
-    return tokens, _map(folder / f"{number:05d}.{split}.ends", "int64", counts["documents"], counts["ends_crc32"])
+
+    def __init__(self, folder: Path, anew: bool = False):
+        self.folder = folder
+        manifest = read_manifest(folder)
+        self.entries = manifest.shards
+        self.token_bytes = read_token_bytes(folder, manifest.files)  # [ids]
+        self._stamps = _read_stamps(folder) if not anew else {}
+        self._stamped = dict(self._stamps)
+
+    def open(self, number: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Memory-mapped tokens [tokens] and the documents' ends [documents] of a split of a shard that has documents.
+
+        Raises:
+            DataError: a file is missing, truncated or corrupt, or holds ids that the tokenizer does not have.
+        """
+        entry = self.entries[number]
+        counts: Counts = getattr(entry, split)
+        path = self.folder / f"{number:05d}.{split}.bin"
+        tokens = self._map(path, entry.dtype, counts.tokens, counts.crc32)
+        ends = self._map(path.with_suffix(".ends"), "int64", counts.documents, counts.ends_crc32)
+        steps = np.diff(ends, prepend=0)
+        if steps.min() < 1 or ends[-1] != counts.tokens:
+            raise DataError(f"shard {path.with_suffix('.ends')} is corrupt; delete {self.folder} and prepare it again")
+        return tokens, ends
+
+    def keep_stamps(self) -> None:
+        """Remember what was checked. Where there is no writable cache folder, it will be checked again."""
+        if self._stamped == self._stamps:
+            return
+        try:
+            path = _stamp_path(self.folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, to_json(self._stamped))
+        except (OSError, RuntimeError):  # RuntimeError: no home
+            return
+
+    def _map(self, path: Path, dtype: str, count: int, crc: int) -> np.ndarray:
+        if not path.is_file() or path.stat().st_size != count * np.dtype(dtype).itemsize or not count:
+            raise DataError(f"shard {path} is missing or truncated; delete {path.parent} and prepare it again")
+        array = np.memmap(path, dtype=dtype, mode="r")
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, crc]
+        if (known := self._stamped.get(path.name)) is not None and known[:-1] == stamp:
+            largest = known[-1]
+        else:
+            largest = _checked(array, crc, path)
+            self._stamped[path.name] = [*stamp, largest]
+        if path.suffix == ".bin" and largest >= len(self.token_bytes):
+            raise DataError(
+                f"shard {path} holds id {largest}, the tokenizer beside it has {len(self.token_bytes)}; "
+                f"delete {path.parent} and prepare it again"
+            )
+        return array
 
 
-def _map(path: Path, dtype: str, count: int, crc: int) -> np.ndarray:
-    if not path.is_file() or path.stat().st_size != count * np.dtype(dtype).itemsize:
-        raise DataError(f"shard {path} is missing or truncated; delete {path.parent} and prepare it again")
-    array = np.memmap(path, dtype=dtype, mode="r")
-    if zlib.crc32(array) != crc:  # type: ignore[arg-type]  # an array is a buffer
+def _checked(array: np.ndarray, crc: int, path: Path) -> int:
+    """The largest value of a file with the checksum `crc`."""
+    found, largest, step = 0, 0, _BLOCK // array.itemsize
+    for first in range(0, len(array), step):
+        block = array[first : first + step]
+        found = zlib.crc32(block, found)  # type: ignore[arg-type]  # an array is a buffer
+        largest = max(largest, int(block.max()))
+    if found != crc:
         raise DataError(f"shard {path} is corrupt (checksum); delete {path.parent} and prepare it again")
-    return array
+    return largest
+
+
+def _stamp_path(folder: Path) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=16).hexdigest()
+    return cache / "leanseek" / "shards" / f"{name}.json"
+
+
+def _read_stamps(folder: Path) -> dict[str, list[int]]:
+    """{file: [size, mtime, ctime, inode, checksum, largest value]}; {} where none can be read."""
+    try:
+        found = json.loads(_stamp_path(folder).read_bytes())
+        return {str(k): v for k, v in found.items() if isinstance(v, list) and all(type(i) is int for i in v) and v}
+    except (OSError, ValueError, RuntimeError, AttributeError):
+        return {}
 
 
 class ShardWriter:
@@ -104,11 +252,11 @@ class ShardWriter:
         """One document: its ids with the end token, and the UTF-8 bytes of its text."""
         self.splits[split].add(ids.astype(self.dtype, copy=False), size)
 
-    def close(self, following: list[int]) -> dict[str, Any]:
+    def close(self, following: list[int]) -> Entry:
         """Bring the shard to disk; returns its entry for the manifest. `following`: file and document after it."""
-        entry: dict[str, Any] = {"dtype": self.dtype.name, "next": following}
-        entry |= {split: writer.close() for split, writer in self.splits.items()}
-        write_atomic(self.path, to_json(entry))  # last: marks the shard as done
+        counts = {split: writer.close() for split, writer in self.splits.items()}
+        entry = Entry.model_validate({"dtype": self.dtype.name, "next": following, **counts})
+        write_atomic(self.path, to_json(entry.model_dump()))  # last: marks the shard as done
         return entry
 
 
@@ -141,7 +289,7 @@ class _SplitWriter:
 
 
 def to_json(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+    return (json.dumps(value, indent=1) + "\n").encode()  # ASCII: a path may hold bytes that are no text
 
 
 def write_atomic(path: Path, content: bytes) -> None:

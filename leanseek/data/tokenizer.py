@@ -1,26 +1,33 @@
-"""Byte-level BPE (section 4.1): train one on the data, or read any tokenizer.json."""
+"""Byte-level BPE (section 4.1): train one on the data, or take the one in any tokenizer.json."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from leanseek.data.files import DataError
+from leanseek.data.formats import DataError, pieces
+from leanseek.tokens import BOS, CONFIG, EOS, GENERATION, MAP, PAD, open_tokenizer, read_object, special_tokens
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 SPECIAL = (BOS, EOS, PAD, *FIM)
+LONGEST_TOKEN = 256  # characters: a run of 100,000 dashes would otherwise become a token of its own
+TEMPLATE = "chat_template.jinja"
 
-# What the merges may not cross. As in the paper, punctuation takes the line breaks that follow it into one token;
-# numbers come in groups of up to three digits, and Chinese and Japanese runs stand alone.
+# What the merges may not cross: V3's own patterns, to the letter, since llama.cpp has them compiled in under a name and
+# splits otherwise for any other. Punctuation takes the line breaks that follow it into one token, numbers come in
+# groups of up to three digits, and Chinese and Japanese runs stand alone.
 _NUMBERS = r"\p{N}{1,3}"
-_IDEOGRAPHS = r"[\p{Han}\p{Hiragana}\p{Katakana}]+"
-_WORDS = r" ?[\p{P}\p{S}]+[\r\n]*|[^\r\n\p{L}\p{P}\p{S}\p{N}]?[\p{L}\p{M}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_IDEOGRAPHS = "[一-龥\u3040-ゟ゠-ヿ]+"
+_WORDS = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -40,52 +47,61 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=LONGEST_TOKEN,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # in pieces, or one long document takes hundreds of times its size in memory
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces([text])), trainer)
     return tokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of the folder that holds one; it never truncates or pads.
+    """The tokenizer of a tokenizer.json, or of the folder that holds one; it never truncates, pads or drops merges.
 
     Raises:
-        DataError: no such file, or not a tokenizer.json.
+        InputError: no such file, or not a tokenizer.json.
     """
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"no tokenizer at {path}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} is not a tokenizer.json ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return open_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json, and the tokenizer_config.json with which transformers and vLLM load it."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    config = {k: v for k, v in names.items() if tokenizer.token_to_id(v) is not None}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+def tokenizer_files(given: Path) -> list[Path]:
+    """The files that describe a given tokenizer: a folder's, or a lone file where it is not called tokenizer.json."""
+    if given.name != "tokenizer.json" and not given.is_dir():
+        return [given]
+    folder = given if given.is_dir() else given.parent
+    names = ("tokenizer.json", CONFIG, MAP, GENERATION, "config.json", TEMPLATE)
+    return [folder / name for name in names if (folder / name).is_file()] or [given]
 
 
-def end_token(tokenizer: Tokenizer) -> int:
-    """The id that ends a document.
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, given: Path | None = None) -> None:
+    """tokenizer.json, and the files beside it with which transformers and vLLM load it.
+
+    What the files of a `given` tokenizer say is kept, its chat template too. transformers' class for a tokenizer with
+    Python code of its own becomes the one that reads the tokenizer.json as it is.
 
     Raises:
-        DataError: none of the known end tokens is in the vocabulary.
+        InputError: the tokenizer has no end token, or its files contradict it.
     """
-    known = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "[EOS]", "<eos>")
-    for name in known:
-        if (token := tokenizer.token_to_id(name)) is not None:
-            return token
-    raise DataError(f"the tokenizer has none of the end-of-document tokens {', '.join(known)}")
+    files = {path.name: path for path in tokenizer_files(given)} if given is not None else {}
+    source = files["tokenizer.json"].parent if len(files) > 1 else folder
+    special = special_tokens(tokenizer, source)
+    config = read_object(files[CONFIG]) if CONFIG in files else {}
+    named = {"bos_token": special.bos, "eos_token": special.eos[0], "pad_token": tokenizer.token_to_id(PAD)}
+    for key, token in named.items():
+        if config.get(key) is None and token is not None:
+            config[key] = tokenizer.id_to_token(token)
+    if config.pop("auto_map", None) is not None or "tokenizer_class" not in config:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    _write(folder / CONFIG, config)
+    if len(special.eos) > 1:
+        _write(folder / GENERATION, {"eos_token_id": list(special.eos)})
+    if TEMPLATE in files:
+        shutil.copyfile(files[TEMPLATE], folder / TEMPLATE)
+
+
+def _write(path: Path, value: dict[str, object]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def fim_tokens(tokenizer: Tokenizer) -> tuple[int, int, int] | None:
@@ -95,7 +111,7 @@ def fim_tokens(tokenizer: Tokenizer) -> tuple[int, int, int] | None:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes each id stands for, [largest id + 1] uint16; special tokens and unused ids stand for none.
+    """UTF-8 bytes each id stands for, [largest id + 1] uint32; special tokens and unused ids stand for none.
 
     With it a loss per token becomes bits per byte, which compares tokenizers. A byte-level token is spelled with one
     character of the byte alphabet per byte: the count is exact. Other kinds (SentencePiece) spell a space as a low bar
@@ -104,7 +120,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     byte_level = tokenizer.decoder is not None and b"ByteLevel" in tokenizer.decoder.__getstate__()
     added = tokenizer.get_added_tokens_decoder()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.uint16)
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.uint32)
     for token, index in vocabulary.items():
         if index in added:
             sizes[index] = 0 if added[index].special else len(token.encode())

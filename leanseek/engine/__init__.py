@@ -1,6 +1,7 @@
 """Inference: checkpoints -> tokens. Start at engine.py; llm.py and asynchronous.py are its two faces."""
 
 from leanseek.engine.asynchronous import AsyncEngine, EngineStopped, QueueFull, RequestFailed, Stream
+from leanseek.engine.confined import Confined, Crowded, Overtaxed
 from leanseek.engine.engine import Engine
 from leanseek.engine.llm import LLM, load_engine
 from leanseek.engine.outputs import (
@@ -14,23 +15,28 @@ from leanseek.engine.outputs import (
 )
 from leanseek.engine.params import EngineError, Guide, SamplingParams
 from leanseek.engine.sequence import Request
+from leanseek.engine.spans import Spans
 from leanseek.engine.tokenizer import Tokenizer
 
 __all__ = [
     "LLM",
     "AsyncEngine",
     "CompletionOutput",
+    "Confined",
+    "Crowded",
     "Delta",
     "Engine",
     "EngineError",
     "EngineStats",
     "EngineStopped",
     "Guide",
+    "Overtaxed",
     "QueueFull",
     "Request",
     "RequestFailed",
     "RequestOutput",
     "SamplingParams",
+    "Spans",
     "Stream",
     "Timing",
     "TokenLogprob",

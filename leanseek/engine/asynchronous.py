@@ -15,6 +15,7 @@ from typing import Any
 
 from leanseek.config import ModelConfig
 from leanseek.engine.engine import Engine
+from leanseek.engine.guidance import Matcher
 from leanseek.engine.llm import load_engine
 from leanseek.engine.outputs import Delta, EngineStats
 from leanseek.engine.params import EngineError, SamplingParams
@@ -147,27 +148,55 @@ class AsyncEngine:
         return self._engine.defaults
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises EngineError as `submit` would. The first `guided` request takes a second: call this in a thread."""
+        """Raises EngineError: the request can never be served, its guide apart."""
         self._engine.check(prompt_token_ids, params)
+
+    def matcher(self, params: SamplingParams) -> Matcher | None:
+        """The compiled guide of a request, if it has one, for `submit`. It may take seconds: call this in a thread.
+
+        Raises:
+            EngineError: the guide is not valid, or takes too much to compile.
+            Crowded: many such guides are being compiled.
+        """
+        return self._engine.matcher(params)
 
     def stats(self) -> EngineStats:
         """As of the last step; does not wait."""
         return self._snapshot
 
-    def stop(self) -> None:
-        """End the thread after its current step; open streams end with finish_reason "abort"."""
+    @property
+    def accepting(self) -> bool:
+        """Whether new requests are taken."""
+        return self._accepting and self.alive
+
+    def refuse(self) -> None:
+        """Take no more requests; those there are go on."""
+        self._accepting = False
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End the thread after its current step; open streams end with finish_reason "abort".
+
+        timeout: seconds to wait for that step, None for as long as it takes.
+        """
         with self._lock:
             self._accepting, self._stopping = False, True
             self._lock.notify()
         if self.alive:
-            self._thread.join()
+            self._thread.join(timeout)
 
     # ---- for the event loop ----
 
     def submit(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int = 0, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        request_id: str | None = None,
+        matcher: Matcher | None = None,
     ) -> Stream:
         """Queue a request; to be called in the event loop that reads the stream.
+
+        matcher: of a guided request; without it the guide is compiled here, and the loop waits for that.
 
         Raises:
             EngineError: the request can never be served.
@@ -176,7 +205,8 @@ class AsyncEngine:
         """
         self.check(prompt_token_ids, params)
         request_id = request_id or f"request-{next(self._ids)}"
-        request = Request(request_id, list(prompt_token_ids), params, priority, time.monotonic())
+        matcher = matcher or self.matcher(params)
+        request = Request(request_id, list(prompt_token_ids), params, priority, time.monotonic(), matcher)
         stream = Stream(self, request_id, params.n, asyncio.get_running_loop())
         with self._lock:
             if not self._accepting or not self.alive:
@@ -193,8 +223,7 @@ class AsyncEngine:
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait until those there are have ended; whether they have in time."""
-        with self._lock:
-            self._accepting = False
+        self.refuse()
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._streams and self.alive:
             if deadline is not None and time.monotonic() > deadline:

@@ -7,14 +7,15 @@ tokens: stop conditions, text, pages that are now full. What goes wrong in one s
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence as Listing
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
-from leanseek.engine.guidance import Grammars
+from leanseek.engine.guidance import Grammars, GuideFailed, Matcher
 from leanseek.engine.outputs import Delta, EngineStats, FinishReason
 from leanseek.engine.pages import PagePool
 from leanseek.engine.params import EngineError, SamplingParams
@@ -44,8 +45,10 @@ class Engine:
     for DRAFTS if the model has an MTP module. seed: of the requests that bring none.
 
     Raises:
-        EngineError: options that cannot be.
+        EngineError: options that cannot be, or a forked process (see `check_process`).
     """
+
+    _process: ClassVar[int | None] = None  # where the first engine was made
 
     def __init__(
         self,
@@ -64,6 +67,8 @@ class Engine:
         prefix_cache: bool = True,
         seed: int | None = None,
     ):
+        self.check_process()
+        Engine._process = os.getpid()
         config = model.config
         drafts = DRAFTS * bool(model.mtp) if speculate is None else speculate
         if min(page_size, max_batch, step_tokens) < 1 or drafts < 0:
@@ -114,12 +119,23 @@ class Engine:
 
     # ---- requests ----
 
+    @classmethod
+    def check_process(cls) -> None:
+        """Raises EngineError in a process that was forked from one with an engine: OpenMP's threads stayed there, and
+        the first parallel loop would wait for them for ever."""
+        if cls._process not in (None, os.getpid()):
+            raise EngineError(
+                f"this process was forked from process {cls._process}, which has an engine, and cannot run one; "
+                'start it with multiprocessing\'s "spawn" method and make its LLM there'
+            )
+
     def check(self, prompt: Listing[int], params: SamplingParams) -> None:
         """Whether the engine can serve it; may be called from any thread.
 
         Raises:
-            EngineError: it never could, or the grammar is not valid; the message says why.
+            EngineError: it never could; the message says why.
         """
+        self.check_process()
         vocabulary = self.config.vocab_size
         if not prompt:
             raise EngineError("the prompt is empty")
@@ -135,23 +151,29 @@ class Engine:
         ids = [*(params.logit_bias or {}), *(params.stop_token_ids or ())]
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise EngineError(f"a token id of logit_bias or stop_token_ids lies outside the vocabulary of {vocabulary}")
-        if self._grammars is None:
-            if params.stop or params.guided:
-                raise EngineError("stop strings and guided output need a tokenizer.json beside the model")
-        elif params.guided:
-            self._grammars.compile(params.guided)
+        if self._grammars is None and (params.stop or params.guided):
+            raise EngineError("stop strings and guided output need a tokenizer.json beside the model")
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def matcher(self, params: SamplingParams) -> Matcher | None:
+        """The compiled guide of a request, if it has one; may take seconds, and be called from any thread.
 
         Raises:
-            EngineError: it can never be served, or its grammar is not valid.
+            EngineError: the guide is not valid, or takes too much to compile.
+            Crowded: many such guides are being compiled.
+        """
+        return self._grammars.compile(params.guided) if params.guided and self._grammars else None
+
+    def add(self, request: Request) -> None:
+        """Queue a request. A guide that came without its matcher is compiled here and now.
+
+        Raises:
+            EngineError: it can never be served, or its guide is not valid.
         """
         params, prompt = request.params, request.prompt_token_ids
         self.check(prompt, params)
         if request.request_id in self._sequences:
             raise EngineError(f"request {request.request_id!r} is already running")
-        matcher = self._grammars.compile(params.guided) if params.guided and self._grammars else None
+        matcher = request.matcher or self.matcher(params)
         arrived = request.arrived or time.monotonic()
         room = self.max_model_len - len(prompt)
         choices: list[Sequence] = []
@@ -160,7 +182,11 @@ class Engine:
             text = None
             if self.tokenizer:
                 text = TextStream(
-                    self.tokenizer, params.stop_strings, params.skip_special_tokens, params.include_stop_str_in_output
+                    self.tokenizer,
+                    params.stop_strings,
+                    params.skip_special_tokens,
+                    params.include_stop_str_in_output,
+                    params.spans,
                 )
             sequence = Sequence(
                 request=request,
@@ -264,6 +290,7 @@ class Engine:
         if not s.first_token:
             s.first_token = time.monotonic()
         end, count = None, 0
+        thought = s.text.reasoning_tokens if s.text else 0
         for token in tokens:
             s.tokens.append(token)
             count += 1
@@ -280,6 +307,8 @@ class Engine:
         self._register_pages(s)
         text = s.text.take(final=end is not None) if s.text else ""
         delta = Delta(s.request_id, s.index, tokens, text)
+        if s.text:
+            delta.reasoning_tokens = s.text.reasoning_tokens - thought
         if result.logprobs and s in result.logprobs:
             delta.logprobs = result.logprobs[s][:count]
         if s.prompt_logprobs:
@@ -323,6 +352,8 @@ class Engine:
     # ---- ends ----
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
+        if isinstance(error, GuideFailed):  # the guide's fault, told whole
+            return self._finish(sequence, "error", error=str(error))
         log.error("request %s failed", sequence.request_id, exc_info=error)
         return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from typing import NoReturn
 
 import llguidance
 import numpy as np
 
+from leanseek.engine import guide_worker
+from leanseek.engine.confined import Confined, Overtaxed
 from leanseek.engine.params import EngineError, Guide
 from leanseek.engine.tokenizer import Tokenizer
 
-JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}  # room to indent, and no endless blank for a weak model
+log = logging.getLogger(__name__)
+
+MAX_GUIDE = 65_536  # characters: compiling takes up to their square
+COMPILE_S = 3.0
 KEPT_GRAMMARS = 32  # compiled ones, for requests that share a schema
+KEPT_CHARACTERS = 4 * MAX_GUIDE  # of their sources: memory follows it
+MAX_MESSAGE = 200  # characters of what llguidance says
+# What it says about itself rather than about the guide.
+_INTERNAL = re.compile(r"panic|assertion|verbose|state|fuel|internal|\((And|Or|Not|Concat|Regex|SearchRegex)\b", re.I)
+
+
+class GuideFailed(RuntimeError):
+    """A guide that compiled cannot be followed to its end."""
 
 
 class Matcher:
@@ -34,12 +50,20 @@ class Matcher:
         return bool(self._inner.is_stopped())
 
     def advance(self, token: int) -> None:
-        """Take the token that was chosen."""
+        """Take the token that was chosen.
+
+        Raises:
+            GuideFailed: it does not fit, or the guide takes too much work from here.
+        """
         if not self._inner.consume_token(token):
-            raise RuntimeError(f"token {token} is outside the grammar: {self._inner.get_error()}")
+            self._fail()
 
     def masks(self, drafts: Sequence[int]) -> list[np.ndarray]:
-        """Allowed tokens (bits of int32 words) now and after each draft, up to the first draft not allowed."""
+        """Allowed tokens (bits of int32 words) now and after each draft, up to the first draft not allowed.
+
+        Raises:
+            GuideFailed: the guide takes too much work from here.
+        """
         masks = [self._mask()]
         for draft in drafts:
             if self.finished or not self._inner.try_consume_tokens([draft]):
@@ -55,52 +79,106 @@ class Matcher:
     def _mask(self) -> np.ndarray:
         mask = np.zeros(-(-self._vocab_size // 32), dtype=np.int32)
         self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._inner.is_error():
+            self._fail()
         return mask
+
+    def _fail(self) -> NoReturn:
+        """What llguidance says is about its own state: for the log, not for a client."""
+        log.error("llguidance: %s", self._inner.get_error())
+        raise GuideFailed("the output's form takes too much work to follow; make it simpler")
 
 
 class Grammars:
-    """Compiles guides for one vocabulary."""
+    """Compiles guides for one vocabulary. From any thread but the engine's: it may take seconds."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]):
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos = list(eos_token_ids)
-
-        self._lock = threading.Lock()
+        self._eos = [token for token in eos_token_ids if token < vocab_size]
+        self._special = [token for token in tokenizer.added_ids if token < vocab_size]
+        self._first_use = threading.Lock()
+        self._lock = threading.Lock()  # of the two below, held for an instant
         self._compiled: OrderedDict[Guide, Matcher] = OrderedDict()
+        self._compiling: dict[Guide, Future[Matcher]] = {}
 
     @cached_property
-    def _vocabulary(self) -> llguidance.LLTokenizer:  # takes a second for 129 K tokens: only for who asks
-        return llguidance.LLTokenizer(str(self._tokenizer.file), n_vocab=self._vocab_size, eos_token=self._eos or None)
+    def _vocabulary(self) -> llguidance.LLTokenizer:  # takes seconds for 129 K tokens: only for who asks
+        tokens = [self._tokenizer.token_bytes(token) for token in range(self._vocab_size)]
+        return guide_worker.make_vocabulary(tokens, self._special, self._eos, self._tokenizer.ordinary_encoder())
+
+    @cached_property
+    def _trial(self) -> Confined:
+        special = {token: self._tokenizer.token_bytes(token).decode() for token in self._special}
+        opening = {"size": self._vocab_size, "special": special, "eos": self._eos}
+        return Confined(guide_worker.__file__, opening, COMPILE_S)
 
     def compile(self, guide: Guide) -> Matcher:
-        """A matcher at the grammar's beginning.
+        """A matcher at the guide's beginning, for all who ask: who advances it makes a copy.
 
         Raises:
-            EngineError: the schema, pattern or grammar is not valid.
+            EngineError: the guide is not valid, or takes too much time or memory to compile.
+            Crowded: many such guides are being compiled.
         """
-        with self._lock:  # requests are checked on one thread and added on another
-            if guide not in self._compiled:
-                self._compiled[guide] = self._compile(guide)
-            self._compiled.move_to_end(guide)
-            while len(self._compiled) > KEPT_GRAMMARS:
+        with self._lock:
+            if guide in self._compiled:
+                self._compiled.move_to_end(guide)
+                return self._compiled[guide]
+            compiling = self._compiling.get(guide)
+            if compiling is None:
+                own = self._compiling[guide] = Future()
+        if compiling is not None:
+            return compiling.result()
+        try:
+            matcher = self._compile(guide)
+        except BaseException as error:
+            own.set_exception(error)
+            raise
+        else:
+            own.set_result(matcher)
+            self._keep(guide, matcher)
+            return matcher
+        finally:
+            with self._lock:
+                del self._compiling[guide]
+
+    def _keep(self, guide: Guide, matcher: Matcher) -> None:
+        with self._lock:
+            self._compiled[guide] = matcher
+            while len(self._compiled) > KEPT_GRAMMARS or sum(len(g.source) for g in self._compiled) > KEPT_CHARACTERS:
                 self._compiled.popitem(last=False)
-            return self._compiled[guide].copy()
 
     def _compile(self, guide: Guide) -> Matcher:
-        make: dict[str, Callable[[str], str]] = {
-            "json_schema": partial(llguidance.LLMatcher.grammar_from_json_schema, overrides=JSON_OPTIONS),
-            "regex": llguidance.LLMatcher.grammar_from_regex,
-            "grammar": llguidance.LLMatcher.grammar_from_lark,
-        }
+        name = f"guided {guide.kind}"
+        if len(guide.source) > MAX_GUIDE:
+            raise EngineError(f"{name}: it has {len(guide.source):,} characters; at most {MAX_GUIDE:,} are compiled")
+        if not self._eos:
+            raise EngineError(f"{name}: it needs a model with an end token; this one has none")
+        with self._first_use:
+            trial, vocabulary = self._trial, self._vocabulary
         try:
-            inner = llguidance.LLMatcher(self._vocabulary, make[guide.kind](guide.source), log_level=0)
+            answer = trial.ask([guide.kind, guide.source])
+        except Overtaxed:
+            raise EngineError(f"{name}: it takes more than {COMPILE_S:g} s or too much memory to compile") from None
+        try:
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            return Matcher(guide_worker.compile_guide(vocabulary, guide.kind, guide.source), self._vocab_size)
         except ValueError as error:
-            raise EngineError(f"guided {guide.kind}: {_first_line(error)}") from None
-        if inner.is_error():
-            raise EngineError(f"guided {guide.kind}: {_first_line(inner.get_error())}")
-        return Matcher(inner, self._vocab_size)
+            raise EngineError(f"{name}: {_told(str(error))}") from None
+
+    def close(self) -> None:
+        """End the processes."""
+        if "_trial" in self.__dict__:
+            self._trial.close()
 
 
-def _first_line(message: object) -> str:
-    return (str(message).strip() or "not valid").splitlines()[0]
+def _told(message: str) -> str:
+    """What a client is told of llguidance's words: one line about the guide, nothing about the library."""
+    line = (message.strip() or "not valid").splitlines()[0]
+    if line.startswith("NoExtension"):
+        return "no output fits it"
+    if _INTERNAL.search(line):
+        return "it cannot be compiled; make it simpler"
+    line = "".join(character if character.isprintable() else "�" for character in line)
+    return line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + "…"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections import deque
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ def load_engine(
     Raises:
         InputError: the folder, or an option of the engine, is not right.
     """
+    Engine.check_process()  # before anything runs on threads
     folder = checkpoint.resolve(path)
     try:
         device = torch.empty(0, device=device or default_device()).device
@@ -94,6 +97,8 @@ def _frozen(
 class LLM:
     """As vLLM's: `LLM(path).generate(prompts, SamplingParams(...))`.
 
+    Any number of threads may call it. One of them works the engine for all, so their requests run together.
+
     path: a Hugging Face folder, a run, or an Engine made already. options: those of `load_engine` and `Engine`.
 
     Raises:
@@ -103,9 +108,11 @@ class LLM:
     def __init__(self, path: str | Path | Engine, **options: Any):
         # nobody comes while a prompt is read: steps may last
         self.engine = path if isinstance(path, Engine) else load_engine(path, **{"step_seconds": 60.0} | options)
-        self._requests = 0
-        self._open: set[str] = set()  # requests that somebody reads
-        self._others: list[Delta] = []  # of those, deltas that came while another one was read
+        self._numbers = itertools.count(1)
+        self._lock = threading.Condition()  # of what follows; nobody holds it for longer than that takes
+        self._working = False  # whether a thread works the engine
+        self._commands: list[Request | str] = []  # a request to add, or the id of one to abort
+        self._inboxes: dict[str, deque[Delta]] = {}  # deltas nobody has taken yet, of requests that somebody reads
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -150,33 +157,77 @@ class LLM:
             if self.tokenizer is None:
                 raise EngineError("a text prompt needs a tokenizer.json beside the model; give token ids instead")
             prompt = self.tokenizer.encode(prompt)
-        self._requests += 1
-        request = Request(f"request-{self._requests}", list(prompt), params)
-        self.engine.check(request.prompt_token_ids, params)
-        return request
+        self.engine.check(prompt, params)
+        number = next(self._numbers)
+        return Request(f"request-{number}", list(prompt), params, matcher=self.engine.matcher(params))
 
     def _run(self, requests: Sequence[Request]) -> Generator[Delta, None, None]:
-        """Step until the requests have ended; deltas of another `stream` that is open wait for it."""
+        """Deltas of the requests until they have ended."""
         own = {request.request_id: request.params.n for request in requests}  # choices that have not ended
-        self._open |= own.keys()
+        inbox: deque[Delta] = deque()
+        with self._lock:
+            self._commands += requests
+            self._inboxes |= dict.fromkeys(own, inbox)
         try:
-            for request in requests:
-                self.engine.add(request)
             while own:
-                deltas = self._others + self.engine.step()
-                self._others = [delta for delta in deltas if delta.request_id in self._open - own.keys()]
-                for delta in [delta for delta in deltas if delta.request_id in own]:
-                    if delta.error is not None:
-                        raise RunError(f"{delta.request_id} failed: {delta.error}")
-                    if delta.finish_reason is not None:
-                        own[delta.request_id] -= 1
-                        if not own[delta.request_id]:
-                            del own[delta.request_id]
-                    yield delta
+                if not inbox:
+                    self._await(inbox)
+                    continue
+                delta = inbox.popleft()
+                if delta.error is not None:
+                    raise RunError(f"{delta.request_id} failed: {delta.error}")
+                if delta.finish_reason is not None:
+                    own[delta.request_id] -= 1
+                    if not own[delta.request_id]:
+                        del own[delta.request_id]
+                yield delta
         finally:
-            self._open -= {request.request_id for request in requests}
-            for request_id in own:
-                self.engine.abort(request_id)
+            self._leave([request.request_id for request in requests], list(own))
+
+    def _await(self, inbox: deque[Delta]) -> None:
+        """Return when there may be something in the inbox: a step later, by this thread or another."""
+        with self._lock:
+            while self._working and not inbox:
+                self._lock.wait()
+            if inbox:
+                return
+            self._working = True
+        self._work(step=True)
+
+    def _leave(self, readers: list[str], unfinished: list[str]) -> None:
+        """Read no more of these requests; those that have not ended do so now, or before the next step."""
+        with self._lock:  # which may be entered again: the garbage collector closes iterators anywhere
+            for request_id in readers:
+                del self._inboxes[request_id]
+            self._commands += unfinished
+            if self._working or not self._commands:
+                return
+            self._working = True
+        self._work(step=False)
+
+    def _work(self, step: bool) -> None:
+        """As the one thread that set `_working`: do what was asked for since the last step, run one, share it out."""
+        deltas: list[Delta] = []
+        try:
+            with self._lock:
+                commands, self._commands = self._commands, []
+            for command in commands:
+                if isinstance(command, str):
+                    self.engine.abort(command)
+                    continue
+                try:
+                    self.engine.add(command)
+                except EngineError as error:  # it may be another thread's
+                    deltas.append(Delta(command.request_id, finish_reason="error", error=str(error)))
+            if step:
+                deltas += self.engine.step()
+        finally:
+            with self._lock:
+                for delta in deltas:
+                    if (inbox := self._inboxes.get(delta.request_id)) is not None:
+                        inbox.append(delta)
+                self._working = False
+                self._lock.notify_all()
 
 
 def _empty_output(request: Request, prompt: str | None) -> RequestOutput:

@@ -47,6 +47,7 @@ class Delta:
     text: str = ""  # whole characters; text that may be the start of a stop string is held back
     logprobs: list[TokenLogprob] | None = None  # one per token id, when asked for
     prompt_logprobs: list[TokenLogprob | None] | None = None  # on choice 0's first delta, when asked for
+    reasoning_tokens: int = 0  # told as such by now, with SamplingParams.spans
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or string; None for the end-of-sequence token
     error: str | None = None

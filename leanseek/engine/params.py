@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, TypeGuard
 
+from leanseek.engine.spans import Spans
 from leanseek.errors import InputError
 
 MAX_LOGPROBS = 20
@@ -42,7 +43,7 @@ class EngineError(InputError):
 
 @dataclass(frozen=True)
 class Guide:
-    """A form the output must have. Made by the constructors below; compiled when the request is added."""
+    """A form the output must have. Made by the constructors below; compiled before the request is added."""
 
     kind: Literal["json_schema", "regex", "grammar"]
     source: str
@@ -103,6 +104,7 @@ class SamplingParams:
     guided: Guide | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    spans: Spans | None = None  # where stop strings do not count
 
     def __post_init__(self) -> None:
         self._normalise()

@@ -9,7 +9,6 @@ Compare Daliri et al., "Coupling without communication and drafter-invariant spe
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
@@ -21,9 +20,6 @@ from leanseek import ops
 from leanseek.engine.outputs import TokenLogprob
 from leanseek.engine.params import SamplingParams
 from leanseek.engine.sequence import Sequence
-
-CANDIDATES = 64  # likeliest tokens that the torch form lets race one by one; the rest races as one
-
 
 # ---- what a row asks for: on the host, before the model runs ----
 
@@ -64,27 +60,13 @@ class Rows:
         masks = sequence.matcher.masks(sequence.drafts) if sequence.matcher else []
         if masks:
             del sequence.drafts[len(masks) - 1 :]
-        rows = [self._adjustments(sequence, j) for j in range(len(sequence.drafts) + 1)]
+        rows = sequence.penalties.rows(sequence.tokens, sequence.drafts) if sequence.penalties else []
         for row, (seen, ids, values) in enumerate(rows, start=self.count):
             if len(seen):
                 self.penalised.append((row, seen, sequence.params.repetition_penalty))
             if len(ids):
                 self.added.append((row, ids, values))
         self.masks += enumerate(masks, start=self.count)
-
-    @staticmethod
-    def _adjustments(sequence: Sequence, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids under the repetition penalty, and ids with what is added to their logits, after `offset` drafts."""
-        params, drafts = sequence.params, sequence.drafts[:offset]
-        seen = np.unique([*sequence.tokens, *drafts]) if params.repetition_penalty != 1 else np.empty(0, np.int64)
-        added: dict[int, float] = dict(params.logit_bias or {})
-        if params.presence_penalty or params.frequency_penalty:
-            for token, count in Counter([*sequence.tokens[sequence.prompt_length :], *drafts]).items():
-                penalty = params.presence_penalty + params.frequency_penalty * count
-                added[token] = added.get(token, 0.0) - penalty
-        if sequence.output_length + offset < params.min_tokens:
-            added.update(dict.fromkeys(sequence.ends, -math.inf))
-        return seen, np.fromiter(added, np.int64, len(added)), np.fromiter(added.values(), np.float32, len(added))
 
 
 def adjust(logits: Tensor, rows: Rows) -> Tensor:
@@ -135,8 +117,6 @@ class Choice(ops.Choice):
             top_p=top_p,
             min_p=min_p,
             keys=as_keys(keys, device),
-            filtered=any(p.top_k or p.top_p < 1 or p.min_p > 0 for p in params),
-            width=min(vocab_size, max(CANDIDATES, *(p.top_k for p in params))),
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from leanseek.engine.guidance import Matcher
 from leanseek.engine.outputs import Delta, FinishReason, Timing, TokenLogprob, Usage
 from leanseek.engine.params import SamplingParams
+from leanseek.engine.penalties import Penalties
 from leanseek.engine.tokenizer import TextStream
 
 _MASK = 2**64 - 1
@@ -29,6 +30,7 @@ class Request:
     params: SamplingParams
     priority: int = 0  # lower runs first
     arrived: float = 0.0  # time.monotonic()
+    matcher: Matcher | None = None  # of `params.guided`, at its beginning
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +52,7 @@ class Sequence:
     # what a step asks of each sequence lies here: after a forward whatever else it touches is out of the cache
     request_id: str = field(init=False)
     greedy: bool = field(init=False)
+    penalties: Penalties | None = field(init=False)  # and biases, where it has any
     adjusts: bool = field(init=False)  # its logits are changed before a token is chosen
     min_tokens: int = field(init=False)
     logprobs: int | None = field(init=False)
@@ -75,7 +78,9 @@ class Sequence:
         self.tokens = list(self.request.prompt_token_ids)
         self.prompt_length = len(self.tokens)
         self.request_id, self.greedy = self.request.request_id, self.params.greedy
-        self.adjusts = self.params.adjusts or self.matcher is not None
+        adjusts = self.params.adjusts
+        self.penalties = Penalties(self.params, self.tokens, self.ends) if adjusts else None
+        self.adjusts = adjusts or self.matcher is not None
         self.min_tokens, self.logprobs = self.params.min_tokens, self.params.logprobs
         self.scores_prompt = self.params.prompt_logprobs is not None and self.index == 0
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
 import tokenizers
 
 from leanseek.engine.params import EngineError
+from leanseek.engine.spans import Spans, SpanTracker
+from leanseek.errors import InputError
+from leanseek.tokens import open_tokenizer, read_object
 
 
 class Tokenizer:
@@ -23,15 +26,17 @@ class Tokenizer:
     def __init__(self, folder: Path):
         self.file = folder / "tokenizer.json"
         try:
-            self.inner = tokenizers.Tokenizer.from_file(str(self.file))
-        except Exception as error:  # the library raises bare Exception
-            raise EngineError(f"{self.file} is not a tokenizer.json ({error})") from None
+            self.inner = open_tokenizer(self.file)
+            config = read_object(folder / "tokenizer_config.json")
+        except InputError as error:
+            raise EngineError(str(error)) from None
         if not isinstance(self.inner.decoder, tokenizers.decoders.ByteLevel):
             raise EngineError(f"{self.file} is not byte-level; this family's tokenizers are")
-        config = folder / "tokenizer_config.json"
-        self.bos_token_id = self._leading_token(json.loads(config.read_text())) if config.is_file() else None
+        self.bos_token_id = self._leading_token(config)
         self._added = self.inner.get_added_tokens_decoder()
+        self.added_ids = sorted(self._added)
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
+        self._spelled: dict[int, bytes] = {}  # of tokens there are, and so no larger than the vocabulary
 
     def _leading_token(self, config: dict[str, object]) -> int | None:
         """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
@@ -61,9 +66,16 @@ class Tokenizer:
         kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
 
-    @cache  # noqa: B019  (one tokenizer lives as long as its process)
     def token_bytes(self, token: int) -> bytes:
         """What a token spells: bytes, because a character may span tokens. Ids without a token spell nothing."""
+        spelled = self._spelled.get(token)
+        if spelled is None:
+            spelled = self._spell(token)
+            if spelled:
+                self._spelled[token] = spelled
+        return spelled
+
+    def _spell(self, token: int) -> bytes:
         if token in self._added:
             return str(self._added[token].content).encode()
         spelled = self.inner.id_to_token(token)
@@ -73,6 +85,13 @@ class Tokenizer:
         if all(character in alphabet for character in spelled):
             return bytes(alphabet[character] for character in spelled)
         return str(spelled).encode()
+
+    def ordinary_encoder(self) -> Callable[[str], list[int]]:
+        """Ids of a text in ordinary tokens alone: added tokens spelled in it stay text. Made anew at each call."""
+        described = json.loads(self.inner.to_str())
+        described["added_tokens"] = []
+        ordinary = tokenizers.Tokenizer.from_str(json.dumps(described))
+        return lambda text: list(ordinary.encode(text, add_special_tokens=False).ids)
 
 
 @cache
@@ -84,27 +103,74 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TextStream:
-    """Text out of tokens as they come: whole characters only, and nothing that may be the start of a stop string."""
+    """Text out of tokens as they come: whole characters only, and nothing that may be the start of a stop string.
 
-    __slots__ = ("_bytes", "_held", "_include_stop", "_skipped", "_spell", "_stop")
+    With spans, stop strings count in the answer alone.
+    reasoning_tokens: tokens up to the end of the reasoning, its marks included
+    """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], skip_special: bool, include_stop: bool):
+    __slots__ = (
+        "_bytes",
+        "_held",
+        "_include_stop",
+        "_ready",
+        "_skipped",
+        "_spell",
+        "_stop",
+        "_tracker",
+        "_undecided",
+        "reasoning_tokens",
+    )
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        skip_special: bool,
+        include_stop: bool,
+        spans: Spans | None = None,
+    ):
         self._spell = tokenizer.token_bytes
         self._stop = tuple(stop)
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._include_stop = include_stop
         self._bytes = b""  # not yet decoded
-        self._held = ""  # decoded and not yet given out
+        self._ready = ""  # decoded, for no stop string to take back
+        self._held = ""  # decoded behind that, and not yet given out
+        self._tracker = SpanTracker(spans) if spans else None
+        self._undecided = 0  # tokens that are reasoning if `<think>` follows
+        self.reasoning_tokens = 0
 
     def add(self, token: int, match_stop: bool = True) -> str | None:
         """Take a token; the stop string it completes, if any, ends the text."""
-        if token in self._skipped:
+        part = self._tracker.part if self._tracker else "answer"
+        stop = None if token in self._skipped else self._add(self._spell(token), match_stop)
+        if part == "begin" and self._tracker:
+            self._undecided += 1
+            if self._tracker.part == "reasoning":
+                self.reasoning_tokens += self._undecided
+        self.reasoning_tokens += part == "reasoning"
+        return stop
+
+    def _add(self, spelled: bytes, match_stop: bool) -> str | None:
+        self._bytes += spelled
+        if not self._stop and not self._tracker:
             return None
-        self._bytes += self._spell(token)
-        if not self._stop:
-            return None
+        text = self._decode(final=False)
+        for part, piece in self._tracker.feed(text) if self._tracker else [("answer", text)]:
+            if part == "answer" and self._stop:
+                stop = self._match(piece, match_stop)
+                if stop is not None:
+                    return stop
+            else:
+                self._ready += self._held + piece
+                self._held = ""
+        return None
+
+    def _match(self, text: str, match_stop: bool) -> str | None:
+        """Take text of the answer; the stop string it completes."""
         searched = len(self._held)
-        self._held += self._decode(final=False)
+        self._held += text
         if not match_stop:
             return None
         found = []
@@ -121,13 +187,15 @@ class TextStream:
 
     def take(self, final: bool) -> str:
         """The text that can be given out now; all of it when `final`."""
-        text = self._held + self._decode(final)
-        if final or not self._stop:
-            self._held = ""
-            return text
-        given = len(text) - self._possible_stop(text)
+        ready, self._ready = self._ready, ""
+        if final:
+            undecided = self._tracker.rest() if self._tracker else ""
+            text, self._held = self._held + undecided + self._decode(final), ""
+            return ready + text
+        text = self._held + ("" if self._tracker else self._decode(final))
+        given = len(text) - (self._possible_stop(text) if self._stop else 0)
         self._held = text[given:]
-        return text[:given]
+        return ready + text[:given]
 
     def _decode(self, final: bool) -> str:
         """The whole characters of the bytes there are; a beginning of one stays unless it is `final`."""

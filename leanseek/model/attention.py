@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from leanseek import fp8, ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
+from leanseek.ops.products import wide
 
 # The published code and transformers leave the norms of both latents at this eps whatever rms_norm_eps says
 # (it differs for Moonlight and Kimi-K2: 1e-5).
@@ -136,8 +137,9 @@ class GQA(nn.Module):
         for sequence, (start, stop) in enumerate(pairwise(offsets)):
             rows = cache[index.rows_of(sequence)].to(x.dtype).unflatten(-1, (2, c.kv_heads, c.gqa_head_dim))
             keys, values = (rows[:, i].repeat_interleave(c.num_attention_heads // c.kv_heads, 1) for i in (0, 1))
-            scores = torch.einsum("nhd,lhd->hnl", q[start:stop], keys).float() * c.softmax_scale
+            queries, keys, values = wide(q[start:stop], keys, values)
+            scores = torch.einsum("nhd,lhd->hnl", queries, keys).float() * c.softmax_scale
             future = torch.arange(rows.shape[0], device=x.device) > index.positions[start:stop, None]
-            weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(x.dtype)
+            weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(values.dtype)
             out[start:stop] = torch.einsum("hnl,lhd->nhd", weights, values)
         return self.o_proj(out.flatten(-2))

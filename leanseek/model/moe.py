@@ -40,6 +40,13 @@ class _Logits(torch.autograd.Function):
         return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
 
 
+def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, D] · weightᵀ [D, E] in float32, whatever their dtypes."""
+    if not ops.ordinary(x, weight):  # transforms do not follow functions with a backward of their own
+        return ops.linear(x.float(), weight.float())
+    return _Logits.apply(x, weight)
+
+
 class Gate(nn.Module):
     """Scores every expert and chooses K; float32 throughout, whatever the model's dtype."""
 
@@ -64,7 +71,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, replay: Tensor | None = None) -> Route:
         """x [N, D] -> Route. `replay` [N, K] fixes the choice; the gate values are computed anew."""
         c = self.config
-        logits = _Logits.apply(x, self.weight)  # [N, E]
+        logits = gate_logits(x, self.weight)  # [N, E]
         scores = ops.expert_scores(logits, c.scoring_func)  # eq. 15
         indices = replay
         if indices is None:

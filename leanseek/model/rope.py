@@ -52,5 +52,5 @@ class Rotary(torch.nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [...] int64 -> cos, sin [..., rope_dim / 2] float32."""
-        angles = positions[..., None].float() * self.inv_freq
+        angles = positions[..., None].float() * self.inv_freq.to(positions.device)  # moved for meta alone
         return angles.cos() * self.scale, angles.sin() * self.scale

@@ -3,7 +3,7 @@
 from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.cross_entropy import linear_cross_entropy
-from leanseek.ops.dispatch import row_invariant, table, use
+from leanseek.ops.dispatch import ordinary, row_invariant, use
 from leanseek.ops.experts import experts, route_order
 from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
 from leanseek.ops.head_linear import head_linear
@@ -27,7 +27,7 @@ from leanseek.ops.select import expert_scores, select_experts
 from leanseek.ops.stack import BlockWeights, Join, StackWeights, stack_step
 from leanseek.ops.swiglu import swiglu
 
-from leanseek.ops import cpu, invariant, triton  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
+from leanseek.ops import cpu, triton, invariant  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
 
 __all__ = [
     "AdamW",
@@ -54,6 +54,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mla_attention",
+    "ordinary",
     "pack",
     "pack_gated",
     "pack_heads",
@@ -68,7 +69,6 @@ __all__ = [
     "select_experts",
     "stack_step",
     "swiglu",
-    "table",
     "unpack",
     "use",
 ]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek.ops.dispatch import pick
+from leanseek.ops.products import wide
 from leanseek.ops.rotary import rotate
 
 
@@ -20,10 +21,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     # torch's fused CPU kernel wants equal head dims: zero columns on the narrower cost less than the unfused path
-    width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    width, value_width, dtype = max(q.shape[-1], v.shape[-1]), v.shape[-1], q.dtype
+    q, k, v = wide(q, k, v)
     q, k, v = ((t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1]))).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[..., :value_width].transpose(1, 2)
+    gqa = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes sizes tensors
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    return out[..., :value_width].transpose(1, 2).to(dtype)
 
 
 def mla_attention(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek.ops.dispatch import pick
+from leanseek.ops.products import wide
 
 CHUNK_LOGITS = 2**22  # logits computed at a time: 16 MiB in float32
 GPU_CHUNKS = 32  # of them at a time on a GPU, which wants more to do at once
@@ -30,7 +31,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, need: bool) -> Tensor:  # type: ignore[no-untyped-def]
-        head = weight.to(hidden.dtype)
+        dtype = hidden.dtype
+        hidden, head = wide(hidden, weight.to(dtype))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need else None
@@ -44,7 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None and grad_weight is not None:
                 torch.mm(grad, head, out=grad_hidden[start : start + rows])
                 grad_weight.addmm_(grad.t(), part) if grad.dtype == torch.float32 else grad_weight.add_(grad.t() @ part)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden.to(dtype), grad_weight)
         return total / hidden.shape[0]
 
     @staticmethod

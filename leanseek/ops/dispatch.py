@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,47 @@ def register(
 
 
 def pick(op: str, reference: Callable[..., Any], *tensors: Tensor | None) -> Callable[..., Any]:
-    """The function that computes `op` on these tensors: a registered one that accepts them, else the reference."""
+    """The function that computes `op` on these tensors: a registered one that accepts them, else the reference.
+
+    Kernels read memory. Tensors without any (fake, functional, batched, of another class) and calls that are traced go
+    to the reference, or to a row-invariant form, which are torch throughout.
+    """
+    if torch.compiler.is_compiling():
+        return reference
+    found = _first(op, getattr(_SCOPE, "row_invariant", False), tensors)
+    return reference if found is None else found.function
+
+
+def backend(op: str, row_invariant: bool, *tensors: Tensor | None) -> str:
+    """What `pick` would run within or outside `row_invariant`: "torch" for the reference."""
+    found = _first(op, row_invariant, tensors)
+    return "torch" if found is None else found.backend
+
+
+def _first(op: str, row_invariant: bool, tensors: tuple[Tensor | None, ...]) -> Implementation | None:
     forced = _FORCED[-1] if _FORCED else None
-    for candidate in _TABLE.get((op, getattr(_SCOPE, "row_invariant", False)), ()):
-        allowed = forced in (None, candidate.backend) or candidate.backend == "torch"
+    memory = ordinary(*tensors)
+    for candidate in _TABLE.get((op, row_invariant), ()):
+        allowed = candidate.backend == "torch" or (memory and forced in (None, candidate.backend))
         if allowed and candidate.accepts(*tensors):
-            return candidate.function
-    return reference
+            return candidate
+    return None
+
+
+def ordinary(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors with memory, and a call with them is neither traced nor intercepted."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or transformed():
+        return False
+    if torch._C._len_torch_function_stack() and torch.get_default_device().type != "cpu":
+        return False  # `with torch.device("meta")`: a kernel's output would have no memory
+    return all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_meta) for t in tensors)
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, functionalize) is at work, which follows plain torch only."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextlib.contextmanager
@@ -79,7 +114,6 @@ def use(backend: str) -> Iterator[None]:
         _FORCED.pop()
 
 
-def table() -> dict[str, list[str]]:
-    """Backends registered per op, in the order in which they are asked (for `leanseek doctor`)."""
-    names = {op for op, _ in _TABLE}
-    return {op: [i.backend for rows in (False, True) for i in _TABLE.get((op, rows), ())] for op in sorted(names)}
+def table(row_invariant: bool) -> dict[str, list[str]]:
+    """Backends registered per op, in the order in which they are asked."""
+    return {op: [i.backend for i in found] for (op, rows), found in sorted(_TABLE.items()) if rows == row_invariant}

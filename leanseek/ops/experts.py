@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import ordinary, pick, transformed
 from leanseek.ops.linear import dequantize_blocks
+from leanseek.ops.products import linear, multiply
 
 
 def experts(
@@ -23,6 +24,10 @@ def experts(
     x [N, D]; indices [N, K] int64; weights [N, K] float32; gate_up [E, 2I, D] (gate rows first); down [E, D, I];
     scales: scale_inv of FP8 gate_up and down, as in `linear`.
     """
+    if not torch.compiler.is_compiling() and transformed():
+        return _all_experts(x, indices, weights, gate_up, down, scales)
+    if not ordinary(x, weights, gate_up, down):
+        return _opaque(x, indices, weights, gate_up, down, *(scales or (None, None)))
     run = pick("experts", reference, x, gate_up, *(scales or ()))
     return run(x, indices, weights, gate_up, down, scales)
 
@@ -54,6 +59,71 @@ def route_order(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor
     return order, place, ends
 
 
+# Groups are as long as the routing makes them, which no tracer can follow: to a compiler or an exporter
+# the experts are one operator, which finds tensors with memory when it runs.
+
+
+@torch.library.custom_op("leanseek::experts", mutates_args=())
+def _opaque(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+) -> Tensor:
+    scales = None if gate_up_scale is None or down_scale is None else (gate_up_scale, down_scale)
+    run = pick("experts", reference, x, gate_up, *(scales or ()))
+    return run(x, indices, weights, gate_up, down, scales)
+
+
+@torch.library.custom_op("leanseek::experts_backward", mutates_args=())
+def _opaque_backward(
+    grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        x, weights, gate_up, down = (t.detach().requires_grad_() for t in (x, weights, gate_up, down))
+        out = pick("experts", reference, x, gate_up)(x, indices, weights, gate_up, down)
+        found = torch.autograd.grad(out, (x, weights, gate_up, down), grad)
+    return found[0], found[1], found[2], found[3]
+
+
+@_opaque.register_fake
+def _(x: Tensor, *_: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_opaque_backward.register_fake
+def _(grad: Tensor, x: Tensor, indices: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (x, *others))
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    x, indices, *others = ctx.saved_tensors
+    dx, *rest = _opaque_backward(grad, x, indices, *others)
+    return dx, None, *rest, None, None
+
+
+_opaque.register_autograd(_gradients, setup_context=_keep)
+
+
+def _all_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, scales: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Every expert on every token, most of them times zero: nothing that a transform cannot follow."""
+    if scales is not None:
+        gate_up, down = dequantize_blocks(gate_up, scales[0]), dequantize_blocks(down, scales[1])
+    share = weights.new_zeros(x.shape[0], gate_up.shape[0]).scatter(1, indices, weights)  # [N, E]
+    gate, up = torch.einsum("nd,eid->nei", x, gate_up.to(x.dtype)).chunk(2, dim=-1)
+    act = F.silu(gate) * up * share[..., None].to(x.dtype)
+    return torch.einsum("nei,edi->nd", act, down.to(x.dtype))
+
+
 def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Each expert's rows of a [M, in] times its b [E, in, out] -> [M, out]; or, for two matrices a [out, M] and
     b [M, in] whose shared side is cut at `ends`, one product an expert -> [E, out, in] (zero for an empty expert)."""
@@ -64,11 +134,11 @@ def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     if b.ndim == 3:
         out = a.new_empty(a.shape[0], b.shape[2])
         for expert, rows in enumerate(slices):
-            torch.mm(a[rows], b[expert], out=out[rows])
+            multiply(a[rows], b[expert], out[rows])
         return out
     out = a.new_empty(len(stops), a.shape[0], b.shape[1])
     for expert, rows in enumerate(slices):
-        torch.mm(a[:, rows], b[rows], out=out[expert])
+        multiply(a[:, rows], b[rows], out[expert])
     return out
 
 
@@ -140,7 +210,7 @@ def _experts_from_blocks(
     for expert in indices.unique().tolist():
         token, choice = (indices == expert).nonzero(as_tuple=True)
         up_weight = dequantize_blocks(gate_up[expert], scales[0][expert], x.dtype)
-        gate, up = F.linear(x[token], up_weight).chunk(2, dim=-1)
+        gate, up = linear(x[token], up_weight).chunk(2, dim=-1)
         act = F.silu(gate) * up * weights[token, choice, None].to(x.dtype)
-        out.index_add_(0, token, F.linear(act, dequantize_blocks(down[expert], scales[1][expert], x.dtype)).float())
+        out.index_add_(0, token, linear(act, dequantize_blocks(down[expert], scales[1][expert], x.dtype)).float())
     return out.to(x.dtype)

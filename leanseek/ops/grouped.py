@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leanseek.ops.dispatch import pick
+from leanseek.ops.products import multiply
 
 if TYPE_CHECKING:
     from leanseek.ops.triton.tiles import Tiles
@@ -59,24 +60,17 @@ def grouped_gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tens
     return pick("grouped_gradient", _gradient, a, b, out)(a, b, ends, out)
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
 def _product(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
     for group, (start, stop) in enumerate(pairwise([0, *ends])):
         if stop > start:
-            _multiply(a[start:stop], b[group].t(), out[start:stop])
+            multiply(a[start:stop], b[group].t(), out[start:stop])
     return out
 
 
 def _gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
     for group, (start, stop) in enumerate(pairwise([0, *ends])):
         if stop > start:
-            _multiply(a[start:stop].t(), b[start:stop], out[group])
+            multiply(a[start:stop].t(), b[start:stop], out[group])
         else:
             out[group].zero_()
     return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from leanseek.ops.dispatch import pick
+from leanseek.ops.products import wide
 
 
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -14,4 +15,4 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.einsum("nhk,hkr->nhr", x, weight)
+    return torch.einsum("nhk,hkr->nhr", *wide(x, weight)).to(x.dtype)

@@ -2,7 +2,8 @@
 
 Matrix libraries choose how to split a sum by the number of rows, so the same row differs in its last bits from one
 batch to the next; a mixture of experts then turns a last bit into another expert. Here every sum has one order:
-- matrix products go to oneDNN, which keeps one order from 2 rows on, or in blocks of a fixed number of rows;
+- matrix products go to oneDNN, which keeps one order from 2 rows on, or in blocks of a fixed number of rows, in float32
+  where the CPU has none of the operands' dtype (products.py);
 - batched products have at least 16 rows each and at least two in the batch, where MKL keeps one order;
 - attention sums fixed blocks of keys in their order;
 - sigmoid and SiLU are spelled with exp, which torch computes alike in the body and the tail of a vector loop.
@@ -23,6 +24,7 @@ from leanseek.ops.dispatch import register
 from leanseek.ops.experts import route_order
 from leanseek.ops.latent_attention import CacheIndex
 from leanseek.ops.linear import dense
+from leanseek.ops.products import onednn_linear, wide
 
 BLOCK_ROWS = 64  # rows of a product where oneDNN is not there: the only number ever asked for
 MIN_ROWS = 16  # rows of a batched product
@@ -36,12 +38,13 @@ def _always(*tensors: Tensor | None) -> bool:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, in] · weight [out, in]ᵀ."""
-    rows = x.shape[0]
+    rows, dtype = x.shape[0], x.dtype
+    x, weight = wide(x, weight)
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        wide = x.expand(2, -1) if rows == 1 else x
-        return torch.ops.mkldnn._linear_pointwise(wide.contiguous(), weight, None, "none", [], "")[:rows]
+        x = x.expand(2, -1) if rows == 1 else x
+        return onednn_linear(x.contiguous(), weight)[:rows].to(dtype)
     blocks = F.pad(x, (0, 0, 0, -rows % BLOCK_ROWS)).split(BLOCK_ROWS)
-    return torch.cat([F.linear(block, weight) for block in blocks])[:rows]
+    return torch.cat([F.linear(block, weight) for block in blocks])[:rows].to(dtype)
 
 
 @register("linear", "torch", _always, row_invariant=True)
@@ -51,12 +54,13 @@ def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor
 
 @register("head_linear", "torch", _always, row_invariant=True)
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return _batched(x.transpose(0, 1), weight).transpose(0, 1)
+    return _batched(x.transpose(0, 1), weight).transpose(0, 1).to(x.dtype)
 
 
 def _batched(a: Tensor, b: Tensor) -> Tensor:
-    """a [B, M, K] · b [B, K, N]."""
+    """a [B, M, K] · b [B, K, N], in the dtype that was multiplied."""
     batch, rows = a.shape[:2]
+    a, b = wide(a, b)
     a = F.pad(a, (0, 0, 0, max(0, MIN_ROWS - rows)))
     if batch == 1:  # alone in its batch, a product may be split among threads
         a, b = a.expand(2, -1, -1), b.expand(2, -1, -1)

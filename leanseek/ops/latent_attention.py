@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leanseek.ops.dispatch import pick
+from leanseek.ops.products import wide
 
 
 class CacheIndex(NamedTuple):
@@ -42,9 +43,9 @@ def reference(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, value_w
     out = q.new_empty(*q.shape[:2], value_width)
     offsets = index.row_offsets.tolist()
     for sequence, (start, stop) in enumerate(pairwise(offsets)):
-        rows = cache[index.rows_of(sequence)].to(q.dtype)  # [L, W]
-        scores = torch.einsum("nhw,lw->nhl", q[start:stop], rows).float() * scale
+        queries, rows = wide(q[start:stop], cache[index.rows_of(sequence)].to(q.dtype))  # [n, H, W], [L, W]
+        scores = torch.einsum("nhw,lw->nhl", queries, rows).float() * scale
         future = torch.arange(rows.shape[0], device=q.device) > index.positions[start:stop, None]  # [n, L]
-        weights = scores.masked_fill_(future[:, None], float("-inf")).softmax(-1).to(q.dtype)
+        weights = scores.masked_fill_(future[:, None], float("-inf")).softmax(-1).to(rows.dtype)
         out[start:stop] = torch.einsum("nhl,lw->nhw", weights, rows[:, :value_width])
     return out

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.ops import products
 from leanseek.ops.dispatch import pick
 
 BLOCK = 128  # side of a weight block that shares one scale (3.3)
@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor
 
 
 def reference(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    return F.linear(x, dense(weight, scale_inv, x.dtype))
+    return products.linear(x, dense(weight, scale_inv, x.dtype))
 
 
 def dense(weight: Tensor, scale_inv: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -4,12 +4,12 @@ quoted against."""
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
-import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from torch import Tensor
 from leanseek.errors import InputError
 from leanseek.ops import cpu, numa
 from leanseek.ops.cpu.library import kernel
+from leanseek.ops.products import multiplies
+from leanseek.threads import cpus
 
 HUGE_PAGE = 2**21  # bytes
+PROBE_SECONDS = 1.0
 _read = kernel("read_memory", "pnp")
 
 
@@ -27,45 +30,27 @@ def default_device() -> torch.device:
 
 
 def preferred_dtype(device: torch.device | str) -> torch.dtype:
-    """BF16 where the hardware multiplies it (CUDA, AVX512_BF16, AMX); else float32, as BF16 is emulated there."""
+    """BF16 where the hardware multiplies it (CUDA, AVX512_BF16, AMX) and oneDNN may; else float32: BF16 is emulated."""
     if torch.device(device).type == "cuda":
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if native and multiplies(torch.bfloat16) else torch.float32
 
 
 def use_threads(count: int | None) -> None:
-    """Run torch and the native kernels, which share its pool, on `count` CPU threads.
+    """Run torch and the native kernels, which share its pool, on `count` CPU threads; None leaves their number alone.
 
-    None: as many as torch picks, and at most one a physical core, unless OMP_NUM_THREADS says how many. OpenMP keeps
-    the number for each thread apart; a thread that begins later has it from its first native kernel on.
+    OpenMP keeps the number for each thread apart; a thread that begins later has it from its first native kernel on.
 
     Raises:
-        InputError: fewer than one, or more than four for each of the machine's CPUs.
+        InputError: fewer than one, or more than four for each of the CPUs that this process may use.
     """
     if count is None:
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(min(torch.get_num_threads(), physical_cores()))
         return
-    cpus = os.cpu_count() or 1
-    if not 1 <= count <= 4 * cpus:
-        raise InputError(f"threads must lie between 1 and {4 * cpus}, four a CPU of this machine; {count} does not")
+    most = 4 * cpus()
+    if not 1 <= count <= most:
+        raise InputError(f"threads must lie between 1 and {most}, four a CPU that may be used here; {count} does not")
     torch.set_num_threads(count)
-
-
-def physical_cores() -> int:
-    """Cores that this process may run on: two CPUs that share one core count once."""
-    if not hasattr(os, "sched_getaffinity"):  # not Linux
-        return os.cpu_count() or 1
-    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
-
-
-def _siblings(cpu: int) -> str:
-    """The CPUs on the core of this one, as Linux writes them: "0,16"."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
-    except OSError:
-        return str(cpu)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -90,11 +75,24 @@ def read_ahead(start: int, size: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device | str, size: int | None = None, repeats: int = 5) -> float:
-    """Measured FLOP/s of a square product of `size` (2048, on a GPU 8192), the median of `repeats`."""
-    size = size or (8192 if torch.device(device).type == "cuda" else 2048)
-    a = torch.randn(size, size, device=device).to(dtype)  # a chip draws less power, and runs faster, on constants
-    return 2 * size**3 / _median_seconds(lambda: a @ a, torch.device(device), repeats)
+def gemm_rate(
+    dtype: torch.dtype, device: torch.device | str, size: int | None = None, seconds: float = PROBE_SECONDS
+) -> float:
+    """Measured FLOP/s of square products, the best seen in about `seconds`.
+
+    Their side doubles from 128 up to `size` (2048, on a GPU 8192) while there is time: a dtype that is emulated at a
+    thousandth of the speed is judged by smaller products, and soon.
+    """
+    device = torch.device(device)
+    size, side, best = size or (8192 if device.type == "cuda" else 2048), 128, 0.0
+    end = time.perf_counter() + seconds
+    while True:
+        a = torch.randn(side, side, device=device).to(dtype)  # a chip draws less power, and runs faster, on constants
+        took = min(_seconds(lambda a=a: a @ a, device, 5, end))  # type: ignore[misc]
+        best = max(best, 2 * side**3 / took)
+        if 2 * side > size or time.perf_counter() + 2 * 8 * took > end:  # twice as wide, at least two of them
+            return best
+        side *= 2
 
 
 def read_bandwidth(device: torch.device | str, size: int | None = None, repeats: int = 5) -> float:
@@ -103,16 +101,19 @@ def read_bandwidth(device: torch.device | str, size: int | None = None, repeats:
     a = empty((size // 4,), torch.float32, device).fill_(1.0)
     if torch.device(device).type == "cpu" and cpu.usable_variants():
         found = torch.empty(1, dtype=torch.int64)
-        return size / _median_seconds(lambda: _read(a.data_ptr(), size, found.data_ptr()), a.device, repeats)
-    return size / _median_seconds(lambda: a.sum(), a.device, repeats)
+        return size / statistics.median(
+            _seconds(lambda: _read(a.data_ptr(), size, found.data_ptr()), a.device, repeats)
+        )
+    return size / statistics.median(_seconds(lambda: a.sum(), a.device, repeats))
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int, end: float = math.inf) -> list[float]:
+    """What each of `repeats` calls took, after one that is not counted; fewer, but one, where `end` comes first."""
+    times: list[float] = []
+    while len(times) <= repeats and (len(times) < 2 or time.perf_counter() < end):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+    return times[1:]

@@ -1,7 +1,8 @@
 """Rows of logits become tokens, each row by its own parameters and its own random bits.
 
 The noise is one number per token id (Gumbel-max: argmax of log p + noise has the distribution p), from the id and the
-row's 64 bits alone: a row's token depends on nothing but the row.
+row's 64 bits alone. A row's token depends on nothing but the row: masses are added as integers, whose sum has no order,
+and the cut of top_k and top_p is a weight and a count, which no order of equal weights can change.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from leanseek.ops.dispatch import pick
 
-_REST, _WITHIN_REST = -1, -2  # ids of the noise for all but the candidates, and for the choice among those
+GPU_ROWS = 32  # rows at a time on a GPU; a CPU's vector loops end in other code, so there each row goes alone
+FIRST_LOOK = 256  # largest weights looked at for a cut before more are
+UNIT = 2.0**40  # a weight of 1 as an integer: the sum over any vocabulary stays below 2**63
 
 
 @dataclass
@@ -26,15 +29,10 @@ class Choice:
     top_p: Tensor  # [R] float32
     min_p: Tensor  # [R] float32
     keys: Tensor  # [R] int64: the 64 random bits of each row
-    filtered: bool  # whether any row restricts its candidates
-    width: int  # candidates to look at: as many as the largest top_k
 
-    def at(self, rows: Tensor, width: int) -> Choice:
-        """Of some rows only, looking at `width` candidates."""
-        temperature, top_k, top_p, min_p, keys = (
-            values[rows] for values in (self.temperature, self.top_k, self.top_p, self.min_p, self.keys)
-        )
-        return Choice(temperature, top_k, top_p, min_p, keys, self.filtered, width)
+    def at(self, rows: Tensor | slice) -> Choice:
+        """Of some rows only."""
+        return Choice(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], self.keys[rows])
 
 
 def sample(logits: Tensor, choice: Choice) -> Tensor:
@@ -47,10 +45,9 @@ def sample(logits: Tensor, choice: Choice) -> Tensor:
 
 
 def reference(logits: Tensor, choice: Choice) -> Tensor:
-    logits = torch.where(logits.isnan(), -math.inf, logits)
-    top, likeliest = logits.max(-1)
-    sampled = _race(logits / choice.temperature.clamp_min(1e-6)[:, None], choice)
-    return torch.where((choice.temperature == 0) | ~top.isfinite(), likeliest, sampled)
+    step = GPU_ROWS if logits.is_cuda else 1
+    parts = [slice(start, start + step) for start in range(0, len(logits), step)]
+    return torch.cat([_sample(logits[rows], choice.at(rows)) for rows in parts])
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -62,59 +59,53 @@ def _finite_rows(logits: Tensor) -> Tensor:
     return torch.linalg.vector_norm(logits, math.inf, -1).isfinite()  # the largest magnitude; NaN if there is one
 
 
-def _race(scaled: Tensor, choice: Choice) -> Tensor:
-    """The winners [R] of log p + noise: the likeliest candidates each for itself, and all others as one runner."""
-    top, ids = scaled.topk(choice.width, dim=-1)  # [R, C]
-    log_p = top - scaled.logsumexp(-1, keepdim=True)
-    unsettled = torch.zeros_like(choice.keys, dtype=torch.bool)
-    rest = (1 - log_p.exp().sum(-1)).clamp_min(0) if choice.width < scaled.shape[1] else torch.zeros_like(log_p[:, 0])
-    if choice.filtered:
-        log_p, open_ended, unsettled = _filter(log_p, choice, scaled.shape[1])
-        rest = torch.where(open_ended, rest, 0.0)
-    best, place = (log_p + _gumbel(choice.keys[:, None], ids)).max(-1)
-    winner = ids.gather(1, place[:, None]).squeeze(1)
-    if choice.width == scaled.shape[1]:
-        return winner
-    behind = rest.log() + _gumbel(choice.keys, torch.full_like(choice.keys, _REST)) > best
-    if bool((behind | unsettled).any()):
-        rows = behind.nonzero().squeeze(1)
-        winner[rows] = _among_rest(scaled[rows], ids[rows], choice.keys[rows], winner[rows])
-        rows = unsettled.nonzero().squeeze(1)
-        if len(rows):
-            winner[rows] = _race(scaled[rows], choice.at(rows, min(8 * choice.width, scaled.shape[1])))
-    return winner
+def _sample(logits: Tensor, choice: Choice) -> Tensor:
+    logits = torch.where(logits.isnan(), -math.inf, logits)
+    top, likeliest = logits.max(-1)
+    greedy = (choice.temperature == 0) | ~top.isfinite()
+    if bool(greedy.all()):
+        return likeliest
+    inverse = 1 / choice.temperature.clamp_min(1e-6)
+    weights = ((logits - top[:, None]) * inverse[:, None]).exp()  # [R, V], the likeliest 1
+    kept = (weights > 0) & (weights >= choice.min_p[:, None]) & _within_cut(weights, choice)
+    rows, ids = kept.nonzero(as_tuple=True)
+    scores = torch.full(weights.shape, math.inf, dtype=torch.float64, device=weights.device)
+    # the least -log(u) / p is the largest log p + Gumbel noise
+    scores[rows, ids] = -_uniform(choice.keys[rows], ids).log() / weights[rows, ids]
+    return torch.where(greedy, likeliest, scores.argmin(-1))
 
 
-def _filter(log_p: Tensor, choice: Choice, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates [R, C], those cut off at -inf; which rows [R] cut none; which rows' cut lies past the candidates.
-
-    top_k first, then top_p over what is left (the token that crosses it stays); min_p against the likeliest token.
-    """
-    p = log_p.exp()
-    limited = choice.top_k < vocab_size
-    kept = torch.arange(log_p.shape[1], device=log_p.device) < choice.top_k[:, None]
-    mass = torch.where(limited, (p * kept).sum(-1), 1.0)  # [R]
-    before = p.cumsum(-1) - p
-    kept &= (before < choice.top_p[:, None] * mass[:, None]) | (choice.top_p == 1)[:, None]
-    kept &= p >= choice.min_p[:, None] * p[:, :1]
-    open_ended = ~limited & (choice.top_p == 1) & (choice.min_p == 0)
-    unsettled = kept[:, -1] & ~limited & ~open_ended
-    return log_p.masked_fill(~kept, -math.inf), open_ended, unsettled
-
-
-def _among_rest(scaled: Tensor, ids: Tensor, keys: Tensor, otherwise: Tensor) -> Tensor:
-    """A token [R] that is none of ids [R, C], by the inverse of the cumulative distribution.
-
-    `otherwise` [R] where all others are forbidden, and the rest's mass was rounding.
-    """
-    cumulative = scaled.softmax(-1).scatter_(1, ids, 0.0).cumsum(-1, dtype=torch.float64)
-    level = cumulative[:, -1:] * _uniform(keys, torch.full_like(keys, _WITHIN_REST))[:, None]
-    token = torch.searchsorted(cumulative, level, right=True).squeeze(1).clamp_max(scaled.shape[1] - 1)
-    return torch.where(cumulative[:, -1] > 0, token, otherwise)
+def _within_cut(weights: Tensor, choice: Choice) -> Tensor:
+    """Which of weights [R, V] top_k keeps, and top_p of those: the token that crosses it stays, of equals the first."""
+    vocab_size = weights.shape[1]
+    limited, by_mass = choice.top_k < vocab_size, choice.top_p < 1
+    if not bool((limited | by_mass).any()):
+        return torch.ones_like(weights, dtype=torch.bool)
+    everything = _mass(weights).sum(-1)
+    for width in _widths(vocab_size):
+        top = weights.topk(width, dim=-1).values  # [R, C], falling
+        within_k = torch.arange(width, device=weights.device) < choice.top_k[:, None]
+        mass = _mass(top)
+        total = torch.where(limited, (mass * within_k).sum(-1), everything)
+        before = mass.cumsum(-1) - mass
+        enough = choice.top_p.double() * total  # [R]
+        count = (within_k & ((before < enough[:, None]) | ~by_mass[:, None])).sum(-1)
+        open_ended = ~limited & ~by_mass
+        settled = (count < width) & (~limited | (choice.top_k <= width))
+        if width == vocab_size or bool((settled | open_ended).all()):
+            break
+    last = top.gather(1, (count - 1).clamp_min(0)[:, None])  # [R, 1] the weight at which the cut lies
+    equals = count[:, None] - (top > last).sum(-1, keepdim=True)  # how many of that weight are kept
+    same = weights == last
+    return (weights > last) | (same & (same.cumsum(-1) <= equals)) | open_ended[:, None]
 
 
-def _gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    return -(-_uniform(keys, ids).log()).log()
+def _widths(vocab_size: int) -> list[int]:
+    return [width for width in (FIRST_LOOK, 32 * FIRST_LOOK) if width < vocab_size] + [vocab_size]
+
+
+def _mass(weights: Tensor) -> Tensor:
+    return (weights.double() * UNIT).long()
 
 
 def _uniform(keys: Tensor, ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+PUBLIC = ("/", "/health", "/metrics", "/openapi.json")  # without a key; and what lies under /page/
+_HOST = re.compile(r"([\w.~%!$&'()*+,;=-]*|\[[0-9a-fA-F:.]+\])(:[0-9]{0,5})?", re.ASCII)  # RFC 3986's host and port
+
 Handler = Callable[[Service, Any], Coroutine[Any, Any, dict[str, Any] | EventStream]]
 
 
@@ -51,14 +55,19 @@ Handler = Callable[[Service, Any], Coroutine[Any, Any, dict[str, Any] | EventStr
 class Access:
     """Who may use the server. Without a key everyone who reaches it; without origins no other site's pages.
 
+    root_path: what a proxy puts before every path ("/llm"), whether it takes that off again or not
+
     Raises:
-        ServerError: the key is empty.
+        ServerError: the key is empty, or the prefix not a path.
     """
 
     api_key: str | None = None
     allowed_origins: Sequence[str] = ()
+    root_path: str = ""
 
     def __post_init__(self) -> None:
+        if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", self.root_path, re.ASCII):
+            raise ServerError(f"the root path {self.root_path!r} is not a path such as /llm")
         if self.api_key == "":  # as an unset variable in a script would make it
             raise ServerError("the API key is empty; leave it out to serve without one")
 
@@ -73,34 +82,49 @@ def create_app(service: Service, access: Access | None = None) -> Starlette:
         "/tokenize": (TokenizeRequest, _tokenize),
         "/detokenize": (DetokenizeRequest, _detokenize),
     }
-    schema = openapi({path: body for path, (body, _) in endpoints.items()})
+    root_path = access.root_path.rstrip("/")
+    schema = openapi({path: body for path, (body, _) in endpoints.items()}, root_path)
     routes: list[BaseRoute] = [
         Route(path, _endpoint(service, body, handle), methods=["POST"]) for path, (body, handle) in endpoints.items()
     ]
     for path, answer in _pages(service, schema).items():
         routes.append(Route(path, answer))
     routes.append(Mount("/page", StaticFiles(directory=PAGE)))
-    cors = Middleware(CORSMiddleware, allow_origins=access.allowed_origins, allow_methods=["*"], allow_headers=["*"])
-    gate = Middleware(_Gate, service=service, api_key=access.api_key)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=access.allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        allow_private_network=True,
+    )
+    gate = Middleware(_Gate, service=service, api_key=access.api_key, root_path=root_path)
     # Starlette would handle other exceptions outside all middleware, and then raise them on: those are _Gate's.
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[cors, gate] if access.allowed_origins else [gate],
         exception_handlers={HTTPException: error_response},
     )
+    app.router.redirect_slashes = False  # to an address made of the Host that a client sent
+    return app
 
 
 class _Gate:
-    """Headers, the API key, the limit on bodies, and errors: around every request."""
+    """Headers, the API key, the limit on bodies, and errors: around every request.
 
-    def __init__(self, app: ASGIApp, service: Service, api_key: str | None):
+    It decides by the path that the routes are found by, `scope["path"]`, and by nothing else a client says.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, api_key: str | None, root_path: str):
         self._app = app
         self._service = service
         self._api_key = api_key
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        if self._root_path and (scope["path"] + "/").startswith(self._root_path + "/"):
+            scope = {**scope, "path": scope["path"][len(self._root_path) :] or "/"}
         started = False
         body = 0
 
@@ -134,11 +158,14 @@ class _Gate:
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > MAX_BODY:
             raise ApiError(413, f"the body is larger than {MAX_BODY:,} bytes")
-        path = request.url.path
-        protected = path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
-        if self._api_key is not None and protected and request.method != "OPTIONS":
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("latin-1"), self._api_key.encode()):
+        host = request.headers.get("host", "")
+        if not _HOST.fullmatch(host):
+            raise ApiError(400, "the Host header is not a host and a port")
+        path = request.scope["path"]
+        if self._api_key is not None and not (path in PUBLIC or path.startswith("/page/")):
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            known = hmac.compare_digest(given.strip(" ").encode("latin-1"), self._api_key.encode())
+            if scheme.lower() != "bearer" or not known:
                 message = "wrong or missing API key: send it as `Authorization: Bearer KEY`"
                 raise ApiError(401, message, code="invalid_api_key")
 
@@ -197,6 +224,7 @@ def _pages(service: Service, schema: dict[str, Any]) -> dict[str, Callable[[Requ
 
     return {
         "/v1/models": models,
+        "/v1/models/": models,
         "/v1/models/{name:path}": model,
         "/health": health,
         "/metrics": metrics,
@@ -217,17 +245,18 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 def _health(service: Service) -> Response:
-    """200 while the engine runs; a glance at its load for the chat page."""
+    """200 while requests are taken; a glance at the engine's load for the chat page."""
     stats = service.engine.stats()
-    alive = service.engine.alive
+    accepting = service.engine.accepting
+    stopped = "the server is stopping" if service.engine.alive else "the engine has stopped"
     figures = {
-        "status": "ok" if alive else "the engine has stopped",
+        "status": "ok" if accepting else stopped,
         "running": stats.running,
         "waiting": stats.waiting,
         "cache_usage": stats.pages_used / stats.pages_total,
         "cache_bytes": stats.cache_bytes,
     }
-    return JSONResponse(figures, 200 if alive else 503)
+    return JSONResponse(figures, 200 if accepting else 503)
 
 
 async def _tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any]:
@@ -246,5 +275,8 @@ async def _tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any
 
 async def _detokenize(service: Service, request: DetokenizeRequest) -> dict[str, Any]:
     service.check_model(request.model)
+    vocabulary = service.engine.config.vocab_size
+    if max(request.tokens, default=0) >= vocabulary:
+        raise ApiError(400, f"a token lies outside the vocabulary of {vocabulary}", param="tokens")
     text = await asyncio.to_thread(service.tokenizer.decode, request.tokens, False)
     return {"prompt": text}

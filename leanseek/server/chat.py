@@ -7,8 +7,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from leanseek.engine import Delta, Guide
-from leanseek.server.errors import ApiError
 from leanseek.server.events import EventStream
+from leanseek.server.forms import (
+    call_form,
+    check_chat,
+    check_form,
+    forced_tools,
+    form_or_calls,
+    offered_tools,
+    requested_form,
+)
 from leanseek.server.parsers import (
     THINK,
     ForcedCallParser,
@@ -18,8 +26,8 @@ from leanseek.server.parsers import (
     ReasoningSplitter,
     ToolCallParser,
 )
-from leanseek.server.schema import ChatRequest, NamedTool, Object, Sampling, Tool
-from leanseek.server.service import Generation, Service, chat_logprob, new_id, requested_guide
+from leanseek.server.schema import ChatRequest, Sampling
+from leanseek.server.service import Generation, Service, chat_logprob, new_id
 
 CLOSE_THINKING = "\n</think>\n\n"  # guided output has no room for reasoning: the prompt ends it
 
@@ -31,13 +39,24 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
     """
     service.check_model(request.model)
-    tools = _offered(request)
-    forced = _forced(request, tools)
-    guide = requested_guide(request.response_format, request.structured_outputs)
-    if forced:
-        guide = _call_guide(forced)
+    check_chat(request)
+    tools = offered_tools(request)
+    forced = forced_tools(request, tools)
+    written = service.template.family.tools if tools else None  # how the model writes calls
+    held = requested_form(request.response_format, request.structured_outputs)
+    if forced:  # a call has no content that response_format could be about
+        held = call_form(forced)
+    elif held and tools:
+        held = form_or_calls(held, tools, written, request.parallel_tool_calls is not False, service.tokenizer)
+    check_form(held, request, request.chat_template_kwargs)
+    guide = held.guide if held else None
     prompt = await service.render(request.messages, tools, request.chat_template_kwargs)
     prompt, opened = thinking_state(prompt, guide)
+    most = 1 if request.parallel_tool_calls is False else None
+    split = [
+        OutputParser(reasoning_splitter(service, opened, guide), ToolCallParser(written, most) if written else None)
+        for _ in range(max(1, request.n or 1))
+    ]
     generation = await generate_chat(
         service,
         request,
@@ -46,16 +65,10 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
         n=request.n,
         guided=guide,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        spans=None if guide else split[0].spans,
     )
-    parsers: list[Parser] = [
-        ForcedCallParser([tool.function.name for tool in forced])
-        if forced
-        else OutputParser(
-            reasoning_splitter(service, opened, guide),
-            ToolCallParser(service.template.family.tools) if tools and service.template.family.tools else None,
-        )
-        for _ in range(request.n or 1)
-    ]
+    names = [tool.function.name for tool in forced or []]
+    parsers: list[Parser] = [ForcedCallParser(names) if forced else parser for parser in split]
     answer = _Answer(service, request, generation, parsers)
     return EventStream(generation, answer.chunks()) if request.stream else await answer.whole()
 
@@ -70,7 +83,9 @@ async def generate_chat(
     """
     ids = await service.encode(prompt, add_special_tokens=False)  # the template wrote those there are
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    params = service.sampling(request, len(ids), max_tokens, stop=[*stop, *service.template.stop], **more)
+    if not more.get("guided"):  # a form ends by itself
+        stop = [*stop, *service.template.stop]
+    params = service.sampling(request, len(ids), max_tokens, stop=stop, **more)
     return await service.generate([(ids, params)], request.priority)
 
 
@@ -110,12 +125,7 @@ class _Answer:
         }
 
     def _parse(self, delta: Delta) -> Parsed:
-        parser = self._parsers[delta.index]
-        if parser.in_reasoning:
-            self._generation.reasoning_tokens += len(delta.token_ids)
-        parsed = parser.feed(delta.text, delta.finish_reason is not None)
-        if self._request.parallel_tool_calls is False:
-            parsed.tool_calls = [call for call in parsed.tool_calls if call.index == 0]
+        parsed = self._parsers[delta.index].feed(delta.text, delta.finish_reason is not None)
         self._called[delta.index] |= bool(parsed.tool_calls)
         return parsed
 
@@ -147,8 +157,16 @@ class _Answer:
                 yield self._chunk(delta.index, {"role": "assistant", "content": ""})
             parsed = self._parse(delta)
             logprobs = self._logprobs(delta)
-            if parsed or logprobs or delta.finish_reason:
-                yield self._chunk(delta.index, _delta_object(parsed), logprobs, self._finish_reason(delta))
+            pieces = parsed.pieces()
+            for number, piece in enumerate(pieces, start=1):  # of one kind each
+                last = number == len(pieces)
+                here = len(logprobs) if last else delta.reasoning_tokens if piece.reasoning else 0
+                yield self._chunk(
+                    delta.index, _delta_object(piece), logprobs[:here], self._finish_reason(delta) if last else None
+                )
+                logprobs = logprobs[here:]
+            if not pieces and (logprobs or delta.finish_reason):
+                yield self._chunk(delta.index, {}, logprobs, self._finish_reason(delta))
         if self._request.stream_options and self._request.stream_options.include_usage:
             yield self._object("chat.completion.chunk", [], self._generation.usage)
 
@@ -219,45 +237,3 @@ def _delta_object(parsed: Parsed) -> dict[str, Any]:
             function["name"] = call.name
         delta["tool_calls"].append(piece)
     return delta
-
-
-# ---- tools ----
-
-
-def _offered(request: ChatRequest) -> list[Tool] | None:
-    """The tools the model is told about."""
-    if request.tool_choice == "none" or not request.tools:
-        if request.tool_choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice needs tools", param="tool_choice")
-        return None
-    return request.tools
-
-
-def _forced(request: ChatRequest, tools: list[Tool] | None) -> list[Tool] | None:
-    """The tools of which the model must call one; None where it may choose to answer."""
-    if tools is None or request.tool_choice in (None, "auto"):
-        return None
-    if not isinstance(request.tool_choice, NamedTool):
-        return tools
-    name = request.tool_choice.function.name
-    named = [tool for tool in tools if tool.function.name == name]
-    if not named:
-        raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
-    return named[:1]
-
-
-def _call_guide(tools: list[Tool]) -> Guide:
-    """Arguments of the one tool, or {"name", "arguments"} of one of several (as `ForcedCallParser` reads)."""
-    arguments: list[Object] = [tool.function.parameters or {"type": "object"} for tool in tools]
-    if len(tools) == 1:
-        return Guide.json_schema(arguments[0])
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool.function.name}, "arguments": schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool, schema in zip(tools, arguments, strict=True)
-    ]
-    return Guide.json_schema({"anyOf": calls})

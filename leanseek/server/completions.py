@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any, NamedTuple
 
-from leanseek.engine import Delta, TokenLogprob
+from leanseek.engine import Delta, Tokenizer, TokenLogprob
 from leanseek.server.errors import ApiError
 from leanseek.server.events import EventStream
+from leanseek.server.forms import check_completion, check_form, requested_form
 from leanseek.server.schema import CompletionRequest
 from leanseek.server.service import (
     MIN_LOGPROB,
     Generation,
     Service,
     new_id,
-    requested_guide,
     token_text,
 )
 
@@ -32,8 +32,10 @@ async def completions(service: Service, request: CompletionRequest) -> dict[str,
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
     """
     service.check_model(request.model)
+    check_completion(request)
     prompts = [await _prompt_ids(service, prompt, request.suffix) for prompt in _listed(request.prompt)]
-    guide = requested_guide(request.response_format, request.structured_outputs)
+    form = requested_form(request.response_format, request.structured_outputs)
+    check_form(form, request)
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     requests = [
         (
@@ -43,7 +45,7 @@ async def completions(service: Service, request: CompletionRequest) -> dict[str,
                 len(ids),
                 max(1, max_tokens),  # 0 asks for the prompt's logprobs: one token is made and dropped
                 n=request.n,
-                guided=guide,
+                guided=form.guide if form else None,
                 logprobs=request.logprobs,
                 prompt_logprobs=request.logprobs if request.echo else None,
             ),
@@ -75,14 +77,55 @@ async def _prompt_ids(service: Service, prompt: str | list[int], suffix: str | N
     return await service.encode(f"{begin}{prompt}{hole}{suffix}{end}", add_special_tokens=True)
 
 
+class _Entry(NamedTuple):
+    token: int
+    logprob: TokenLogprob | None
+    offset: int  # in the text of the choice
+
+
 @dataclasses.dataclass
 class _Choice:
     """A choice, or a chunk of one."""
 
     index: int
     text: str = ""
-    entries: list[tuple[int, TokenLogprob | None]] = dataclasses.field(default_factory=list)  # token, its logprob
+    entries: list[_Entry] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
+
+
+class _Offsets:
+    """Where each token of one choice begins in the text that is returned.
+
+    A part of a character begins where the character does. What a stop string cut off begins at the end of the text, so
+    an entry waits until the text up to it has been given out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skipped: Collection[int]):
+        self._tokenizer = tokenizer
+        self._skipped = skipped  # tokens that the text leaves out
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._place = 0  # characters of all tokens so far
+        self._given = 0  # characters of the text
+        self._waiting: list[_Entry] = []
+
+    def add(self, text: str, entries: Sequence[tuple[int, TokenLogprob | None]], final: bool) -> list[_Entry]:
+        """Take text and tokens; the entries that are certain now, all of them when `final`."""
+        self._given += len(text)
+        for token, logprob in entries:
+            self._waiting.append(_Entry(token, logprob, self._place))
+            if token not in self._skipped:
+                self._place += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        if final:
+            ready, self._waiting = self._waiting, []
+            return [entry._replace(offset=min(entry.offset, self._given)) for entry in ready]
+        count = sum(entry.offset <= self._given for entry in self._waiting)
+        ready, self._waiting = self._waiting[:count], self._waiting[count:]
+        return ready
+
+    def begin_answer(self) -> None:
+        """The prompt ends, and with it a character that it leaves incomplete."""
+        self._place = self._given
+        self._decoder.reset()
 
 
 class _Answer:
@@ -102,8 +145,11 @@ class _Answer:
         self._prompts = prompts
         self._keep_tokens = keep_tokens
         self._n = request.n or 1
-        self._prompt_entries: dict[int, list[tuple[int, TokenLogprob | None]]] = {}
-        self._offsets = [0] * (len(prompts) * self._n)  # characters of each choice's tokens so far
+        self._skip_special = request.skip_special_tokens is not False
+        self._prompt_logprobs: Sequence[TokenLogprob | None] = []  # of the prompt whose choices come now
+        self._echoed: set[int] = set()
+        skipped = service.tokenizer.special_ids if self._skip_special else frozenset()
+        self._offsets = [_Offsets(service.tokenizer, skipped) for _ in range(len(prompts) * self._n)]
         self._id = new_id("cmpl-")
         self._created = int(time.time())
 
@@ -132,21 +178,25 @@ class _Answer:
         """What a delta adds: the prompt first, where it is echoed, then the text."""
         index = number * self._n + delta.index
         pieces = []
-        if self._request.echo and index not in self._prompt_entries:
+        if self._request.echo and index not in self._echoed:
+            self._echoed.add(index)
             pieces.append(self._echo(number, index, delta))
         piece = _Choice(index, finish_reason=delta.finish_reason)
         if self._keep_tokens:
             piece.text = delta.text
-            piece.entries = list(zip(delta.token_ids, delta.logprobs or [], strict=False))
+            entries = list(zip(delta.token_ids, delta.logprobs or [], strict=False))
+            piece.entries = self._offsets[index].add(delta.text, entries, final=delta.finish_reason is not None)
         return [*pieces, piece]
 
     def _echo(self, number: int, index: int, delta: Delta) -> _Choice:
         ids = self._prompts[number]
-        first = number * self._n  # the choice that carries the prompt's logprobs
-        logprobs = delta.prompt_logprobs if index == first else None
-        entries = list(zip(ids, logprobs or [], strict=False)) or self._prompt_entries.get(first, [])
-        self._prompt_entries[index] = entries
-        return _Choice(index, self._service.tokenizer.decode(ids), entries)
+        if delta.index == 0:  # the choice that carries the prompt's logprobs
+            self._prompt_logprobs = delta.prompt_logprobs or []
+        text = self._service.tokenizer.decode(ids, self._skip_special)
+        entries = list(zip(ids, self._prompt_logprobs, strict=False))
+        choice = _Choice(index, text, self._offsets[index].add(text, entries, final=True))
+        self._offsets[index].begin_answer()
+        return choice
 
     def _object(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         return {
@@ -167,14 +217,11 @@ class _Answer:
         }
 
     def _logprobs(self, choice: _Choice) -> dict[str, Any]:
-        tokens = [token_text(self._service.tokenizer, token) for token, _ in choice.entries]
-        starts = itertools.accumulate(map(len, tokens), initial=self._offsets[choice.index])
-        *offsets, self._offsets[choice.index] = starts
         return {
-            "tokens": tokens,
-            "token_logprobs": [entry and max(entry.logprob, MIN_LOGPROB) for _, entry in choice.entries],
-            "top_logprobs": [entry and self._top(entry) for _, entry in choice.entries],
-            "text_offset": offsets,
+            "tokens": [token_text(self._service.tokenizer, entry.token) for entry in choice.entries],
+            "token_logprobs": [each and max(each.logprob, MIN_LOGPROB) for _, each, _ in choice.entries],
+            "top_logprobs": [each and self._top(each) for _, each, _ in choice.entries],
+            "text_offset": [entry.offset for entry in choice.entries],
         }
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:

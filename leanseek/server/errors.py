@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from leanseek.engine import EngineStopped, QueueFull, RequestFailed
+from leanseek.engine import Crowded, EngineStopped, QueueFull, RequestFailed
 from leanseek.errors import InputError
 
 logger = logging.getLogger("leanseek.server")
@@ -65,6 +65,9 @@ def as_api_error(error: Exception) -> ApiError:
             return _of_validation(error)
         case QueueFull():
             return ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after)
+        case Crowded():
+            message = "many requests with slow templates or output forms are being worked on; try again later"
+            return ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_STOP_S)
         case EngineStopped():
             return ApiError(503, str(error), code="stopping", retry_after_s=RETRY_AFTER_STOP_S)
         case InputError():

@@ -71,6 +71,11 @@ class EventStream:
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
+# Line ends to Python's `splitlines` and JavaScript's older parsers, which clients read events with.
+_LINE_ENDS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
+
+
 def _sse(event: Mapping[str, Any]) -> bytes:
     name = f"event: {event['type']}\n" if "type" in event else ""
-    return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return f"{name}data: {data}\n\n".encode()

@@ -20,6 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 1 << 30
+CPU_SECONDS = 10  # of one answer: it ends even if whoever asked is gone
 MAX_OUTPUT = 16_000_000  # characters
 
 
@@ -84,6 +85,9 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     template: Template | None = None
     for line in itertools.chain([""], sys.stdin):
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         try:
             if template is None:
                 template = Template(source)

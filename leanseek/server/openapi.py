@@ -33,7 +33,7 @@ _GETS = {
 }
 
 
-def openapi(endpoints: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+def openapi(endpoints: Mapping[str, type[BaseModel]], root_path: str = "") -> dict[str, Any]:
     """The OpenAPI document of POST endpoints with their bodies, and the readable ones."""
     models = sorted(set(endpoints.values()), key=lambda model: model.__name__)
     _, definitions = models_json_schema(
@@ -52,7 +52,7 @@ def openapi(endpoints: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
         "info": {"title": "leanseek", "version": "1", "description": "OpenAI-compatible server"},
         "components": {"schemas": definitions.get("$defs", {}) | {"Error": _ERROR}},
         "paths": paths,
-    }
+    } | ({"servers": [{"url": root_path}]} if root_path else {})
 
 
 def _responses(*kinds: str) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """What a model wrote, taken apart while it writes: reasoning, answer, tool calls.
 
 Text comes in pieces of any size; the parts that come out, joined, do not depend on how it was cut. Text that may be
-the beginning of a mark (`</think>`, `<｜tool▁calls▁begin｜>`, ...) is held back until it is known.
+the beginning of a mark (`</think>`, `<｜tool▁calls▁begin｜>`, ...) is held back until it is known, a tool call until it
+is whole. Nothing is lost: what is not reasoning and no well-formed call is content, marks included. Only the marks
+of what was understood go, with the line breaks around `</think>`, the whitespace between the marks of calls, and the
+whitespace and fence around arguments.
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
+
+from leanseek.engine import Spans
 
 THINK, END_THINK = "<think>", "</think>"
-_FENCE = " \t\r\n`"  # around arguments: V3 writes them as a fenced block of JSON
+_MAX_HEADER = 256  # characters before a call's arguments; with more it is no call
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,11 @@ class Parsed:
     def __bool__(self) -> bool:
         return bool(self.reasoning or self.content or self.tool_calls)
 
+    def pieces(self) -> list[Parsed]:
+        """The same in pieces that hold one thing each: reasoning, content, or a piece of a call."""
+        calls = [Parsed(tool_calls=[call]) for call in self.tool_calls]
+        return [piece for piece in (Parsed(reasoning=self.reasoning), Parsed(content=self.content), *calls) if piece]
+
 
 class Parser(Protocol):
     @property
@@ -54,63 +65,102 @@ class ToolFormat:
     section_begin: str
     section_end: str
     call_begin: str
-    header: str  # of an example; {name} stands in it
-    header_pattern: re.Pattern[str]  # finds the name in a header
-    arguments_begin: str
     call_end: str
-    header_is_id: bool = False
+    header: str  # of an example; {name} stands in it
+    arguments_begin: str
+    arguments_end: str
+    body: re.Pattern[str]  # what may stand in a call: `name`, `arguments`, and `id` where the format has one
 
     def example(self, name: str, arguments: str) -> str:
         """A section with one call, as the model is to write it."""
-        fence = ("\n", "\n", "\n```") if self.arguments_begin.startswith("```") else ("", "", "")
-        call = f"{self.header.format(name=name)}{fence[0]}{self.arguments_begin}{fence[1]}{arguments}{fence[2]}"
+        call = f"{self.header.format(name=name)}{self.arguments_begin}{arguments}{self.arguments_end}"
         return f"{self.section_begin}{self.call_begin}{call}{self.call_end}{self.section_end}"
 
+    @cached_property
+    def opening(self) -> re.Pattern[str]:
+        """The beginning of a call, and of its section where it is the first."""
+        return re.compile(rf"(?:{re.escape(self.section_begin)}\s*)?{re.escape(self.call_begin)}")
 
+    @cached_property
+    def opening_of_section(self) -> re.Pattern[str]:
+        """The beginning of a section and of the first call in it: more than a mark that is only mentioned."""
+        return re.compile(rf"{re.escape(self.section_begin)}\s*{re.escape(self.call_begin)}")
+
+
+# Models mix the forms they have seen, so both are read: function<sep>NAME and a block of JSON, and NAME<sep>JSON.
+_DEEPSEEK_BODY = re.compile(
+    r"\s{0,8}(?:(?:function)?\s{0,8}<｜tool▁sep｜>\s{0,8})?(?P<name>[\w.-]+)\s{0,8}(?:<｜tool▁sep｜>)?(?P<arguments>.*)",
+    re.DOTALL,
+)
 DEEPSEEK_V3_TOOLS = ToolFormat(
     section_begin="<｜tool▁calls▁begin｜>",
     section_end="<｜tool▁calls▁end｜>",
     call_begin="<｜tool▁call▁begin｜>",
-    header="function<｜tool▁sep｜>{name}",
-    header_pattern=re.compile(r"(?:.*<｜tool▁sep｜>)?\s*(.*?)\s*", re.DOTALL),
-    arguments_begin="```json",
     call_end="<｜tool▁call▁end｜>",
+    header="function<｜tool▁sep｜>{name}",
+    arguments_begin="\n```json\n",
+    arguments_end="\n```",
+    body=_DEEPSEEK_BODY,
 )
 DEEPSEEK_V31_TOOLS = ToolFormat(
     section_begin="<｜tool▁calls▁begin｜>",
     section_end="<｜tool▁calls▁end｜>",
     call_begin="<｜tool▁call▁begin｜>",
-    header="{name}",
-    header_pattern=re.compile(r"\s*(.*?)\s*", re.DOTALL),
-    arguments_begin="<｜tool▁sep｜>",
     call_end="<｜tool▁call▁end｜>",
+    header="{name}",
+    arguments_begin="<｜tool▁sep｜>",
+    arguments_end="",
+    body=_DEEPSEEK_BODY,
 )
 KIMI_K2_TOOLS = ToolFormat(
     section_begin="<|tool_calls_section_begin|>",
     section_end="<|tool_calls_section_end|>",
     call_begin="<|tool_call_begin|>",
-    header="functions.{name}:0",
-    header_pattern=re.compile(r"\s*(?:functions\.)?(.*?)(?::\d+)?\s*", re.DOTALL),
-    arguments_begin="<|tool_call_argument_begin|>",
     call_end="<|tool_call_end|>",
-    header_is_id=True,
+    header="functions.{name}:0",
+    arguments_begin="<|tool_call_argument_begin|>",
+    arguments_end="",
+    body=re.compile(
+        r"\s{0,8}(?P<id>(?:functions\.)?(?P<name>[\w.-]+?)(?::\d+)?)\s{0,8}"
+        r"(?:<\|tool_call_argument_begin\|>)?(?P<arguments>(?:[\s{`~].*)?)",
+        re.DOTALL,
+    ),
 )
 
 
 class OutputParser:
-    """Splits reasoning from the answer, and tool calls out of the answer."""
+    """Splits reasoning from the answer, and tool calls out of the answer. A call ends the reasoning."""
 
     def __init__(self, reasoning: ReasoningSplitter | None, tools: ToolCallParser | None):
         self._reasoning = reasoning
         self._tools = tools
+        if reasoning and tools:
+            reasoning.until_call = tools.form
 
     @property
     def in_reasoning(self) -> bool:
         return self._reasoning is not None and self._reasoning.inside
 
+    @property
+    def spans(self) -> Spans | None:
+        """Where stop strings do not count."""
+        if not self._reasoning and not self._tools:
+            return None
+        form = self._tools.form if self._tools else None
+        return Spans(
+            think=THINK if self._reasoning else None,
+            end_think=END_THINK,
+            opened=self._reasoning is not None and self._reasoning.opened,
+            calls=(form.section_begin, form.section_end) if form else None,
+            call_begin=form.call_begin if form else "",
+        )
+
     def feed(self, text: str, final: bool = False) -> Parsed:
         parsed = self._reasoning.feed(text, final) if self._reasoning else Parsed(content=text)
         if self._tools:
+            if self._reasoning and self._reasoning.ended_by_call:
+                self._tools.await_end_think()
+                self._reasoning.ended_by_call = False
             answer = self._tools.feed(parsed.content, final)
             parsed.content, parsed.tool_calls = answer.content, answer.tool_calls
         return parsed
@@ -123,13 +173,15 @@ class ReasoningSplitter:
     """
 
     def __init__(self, opened: bool):
-        self._opened = opened
+        self.opened = opened
         self._step = self._begin
         self._buffer = ""
+        self.until_call: ToolFormat | None = None  # a call of this form ends the reasoning and begins the answer
+        self.ended_by_call = False
 
     @property
     def inside(self) -> bool:
-        return self._step in (self._inside_begin, self._inside) or (self._opened and self._step == self._begin)
+        return self._step in (self._inside_begin, self._inside) or (self.opened and self._step == self._begin)
 
     def feed(self, text: str, final: bool = False) -> Parsed:
         self._buffer += text
@@ -146,7 +198,7 @@ class ReasoningSplitter:
             self._buffer = text[len(THINK) :]
             self._step = self._inside_begin
         elif final or not THINK.startswith(text):
-            self._step = self._inside_begin if self._opened else self._answer
+            self._step = self._inside_begin if self.opened else self._answer
 
     def _inside_begin(self, parsed: Parsed, final: bool) -> None:
         self._buffer = self._buffer.lstrip("\n")
@@ -155,15 +207,29 @@ class ReasoningSplitter:
 
     def _inside(self, parsed: Parsed, final: bool) -> None:
         before, mark, after = self._buffer.partition(END_THINK)
-        if mark or final:
+        call = self.until_call.opening_of_section.search(before) if self.until_call else None
+        if call:
+            before, after = before[: call.start()], self._buffer[call.start() :]
+            self.ended_by_call = True
+        if mark or call or final:
             parsed.reasoning += before.rstrip("\n")
             self._buffer = after
-            self._step = self._answer_begin if mark else self._answer
+            self._step = self._answer_begin if mark and not call else self._answer
             return
-        keep = len(self._buffer) - _possible(self._buffer, END_THINK)
+        keep = len(self._buffer) - max(_possible(self._buffer, END_THINK), self._possible_call())
         keep = len(self._buffer[:keep].rstrip("\n"))
         parsed.reasoning += self._buffer[:keep]
         self._buffer = self._buffer[keep:]
+
+    def _possible_call(self) -> int:
+        """Length of the tail that may be the beginning of a section with a call in it."""
+        if not self.until_call:
+            return 0
+        begin, call_begin = self.until_call.section_begin, self.until_call.call_begin
+        place = self._buffer.rfind(begin)
+        if place >= 0 and call_begin.startswith(self._buffer[place + len(begin) :].lstrip()):
+            return len(self._buffer) - place
+        return _possible(self._buffer, begin)
 
     def _answer_begin(self, parsed: Parsed, final: bool) -> None:
         self._buffer = self._buffer.lstrip("\n")
@@ -176,80 +242,106 @@ class ReasoningSplitter:
 
 
 class ToolCallParser:
-    """Takes sections of tool calls out of a text. Calls are numbered from 0; one cut off keeps what it has."""
+    """Takes tool calls out of a text. A call has a name and arguments that are a JSON object (none are "{}").
 
-    def __init__(self, form: ToolFormat):
-        self._format = form
-        self._step = self._text
+    It is told once it is whole. Text around calls, and what only looks like one, is content.
+    most: calls that are told; those beyond are content
+    """
+
+    def __init__(self, form: ToolFormat, most: int | None = None):
+        self.form = form
+        self._most = most
         self._buffer = ""
+        self._searched = 0  # of the buffer, for the end of a call
         self._calls = 0
-        self._arguments_begun = False
+        self._in_section = False  # a call was told, and the section has not ended
+        self._after_call = False  # nothing but whitespace since, and another mark may come
+        self._end_think = False  # reasoning ended without its mark, which may follow
+        self._skip_lines = False  # behind that mark
+
+    def await_end_think(self) -> None:
+        """A `</think>` in the text to come is a mark: a call ended the reasoning before."""
+        self._end_think = True
 
     def feed(self, text: str, final: bool = False) -> Parsed:
         self._buffer += text
         parsed = Parsed()
-        while self._step(parsed, final):
+        while self._next(parsed, final):
             pass
         return parsed
 
-    def _text(self, parsed: Parsed, final: bool) -> bool:
-        before, mark, after = self._buffer.partition(self._format.section_begin)
-        if mark:
-            parsed.content += before
-            self._buffer = after
-            self._step = self._between
-            return True
-        keep = len(self._buffer) - (0 if final else _possible(self._buffer, self._format.section_begin))
-        parsed.content += self._buffer[:keep]
-        self._buffer = self._buffer[keep:]
-        return False
-
-    def _between(self, parsed: Parsed, final: bool) -> bool:
-        _, mark, after = _partition(self._buffer, (self._format.call_begin, self._format.section_end))
-        if not mark:
-            return False
-        self._buffer = after
-        self._step = self._header if mark == self._format.call_begin else self._text
-        return True
-
-    def _header(self, parsed: Parsed, final: bool) -> bool:
-        header, mark, after = _partition(self._buffer, (self._format.arguments_begin, self._format.call_end))
-        if not mark:
-            return False
-        self._buffer = after
-        match = self._format.header_pattern.fullmatch(header)
-        if mark == self._format.call_end or not match or not match[1]:  # no call that anyone could make
-            self._step = self._between
-            return True
-        name, call_id = match[1], header.strip() if self._format.header_is_id else None
-        parsed.tool_calls.append(ToolDelta(self._calls, "", name, call_id))
-        self._calls += 1
-        self._arguments_begun = False
-        self._step = self._arguments
-        return True
-
-    def _arguments(self, parsed: Parsed, final: bool) -> bool:
-        ends = (self._format.call_end, self._format.section_end)
-        arguments, mark, after = _partition(self._buffer, ends)
+    def _next(self, parsed: Parsed, final: bool) -> bool:
+        """Take text up to the next mark, or the mark; whether there may be more to take."""
+        form = self.form
+        if self._skip_lines:
+            self._buffer = self._buffer.lstrip("\n")
+            self._skip_lines = not self._buffer
+        marks = [form.section_begin, form.call_begin]
+        marks += [form.section_end] * self._in_section + [END_THINK] * self._end_think
+        place, mark = _first(self._buffer, marks)
         if not mark and not final:
-            arguments = arguments[: len(arguments) - max(_possible(arguments, end) for end in ends)]
-        if not self._arguments_begun:
-            arguments, skipped = arguments.lstrip(_FENCE), len(arguments) - len(arguments.lstrip(_FENCE))
-            self._buffer = self._buffer[skipped:]
-        arguments = arguments.rstrip(_FENCE)
-        if arguments:
-            parsed.tool_calls.append(ToolDelta(self._calls - 1, arguments))
-            self._arguments_begun = True
-        self._buffer = after if mark else self._buffer[len(arguments) :]
+            place -= max(_possible(self._buffer, each) for each in marks)
+        between_marks = self._after_call and not self._buffer[:place].strip()
+        if place and not (between_marks and (mark or not final)):
+            self._say(parsed, "" if between_marks else self._buffer[:place], place)
+            return bool(mark)
+        if mark in (form.section_begin, form.call_begin):
+            return self._call(parsed, place, mark, final)
         if mark:
-            self._step = self._between if mark == self._format.call_end else self._text
+            self._say(parsed, "", place + len(mark))
+            if mark == END_THINK:
+                self._end_think, self._skip_lines = False, True
+            else:
+                self._in_section, self._after_call = False, self._end_think
         return bool(mark)
+
+    def _say(self, parsed: Parsed, content: str, used: int) -> None:
+        parsed.content += content
+        self._buffer = self._buffer[used:]
+        self._searched = 0
+        self._after_call = False
+
+    def _call(self, parsed: Parsed, place: int, mark: str, final: bool) -> bool:
+        """Take the call that may begin at a place, or the mark there as text; False if it takes more to know."""
+        opening = self.form.opening.match(self._buffer, place)
+        if not opening:  # only a section's begin can have no call behind it
+            behind = self._buffer[place + len(mark) :].lstrip()
+            if not final and self.form.call_begin.startswith(behind):
+                return False
+        if not opening or self._calls == self._most:
+            self._say(parsed, self._buffer[: place + len(mark)], place + len(mark))
+            return True
+        begin, form = opening.end(), self.form
+        ends = [form.call_end, form.section_end, form.call_begin, form.section_begin]
+        end, end_mark = _first(self._buffer, ends, max(begin, self._searched))
+        longest = max(map(len, ends))
+        prose = "{" not in self._buffer[begin : begin + _MAX_HEADER]
+        if not end_mark and not final and not (prose and end - begin >= _MAX_HEADER + longest):
+            self._searched = max(0, end - longest)
+            return False
+        body = self._buffer[begin:end]
+        match = None if prose and len(body) > _MAX_HEADER else form.body.fullmatch(body)
+        closed = end_mark in (form.call_end, form.section_end)  # else it may be cut off, the name too
+        arguments = _arguments(match["arguments"], none="{}" if closed else None) if match else None
+        if not match or arguments is None:
+            self._say(parsed, self._buffer[: place + len(mark)], place + len(mark))
+            return True
+        call_id = match.groupdict().get("id") or ""
+        parsed.tool_calls += [
+            ToolDelta(self._calls, "", match["name"], call_id if ":" in call_id else None),
+            ToolDelta(self._calls, arguments),
+        ]
+        self._calls += 1
+        self._say(parsed, "", end + (len(end_mark) if end_mark == form.call_end else 0))
+        self._in_section = self._after_call = True
+        return True
 
 
 class ForcedCallParser:
     """The text is a tool call and nothing else: the output was guided to be one.
 
-    For one function the text is its arguments; for several it is {"name": ..., "arguments": ...}, told when complete.
+    For one function the text is its arguments, told as they come; for several it is {"name": ..., "arguments": ...},
+    told when complete. If max_tokens cut it, the one's arguments stay a beginning, and the other text is content.
     """
 
     in_reasoning = False
@@ -261,16 +353,43 @@ class ForcedCallParser:
 
     def feed(self, text: str, final: bool = False) -> Parsed:
         if len(self._names) == 1:
+            if not text:
+                return Parsed()
             name, self._told = (None if self._told else self._names[0]), True
-            return Parsed(tool_calls=[ToolDelta(0, text, name)] if text or name else [])
+            return Parsed(tool_calls=[ToolDelta(0, text, name)])
         self._buffer += text
         if not final:
             return Parsed()
         try:
             call = json.loads(self._buffer)
             return Parsed(tool_calls=[ToolDelta(0, json.dumps(call["arguments"], ensure_ascii=False), call["name"])])
-        except (ValueError, KeyError, TypeError):  # cut off by max_tokens
+        except (ValueError, KeyError, TypeError, RecursionError):
             return Parsed(content=self._buffer)
+
+
+def _arguments(text: str, none: str | None) -> str | None:
+    """The JSON object in a text, its fence and whitespace taken away; `none` where there is nothing in it.
+
+    None for anything else.
+    """
+    inner = text.strip()
+    unfenced = inner.lstrip("`~")
+    if unfenced != inner:
+        inner = re.sub(r"\A\w*", "", unfenced)
+    inner = inner.rstrip(" \t\r\n`~").lstrip()
+    if not inner:
+        return none
+    try:
+        return inner if isinstance(_JSON.decode(inner), dict) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)  # judges, and keeps nothing
 
 
 def _possible(text: str, mark: str) -> int:
@@ -278,10 +397,6 @@ def _possible(text: str, mark: str) -> int:
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
-def _partition(text: str, marks: Sequence[str]) -> tuple[str, str, str]:
-    """`str.partition` at the first of several marks; the whole text and no mark where there is none."""
-    found = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
-    if not found:
-        return text, "", ""
-    place, mark = min(found)
-    return text[:place], mark, text[place + len(mark) :]
+def _first(text: str, marks: Sequence[str], start: int = 0) -> tuple[int, str]:
+    """Where the first of several marks stands, and which; the text's end and no mark where there is none."""
+    return min(((place, mark) for mark in marks if (place := text.find(mark, start)) >= 0), default=(len(text), ""))

@@ -11,9 +11,10 @@ from leanseek.engine import EngineStopped, RequestFailed
 from leanseek.server.chat import generate_chat, reasoning_splitter, thinking_state
 from leanseek.server.errors import ApiError, as_api_error
 from leanseek.server.events import EventStream
+from leanseek.server.forms import check_form, requested_form
 from leanseek.server.parsers import OutputParser
 from leanseek.server.schema import InputMessage, JsonSchema, Message, ResponsesRequest, TextFormat
-from leanseek.server.service import Generation, Service, new_id, requested_guide
+from leanseek.server.service import Generation, Service, new_id
 
 Event = dict[str, Any]
 
@@ -30,11 +31,15 @@ async def responses(service: Service, request: ResponsesRequest) -> dict[str, An
         raise ApiError(400, message, param="previous_response_id")
     if request.tools:
         raise ApiError(400, "tools are served by /v1/chat/completions", param="tools")
-    guide = requested_guide(_format(request), request.structured_outputs)
+    form = requested_form(_format(request), request.structured_outputs, "text.format")
+    check_form(form, request, request.chat_template_kwargs)
+    guide = form.guide if form else None
     prompt = await service.render(_messages(request), None, request.chat_template_kwargs)
     prompt, opened = thinking_state(prompt, guide)
-    generation = await generate_chat(service, request, prompt, request.max_output_tokens, guided=guide)
     parser = OutputParser(reasoning_splitter(service, opened, guide), None)
+    generation = await generate_chat(
+        service, request, prompt, request.max_output_tokens, guided=guide, spans=parser.spans
+    )
     answer = _Answer(service, request, generation, parser)
     if request.stream:
         return EventStream(generation, answer.events(), done=False)
@@ -106,8 +111,6 @@ class _Answer:
         reason = None
         try:
             async for _, delta in self._generation:
-                if self._parser.in_reasoning:
-                    self._generation.reasoning_tokens += len(delta.token_ids)
                 parsed = self._parser.feed(delta.text, delta.finish_reason is not None)
                 for kind, text in (("reasoning", parsed.reasoning), ("message", parsed.content)):
                     if text:

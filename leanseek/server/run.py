@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import socket
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
-
 from leanseek.engine import AsyncEngine
 from leanseek.server.app import Access, create_app
+from leanseek.server.connections import Limits, Server
 from leanseek.server.errors import ServerError
 from leanseek.server.metrics import Metrics
 from leanseek.server.service import Service
 from leanseek.server.templates import load_chat_template
 
+STEP_S = 5.0  # a step that takes longer ends with the process
 
-def serve(model: Path, host: str, port: int, model_name: str | None, access: Access, **engine_options: Any) -> None:
+
+def serve(
+    model: Path,
+    host: str,
+    port: int,
+    model_name: str | None,
+    access: Access,
+    limits: Limits | None = None,
+    **engine_options: Any,
+) -> None:
     """Serve a model until SIGTERM or SIGINT; then finish what runs, take nothing new, and return.
 
-    A second signal ends the process at once. `port` 0 means a free one, which is printed.
+    What still runs after `limits.shutdown_s` is ended with an error. A second signal ends the process at once. `port` 0
+    means a free one, which is printed.
 
     Raises:
         InputError: the folder, an option or the port cannot be used.
@@ -37,9 +42,10 @@ def serve(model: Path, host: str, port: int, model_name: str | None, access: Acc
         try:
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
             greeting = f"leanseek: {service.model_name} at {address}, OpenAI's API at {address}/v1"
-            _Server(create_app(service, access), greeting).run(sockets=[listener])
+            Server(create_app(service, access), service, limits or Limits(), greeting).run(sockets=[listener])
         finally:
-            engine.stop()
+            service.close()
+            engine.stop(STEP_S)
 
 
 def make_service(engine: AsyncEngine, model_name: str) -> Service:
@@ -68,31 +74,3 @@ def _bind(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or error
         raise ServerError(f"cannot listen on {host}:{port} ({reason}); choose another with --host or --port") from None
     return listener
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, except that the first signal drains and the second is the operating system's business."""
-
-    def __init__(self, app: Starlette, greeting: str):
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
-        super().__init__(config)
-        self._greeting = greeting
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(self._greeting, file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        def drain(number: int, frame: object) -> None:
-            for each in handled:
-                signal.signal(each, signal.SIG_DFL)
-            self.should_exit = True
-
-        handled = (signal.SIGTERM, signal.SIGINT)
-        previous = {each: signal.signal(each, drain) for each in handled}
-        try:
-            yield
-        finally:
-            for each, handler in previous.items():
-                signal.signal(each, handler)

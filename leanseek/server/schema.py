@@ -143,6 +143,7 @@ class CompletionRequest(Sampling):
     prompt: str | list[TokenId] | Annotated[list[str | list[TokenId]], Field(min_length=1, max_length=1024)]
     suffix: str | None = None
     n: Int | None = None
+    best_of: Int | None = None
     max_tokens: Count | None = None
     stream_options: StreamOptions | None = None
     logprobs: Count | None = None

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from leanseek.engine import (
     AsyncEngine,
     Delta,
     EngineStopped,
-    Guide,
     SamplingParams,
     Stream,
     Tokenizer,
     TokenLogprob,
 )
+from leanseek.engine.confined import LANES
 from leanseek.server.errors import ApiError
 from leanseek.server.metrics import Metrics
-from leanseek.server.schema import Message, Object, Sampling, StreamOptions, StructuredOutputs, TextFormat, Tool
+from leanseek.server.schema import Message, Object, Sampling, StreamOptions, Tool
 from leanseek.server.templates import ChatTemplate
+
+T = TypeVar("T")
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -55,6 +59,18 @@ class Service:
     model_name: str
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
+    # Templates and guides may keep a thread waiting for seconds: not those that everything else uses.
+    _templates: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(LANES, "template"))
+    _guides: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(LANES, "guide"))
+
+    def close(self) -> None:
+        """Let go of what still waits for a template or a guide."""
+        self.template.close()
+        self._templates.shutdown(wait=False, cancel_futures=True)
+        self._guides.shutdown(wait=False, cancel_futures=True)
+
+    async def _apart(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, partial(function, *arguments))
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError: the request is for another model."""
@@ -88,7 +104,8 @@ class Service:
         Raises:
             TemplateError: the template refuses the messages.
         """
-        return await asyncio.to_thread(
+        return await self._apart(
+            self._templates,
             self.template.render,
             [_for_template(message) for message in messages],
             [tool.model_dump(exclude_none=True) for tool in tools or []] or None,
@@ -129,12 +146,13 @@ class Service:
         if len(requests) > self.engine.capacity:
             raise ApiError(400, f"{len(requests)} prompts at once; this server takes {self.engine.capacity}")
         for prompt, params in requests:
-            if params.guided:  # compiling a grammar takes long
-                await asyncio.to_thread(self.engine.check, prompt, params)
+            self.engine.check(prompt, params)
+        params = requests[0][1]  # those of one answer share their guide
+        matcher = await self._apart(self._guides, self.engine.matcher, params) if params.guided else None
         streams: list[Stream] = []
         try:
             for prompt, params in requests:
-                streams.append(self.engine.submit(prompt, params, priority))
+                streams.append(self.engine.submit(prompt, params, priority, matcher=matcher))
         except Exception:
             for stream in streams:
                 stream.close()
@@ -164,6 +182,7 @@ class Generation:
                     if delta.finish_reason == "abort":
                         raise EngineStopped("the server is stopping")
                     self._completion += len(delta.token_ids)
+                    self.reasoning_tokens += delta.reasoning_tokens
                     if delta.usage:
                         self._drafts += delta.usage.draft_tokens
                         self._accepted += delta.usage.accepted_tokens
@@ -202,45 +221,27 @@ def new_id(kind: str) -> str:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.token_bytes(token).decode(errors="replace")
+    """A token as logprobs name it.
+
+    A part of a character is spelled `bytes:\\xe2\\x82`, as OpenAI does, and an id without a token `token_id:5`: neither
+    may share a name with another.
+    """
+    spelled = tokenizer.token_bytes(token)
+    try:
+        return spelled.decode() or f"token_id:{token}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob, top: int) -> dict[str, Any]:
     """A token's log-probability as chat and responses report it."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        spelled = tokenizer.token_bytes(token)
-        text = spelled.decode(errors="replace")
-        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(spelled)}
+        spelled = list(tokenizer.token_bytes(token))
+        return {"token": token_text(tokenizer, token), "logprob": max(logprob, MIN_LOGPROB), "bytes": spelled}
 
     alternatives = [one(*other) for other in entry.top[:top]]
     return one(entry.token_id, entry.logprob) | {"top_logprobs": alternatives}
-
-
-def requested_guide(form: TextFormat | None, outputs: StructuredOutputs | None) -> Guide | None:
-    """The form that `response_format` (OpenAI's) or `structured_outputs` (vLLM's) asks for.
-
-    Raises:
-        ApiError: more than one form, or one that is not given whole.
-    """
-    guides: list[Guide] = []
-    if form and form.type == "json_object":
-        guides.append(Guide.json_object())
-    elif form and form.type == "json_schema":
-        if form.json_schema is None or form.json_schema.schema_ is None:
-            raise ApiError(400, "response_format of type json_schema needs json_schema.schema", param="response_format")
-        guides.append(Guide.json_schema(form.json_schema.schema_))
-    if outputs and outputs.json_ is not None:
-        guides.append(Guide.json_schema(outputs.json_))
-    if outputs and outputs.regex is not None:
-        guides.append(Guide.regex(outputs.regex))
-    if outputs and outputs.choice:
-        guides.append(Guide.choice(outputs.choice))
-    if outputs and outputs.grammar is not None:
-        guides.append(Guide.grammar(outputs.grammar))
-    if len(guides) != bool(guides or outputs):
-        raise ApiError(400, "give one form of output: response_format, or one of structured_outputs")
-    return guides[0] if guides else None
 
 
 def _for_template(message: Message) -> dict[str, Any]:

@@ -8,9 +8,6 @@ with bounded time, memory and output.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from leanseek.engine import Confined, Overtaxed
 from leanseek.errors import InputError
 from leanseek.server import jinja_worker
 from leanseek.server.parsers import DEEPSEEK_V3_TOOLS, DEEPSEEK_V31_TOOLS, KIMI_K2_TOOLS, THINK, ToolFormat
@@ -75,6 +73,7 @@ class ChatTemplate:
         self.family = next(family for family in _FAMILIES if family.tokens <= set(tokens))
         self.reasons = THINK in tokens  # whether the model may think before it answers
         self.stop = self.family.stop if source is None else ()
+        self._confined: _ConfinedTemplate | None = None
         self._defaults: dict[str, Any] = {"bos_token": bos_token, "eos_token": eos_token}
         if source is None:
             self._defaults |= self.family.variables
@@ -82,8 +81,13 @@ class ChatTemplate:
             template = jinja_worker.Template(path.read_text(encoding="utf-8"))
             self._render, self._reads = template.render, template.variables
             return
-        confined = _ConfinedTemplate(source)
-        self._render, self._reads = confined.render, confined.variables
+        self._confined = _ConfinedTemplate(source)
+        self._render, self._reads = self._confined.render, self._confined.variables
+
+    def close(self) -> None:
+        """End the processes of a folder's template."""
+        if self._confined:
+            self._confined.close()
 
     @property
     def thinking_switch(self) -> bool:
@@ -106,6 +110,7 @@ class ChatTemplate:
 
         Raises:
             TemplateError: the template refuses the messages, takes too long, or cannot write tools.
+            Crowded: many slow ones are being rendered.
         """
         if tools and "tools" not in self._reads:  # published templates of V3, R1 and V3.1 leave tools to the caller
             if self.family.tools is None:
@@ -119,7 +124,7 @@ class ChatTemplate:
 
 
 class _ConfinedTemplate:
-    """A template in a process of its own, which is started anew after it had to be ended.
+    """A template in processes of its own.
 
     Compiling happens there too: Jinja computes constant expressions when it compiles.
 
@@ -130,66 +135,32 @@ class _ConfinedTemplate:
     def __init__(self, source: str):
         if len(source) > MAX_TEMPLATE:
             raise TemplateError(f"the chat template has more than {MAX_TEMPLATE:,} characters")
-        self._source = source
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
         try:
-            self.variables = frozenset(self._start())
-        except TemplateError as error:
-            self._stop()
-            raise TemplateError(f"the chat template is not valid Jinja: {error}") from None
+            self._confined = Confined(jinja_worker.__file__, source, RENDER_TIMEOUT_S)
+            self.variables = frozenset(self._answer(self._confined.opened)["variables"])
+        except (Overtaxed, TemplateError) as error:
+            reason = error if isinstance(error, TemplateError) else _too_much()
+            raise TemplateError(f"the chat template is not valid Jinja: {reason}") from None
 
     def render(self, variables: dict[str, Any]) -> str:
-        """Raises TemplateError."""
-        with self._lock:
-            if self._process is None:
-                self._start()
-            return str(self._ask(variables)["text"])
-
-    def _start(self) -> list[str]:
-        """Start the process; the variables that the template reads."""
-        command = [sys.executable, "-P", jinja_worker.__file__]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the server, which still answers what runs
-        )
-        return list(self._ask(self._source)["variables"])
-
-    def _ask(self, question: Any) -> dict[str, Any]:
-        process = self._process
-        assert process and process.stdin and process.stdout
-        deadline = threading.Timer(RENDER_TIMEOUT_S, process.kill)
-        deadline.start()
+        """Raises TemplateError, Crowded."""
         try:
-            process.stdin.write(json.dumps(question) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            deadline.cancel()
-        if not line:
-            self._stop()
-            raise TemplateError(f"it took more than {RENDER_TIMEOUT_S:g} s, or too much memory")
-        answer: dict[str, Any] = json.loads(line)
+            return str(self._answer(self._confined.ask(variables))["text"])
+        except Overtaxed:
+            raise TemplateError(_too_much()) from None
+
+    def close(self) -> None:
+        self._confined.close()
+
+    @staticmethod
+    def _answer(answer: dict[str, Any]) -> dict[str, Any]:
         if "error" in answer:
             raise TemplateError(answer["error"])
         return answer
 
-    def _stop(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.communicate()
-        self._process = None
 
-    def __del__(self) -> None:
-        if getattr(self, "_process", None):
-            self._stop()
+def _too_much() -> str:
+    return f"it took more than {RENDER_TIMEOUT_S:g} s, or too much memory"
 
 
 def _with_tools(

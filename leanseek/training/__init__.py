@@ -2,6 +2,7 @@
 
 from leanseek.training.config import RunConfig
 from leanseek.training.loop import Summary, train
+from leanseek.training.pace import fit_steps
 from leanseek.training.trainer import StepResult, Trainer
 
-__all__ = ["RunConfig", "StepResult", "Summary", "Trainer", "train"]
+__all__ = ["RunConfig", "StepResult", "Summary", "Trainer", "fit_steps", "train"]

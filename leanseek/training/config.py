@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning rate: warm-up, constant, cosine, constant, constant (4.2). Shares are of all steps; V3's by default."""
 
-    warmup_steps: int = 2000
+    warmup_steps: int = -1  # -1, resolved when the run is made: V3's 2,000, or a fifth of a run shorter than 10,000
     decay_start: float = 0.676  # 10 T of 14.8 T tokens
     decay_end: float = 0.966  # 14.3 T
     final_lr: float = 2.2e-5
@@ -99,45 +101,59 @@ class RunConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what was chosen for the user, to be said aloud
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
-            raise ConfigError(f"name = {self.name!r} must be a plain folder name")
+        if not _is_folder_name(self.name):
+            raise ConfigError(f"name = {self.name[:100]!r} must be a plain folder name")
         for keys, fits, rule in _RULES:
             for key in keys.split():
                 section, _, name = key.partition(".")
                 value = getattr(getattr(self, section), name)
                 if not fits(value):
                     raise ConfigError(f"{key} = {value!r} {rule}")
-        if self.data.seq_len > self.model.max_position_embeddings:
-            raise ConfigError(
-                f"data.seq_len = {self.data.seq_len} is beyond model.max_position_embeddings = "
-                f"{self.model.max_position_embeddings}"
-            )
+        for key, value in _numbers(self):
+            if not math.isfinite(value):
+                raise ConfigError(f"{key} = {value!r} must be a finite number")
+        if self.schedule.warmup_steps < 0:
+            warmup = _warmup(self.train.steps, self.schedule.decay_start)
+            object.__setattr__(self, "schedule", dataclasses.replace(self.schedule, warmup_steps=warmup))
+        if contradiction := next(_contradictions(self), None):
+            raise ConfigError(contradiction)
 
     @classmethod
     def load(cls, source: str, overrides: list[str]) -> RunConfig:
         """From a TOML file or the name of a preset, with `section.key=value` overrides (values as in TOML).
 
         Raises:
-            ConfigError: unknown key, wrong type or value, unreadable file.
+            ConfigError: unknown key, wrong type or value, a contradiction, unreadable file.
         """
-        path = Path(source) if source.endswith(".toml") else preset_path(source)
-        table = _read(path)
+        path = Path(source).expanduser() if source.endswith(".toml") else preset_path(source)
+        table, changes = _read(path), dict[str, Any]()
         for override in overrides:
-            _override(table, override)
+            _override(changes, override)
+        if "preset" in changes:
+            table["preset"] = changes.pop("preset")
         table.setdefault("name", path.stem)
-        return cls.from_dict(table)
+        return cls._from_layers([*_layers(table), changes])
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> RunConfig:
         """From a TOML file's tables; with `preset = "NAME"` they are what differs from that preset's."""
-        values: dict[str, Any] = {}
-        if "preset" in table:
-            table = _merge(_read(preset_path(str(table["preset"]))), table)
+        return cls._from_layers(_layers(table))
+
+    @classmethod
+    def _from_layers(cls, layers: list[dict[str, Any]]) -> RunConfig:
+        """From tables of which each is what differs from those before it."""
+        table: dict[str, Any] = {}
+        for layer in layers:
+            table = _merge(table, layer)
+        values: dict[str, Any] = {"notes": _fit_warmup(layers, table)}
         for key, value in table.items():
             if key == "name":
-                values[key] = str(value)
+                if not isinstance(value, str):
+                    raise ConfigError(f"name must be a string, not {value!r}")
+                values[key] = value
             elif key == "model" and isinstance(value, dict):
                 values[key] = ModelConfig.from_dict(value)
             elif key in _SECTIONS and isinstance(value, dict):
@@ -149,6 +165,15 @@ class RunConfig:
         if "model" not in values:
             raise ConfigError("the file has neither a [model] table nor preset = ...")
         return cls(**values)
+
+    def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> RunConfig:
+        """The same run, its model's tokens those of the tokenizer: what begins a text, and what ends one.
+
+        End tokens of [model] stay where the tokenizer's own is among them.
+        """
+        ends = self.model.eos_token_ids if eos[0] in self.model.eos_token_ids else eos
+        end = ends[0] if len(ends) == 1 else ends
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, bos_token_id=bos, eos_token_id=end))
 
     @property
     def moments(self) -> str:
@@ -174,14 +199,17 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be at least 1",
     ),
     (
-        "train.batch_size_start train.micro_batch_size train.seed schedule.warmup_steps checkpoint.keep_every "
+        "train.batch_size_start train.micro_batch_size train.seed checkpoint.keep_every "
         "train.spike_limit optimizer.weight_decay "
         "balance.bias_update_speed balance.sequence_alpha balance.switch_alpha "
         "mtp.weight mtp.weight_late schedule.final_lr schedule.last_lr",
         lambda v: v >= 0,
         "must not be negative",
     ),
+    ("schedule.warmup_steps", lambda v: v >= -1, "must not be negative (-1: by the length of the run)"),
+    ("train.seed", lambda v: v < 2**63, "must be below 2^63"),
     ("optimizer.lr optimizer.eps optimizer.clip", lambda v: v > 0, "must be positive"),
+    ("optimizer.eps", lambda v: v >= 2**-126, "is 0 in float32; use at least 1.2e-38"),
     (
         "train.ramp data.fim_rate schedule.decay_start schedule.decay_end schedule.last_start balance.bias_freeze "
         "balance.bias_update_decay mtp.late_start",
@@ -199,6 +227,70 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.dtype", lambda v: v in ("auto", "float32", "bfloat16"), "is not one of auto, float32, bfloat16"),
 )
 
+_V3_WARMUP = 2000  # steps (4.2)
+
+
+def _warmup(steps: int, decay_start: float) -> int:
+    """Steps of a warm-up that nobody set."""
+    return min(_V3_WARMUP, steps // 5, int(decay_start * steps))
+
+
+def _contradictions(run: RunConfig) -> Iterator[str]:
+    """A line for each pair of settings that cannot both be meant."""
+    t, s, o, c = run.train, run.schedule, run.optimizer, run.checkpoint
+    if run.data.seq_len > run.model.max_position_embeddings:
+        limit = run.model.max_position_embeddings
+        yield f"data.seq_len = {run.data.seq_len} is beyond model.max_position_embeddings = {limit}"
+    if s.warmup_steps > s.decay_start * t.steps:
+        yield (
+            f"schedule.warmup_steps = {s.warmup_steps} ends after the decay begins: decay_start = "
+            f"{s.decay_start} of train.steps = {t.steps} is step {int(s.decay_start * t.steps)}; shorten the warm-up"
+        )
+    order = ("decay_start", "decay_end", "last_start")
+    for first, second in itertools.pairwise(order):
+        if getattr(s, first) > getattr(s, second):
+            yield (
+                f"schedule.{first} = {getattr(s, first)} comes after {second} = {getattr(s, second)}; "
+                "decay_start, decay_end and last_start follow each other"
+            )
+    for low, value, high, peak in (
+        ("schedule.final_lr", s.final_lr, "optimizer.lr", o.lr),
+        ("schedule.last_lr", s.last_lr, "schedule.final_lr", s.final_lr),
+    ):
+        if value > peak:
+            yield f"{low} = {value} is above {high} = {peak}, so the rate would rise where it is to fall; lower {low}"
+    if t.batch_size_start > t.batch_size:
+        yield f"train.batch_size_start = {t.batch_size_start} is above train.batch_size = {t.batch_size}"
+    if t.batch_size_start and not t.ramp:
+        yield f"train.batch_size_start = {t.batch_size_start} has no effect while train.ramp = 0; set one of them"
+    # a BF16 number has 8 bits: a change of less than 2^-8 of it can round to nothing
+    if run.moments == "bfloat16" and any(1 - beta < 2**-8 for beta in o.betas):
+        yield (
+            f"optimizer.betas = {list(o.betas)}: bfloat16 moments never decay by a factor above 0.9961 (the change "
+            'is rounded away); lower it or set optimizer.moments = "float32"'
+        )
+    if c.keep_every % c.every:
+        yield (
+            f"checkpoint.keep_every = {c.keep_every} is not a multiple of checkpoint.every = {c.every}: "
+            "there are no checkpoints at such steps"
+        )
+
+
+def _numbers(run: RunConfig) -> Iterator[tuple[str, float]]:
+    """Every number that is not whole, by its key."""
+    for section in ("model", *_SECTIONS):
+        for key, value in dataclasses.asdict(getattr(run, section)).items():
+            for name, part in value.items() if isinstance(value, dict) else [("", value)]:
+                for number in part if isinstance(part, tuple) else (part,):
+                    if isinstance(number, float):
+                        yield f"{section}.{key}{name and '.'}{name}", number
+
+
+def _is_folder_name(name: str) -> bool:
+    plain = name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
+    return plain and len(name.encode()) <= 200
+
+
 _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "train": TrainConfig,
@@ -212,11 +304,52 @@ _SECTIONS: dict[str, type] = {
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is not a file")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not TOML
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not TOML
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _layers(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table, after those of the preset that it changes, and of the preset that that one changes."""
+    layers = [table]
+    while "preset" in layers[0]:
+        layers.insert(0, _read(preset_path(str(layers[0]["preset"]))))
+        if len(layers) > 8:
+            raise ConfigError(f"preset = {table['preset']!r} leads back to itself")
+    return layers
+
+
+def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[str, ...]:
+    """A warm-up that nobody chose for a run of this length is left to its length, in `table`; says so."""
+
+    def given(section: str, key: str) -> tuple[int, Any]:
+        """The last layer with the key (-1: none), and its value."""
+        found = [
+            (i, t[section][key]) for i, t in enumerate(layers) if isinstance(t.get(section), dict) and key in t[section]
+        ]
+        by, value = found[-1] if found else (-1, getattr(_SECTIONS[section](), key))
+        return by, float(value) if key == "decay_start" and value in (0, 1) else value
+
+    (by, warmup), (shortened_by, steps), (_, start) = (
+        given("schedule", "warmup_steps"),
+        given("train", "steps"),
+        given("schedule", "decay_start"),
+    )
+    if type(warmup) is not int or type(steps) is not int or not isinstance(start, float) or not 0 <= start <= 1:
+        return ()  # refused in a moment
+    fitting = _warmup(steps, start)
+    if by >= 0 and shortened_by > by and warmup > start * steps and isinstance(table["schedule"], dict):
+        table["schedule"] = table["schedule"] | {"warmup_steps": -1}
+        return (f"schedule.warmup_steps = {warmup} does not fit in {steps} steps: the warm-up takes {fitting}",)
+    if by < 0 and fitting < _V3_WARMUP:
+        return (f"schedule.warmup_steps is not set: the warm-up takes {fitting} of the {steps} steps",)
+    return ()
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -237,13 +370,28 @@ def _section(name: str, values: dict[str, Any]) -> Any:
             raise ConfigError(f"[{name}] has no key {key!r}; there are {', '.join(defaults)}")
         want = type(defaults[key])
         if want is float and type(value) is int:
-            value = float(value)
+            value = _float(f"{name}.{key}", value)
         elif want is tuple and isinstance(value, list):
-            value = tuple(value)
+            value = tuple(_float(f"{name}.{key}", v) if type(v) is int else v for v in value)
         if type(value) is not want:
             raise ConfigError(f"{name}.{key} must be {want.__name__}, not {value!r}")
-        checked[key] = value
+        checked[key] = _home(str(value)) if (name, key) == ("data", "path") else value
     return kind(**checked)
+
+
+def _float(key: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{key} is too large a number") from None
+
+
+def _home(path: str) -> str:
+    """The path with `~` as a shell reads it."""
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ConfigError(f"data.path = {path!r}: there is no such home") from None
 
 
 def _override(table: dict[str, Any], text: str) -> None:
@@ -253,8 +401,10 @@ def _override(table: dict[str, Any], text: str) -> None:
         raise ConfigError(f"override {text!r} is not section.key=value")
     try:
         value = tomllib.loads(f"x = {raw}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, or a number of thousands of digits
         value = raw  # a bare word is a string
+    if key.strip() == "name" and not isinstance(value, str):
+        value = raw.strip()  # 1e3 is a name as it stands
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):

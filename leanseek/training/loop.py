@@ -6,11 +6,13 @@ resumed run, which needs only a checkpoint and a step number, repeats the uninte
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import fcntl
 import math
 import signal
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,7 +21,8 @@ import torch
 
 from leanseek import planning
 from leanseek.checkpoint import load
-from leanseek.checkpoint.training import newest_checkpoint, prune, set_aside, steps_on_disk, write_checkpoint
+from leanseek.checkpoint.files import writing
+from leanseek.checkpoint.training import Resumed, newest_checkpoint, newest_whole, prune, set_aside, write_checkpoint
 from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
 from leanseek.errors import Interrupted, RunError
@@ -27,7 +30,8 @@ from leanseek.model import Transformer
 from leanseek.ops.machine import gemm_rate
 from leanseek.training.config import RunConfig
 from leanseek.training.metrics import Metrics, replace_text
-from leanseek.training.schedules import batch_size, samples_before
+from leanseek.training.resume import Position, changes, check_data, position, size
+from leanseek.training.schedules import batch_size
 from leanseek.training.trainer import StepResult, Trainer
 
 MAX_SKIPPED = 3  # steps in a row that were not applied, before the run gives up
@@ -47,8 +51,10 @@ class _Start(NamedTuple):
 
     trainer: Trainer
     step: int = 0
+    position: Position = Position(0, 0)
     skipped: int = 0  # steps before this one, in a row, that were not applied
     broken: tuple[str, ...] = ()  # checkpoints that were passed over
+    changed: tuple[str, ...] = ()  # what differs from the run as it was begun, a line each
 
 
 def train(
@@ -66,24 +72,50 @@ def train(
 
     Raises:
         ConfigError: the run exists and `resume` is not set, or there is nothing to resume, or to compare with.
+            or another process trains into its folder, or that cannot be written.
         DataError: the shards are unusable.
-        RunError: loss or gradients stay non-finite, or the disk is full; the last good checkpoint is intact.
+        RunError: loss or gradients stay non-finite, or the disk is full; the message says what can be resumed.
         Interrupted: SIGINT or SIGTERM came; the step reached is on disk.
     """
     folder = runs / run.name
     if compare is not None and not (compare / "metrics.jsonl").is_file():
         raise ConfigError(f"{compare} is not the folder of a run: it has no metrics.jsonl")
+    if resume and not folder.is_dir():
+        raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
     try:
-        return _train(run, folder, resume, compare, prepare)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        steps = steps_on_disk(folder)
-        good = f"checkpoints/step-{steps[-1]} is intact" if steps else "there is no checkpoint yet"
-        raise RunError(
-            f"the disk at {_mount_point(folder)} is full, {folder} cannot be written; {good}: make room, then go on "
-            "with --resume"
-        ) from None
+        with writing(folder, "make room"), _alone(folder):
+            return _train(run, folder, resume, compare, prepare)
+    except RunError as error:
+        raise RunError(f"{error}; {_standing(folder)}") from None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else trains into the folder, which is made if need be; the kernel ends this with the process.
+
+    Raises:
+        ConfigError: somebody does.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder} is being trained by another process; wait, or choose another --name") from None
+        try:
+            yield
+        finally:
+            if made and [p.name for p in folder.iterdir()] == [path.name]:  # nothing came of it
+                path.unlink()
+                folder.rmdir()
+
+
+def _standing(folder: Path) -> str:
+    """What a run that broke off can go on from: a checkpoint whose checksums have just been verified."""
+    found = newest_whole(folder)
+    return f"checkpoints/{found.name} is whole: go on with --resume" if found else "there is no checkpoint to resume"
 
 
 def _train(
@@ -94,8 +126,9 @@ def _train(
     prepare: Callable[[Transformer], None] | None,
 ) -> Summary:
     data, held_out = _open_data(run)
+    run = run.with_tokens(data.special.bos, data.special.eos)
     with _Signals() as signals:
-        start = _resume(run, folder) if resume else _begin(run, folder)
+        start = _resume(run, folder, data) if resume else _begin(run, folder)
         if prepare is not None:
             prepare(start.trainer.model)
         with Metrics(folder, run.train.steps, start.step) as metrics:
@@ -108,9 +141,10 @@ def _train(
     from leanseek.training.report import write_report  # matplotlib takes a second to import
 
     write_report(folder, compare)
-    seen, steps = metrics.last, run.train.steps
-    tokens = samples_before(run, steps) * run.data.seq_len
-    return Summary(folder, steps, tokens, seen.get("val_loss"), seen.get("val_bits_per_byte"), metrics.elapsed)
+    seen, tokens = metrics.last, loop.position.tokens
+    return Summary(
+        folder, run.train.steps, tokens, seen.get("val_loss"), seen.get("val_bits_per_byte"), metrics.elapsed
+    )
 
 
 def _open_data(run: RunConfig) -> tuple[TokenDataset, TokenDataset]:
@@ -132,33 +166,55 @@ def _begin(run: RunConfig, folder: Path) -> _Start:
     return _Start(trainer)
 
 
-def _resume(run: RunConfig, folder: Path) -> _Start:
+def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
-    if RunConfig.load(str(folder / "config.toml"), []).model != run.model:
+    before = RunConfig.load(str(folder / "config.toml"), [])
+    if before.model != run.model:
         raise ConfigError(f"[model] is not the one of {folder / 'config.toml'}; a run keeps its network")
     found, broken = newest_checkpoint(folder)
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
-    replace_text(folder / "config.toml", run.to_toml())
-    if found is None:
-        return _Start(Trainer(run))  # killed before the first checkpoint
+    if found is None:  # killed before the first checkpoint
+        replace_text(folder / "config.toml", run.to_toml())
+        return _Start(Trainer(run))
+    if run.train.steps < found.step:
+        raise ConfigError(f"train.steps = {run.train.steps}, but {folder} has done {found.step} steps already")
+    then = _config_of(found, before)
+    check_data(then, run, data, found)
+    where, moved = position(then, run, data, found)
+    trainer = _restored(run, found)
     set_aside(folder, found.step)
+    replace_text(folder / "config.toml", run.to_toml())
+    lines = (*changes(then, run, found.step), *moved)
+    return _Start(trainer, found.step, where, int(found.state["skipped"]), tuple(broken), lines)
+
+
+def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
+    """The configuration that a checkpoint was trained with; config.toml's where it does not hold its own."""
+    stored = found.state.get("config")
+    return before if stored is None else RunConfig.from_dict(tomllib.loads(stored))
+
+
+def _restored(run: RunConfig, found: Resumed) -> Trainer:
     trainer = Trainer(run, load(found.folder, dtype="float32"))
-    trainer.load_state_tensors(found.tensors)
+    trainer.load_state_tensors(found.tensors, found.state.get("without_moments"))
     if "guard" in found.state:  # not in checkpoints from before there was a guard
         trainer.guard.load_state(found.state["guard"])
-    return _Start(trainer, found.step, int(found.state["skipped"]), tuple(broken))
-
-
-def _mount_point(path: Path) -> Path:
-    whole = path.resolve()
-    return next(p for p in (whole, *whole.parents) if p.is_mount())
+    return trainer
 
 
 def _arithmetic(run: RunConfig, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     return name if run.train.precision == "bf16" else f"{name}, linears in {run.train.precision}"
+
+
+def _held_out(data: TokenDataset, run: RunConfig) -> str:
+    """What is unusual about the validation split, for the line a run begins with."""
+    if not data.samples_per_epoch:
+        return "; the shards hold out nothing, so there is no validation"
+    short = data.seq_len < run.data.seq_len
+    return f"; validation is one window of {data.seq_len} tokens, all that is held out" if short else ""
 
 
 class _Signals:
@@ -192,8 +248,10 @@ class _Loop:
         self.data, self.held_out, self.metrics = data, held_out, metrics
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
         device, dtype = start.trainer.device, start.trainer.dtype
-        self.peak = gemm_rate(dtype, device, size=None if device.type == "cuda" else 1024)
+        self.peak = 0.0
+        self._probe()
         self.saved = start.step
+        self.position = start.position
         for line in start.broken:
             metrics.event(start.step, "passed_over", line)
         what = "resumed" if start.step else "started"
@@ -201,8 +259,14 @@ class _Loop:
             start.step,
             what,
             f"{folder} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
-            f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here",
+            f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
+            f"{_held_out(held_out, run)}",
         )
+        for note in run.notes:
+            metrics.say(note)
+
+        for line in start.changed:
+            metrics.event(start.step, "changed", line)
 
     def step(self, step: int) -> None:
         """Step `step` (from 0) and what is due after it.
@@ -211,15 +275,16 @@ class _Loop:
             RunError: it is the last of several in a row that could not be applied.
         """
         t = self.run.train
-        size, before = batch_size(self.run, step), samples_before(self.run, step)
+        size = batch_size(self.run, step)
         started = time.perf_counter()
-        result = self.trainer.step(self.data.batch(before, size).tokens, step)
+        result = self.trainer.step(self.data.batch(self.position.samples, size).tokens, step)
+        self.position = self.position.after(size, self.run.data.seq_len)
         seconds = time.perf_counter() - started
         done = step + 1
         if done % t.log_every == 0 or done == t.steps or not result.applied:
             self._log(done, size, seconds, result)
         self._note_skipped(done, result)
-        if done % t.eval_every == 0 or done == t.steps:
+        if self.held_out.samples_per_epoch and (done % t.eval_every == 0 or done == t.steps):
             self._evaluate(done)
         if done % self.run.checkpoint.every == 0 or done == t.steps:
             self.checkpoint(done)
@@ -229,18 +294,20 @@ class _Loop:
 
         Raises:
             RunError: a weight is not finite.
-            OSError: the disk is full; the checkpoints that were there are intact.
+            OSError: the disk is full; no checkpoint that was there has been touched.
         """
         if step == self.saved:
             return
         if culprit := self.trainer.nonfinite_weight():
             raise RunError(
-                f"step {step}: weight {culprit} is not finite, so no checkpoint was written; the last good one is "
-                "intact: lower optimizer.lr and go on with --resume"
+                f"step {step}: weight {culprit} is not finite, so no checkpoint was written: lower optimizer.lr"
             )
         state = {
-            "samples": samples_before(self.run, step),
-            "tokens": self._tokens(step),
+            "samples": self.position.samples,
+            "tokens": self.position.tokens,
+            "data": size(self.data),
+            "config": self.run.to_toml(),
+            "without_moments": self.trainer.without_moments(),
             "skipped": self.skipped,
             "guard": self.trainer.guard.state(),
         }
@@ -250,14 +317,19 @@ class _Loop:
         prune(self.folder, self.run.checkpoint.keep_last, self.run.checkpoint.keep_every)
         self.saved = step
 
-    def _tokens(self, step: int) -> int:
-        return samples_before(self.run, step) * self.run.data.seq_len
+    def _probe(self) -> None:
+        """Measure the GEMM rate that MFU is quoted against: the best seen, as others may be at work just now."""
+        device = self.trainer.device
+        if device.type == "cpu" or not self.peak:  # later a GPU may have no memory left for it
+            size = 1024 if device.type == "cpu" else None
+            self.peak = max(self.peak, gemm_rate(self.trainer.dtype, device, size, seconds=0.3))
 
     def _log(self, step: int, size: int, seconds: float, result: StepResult) -> None:
         rate = size * self.run.data.seq_len / seconds
+        self.peak = max(self.peak, rate * self.flops)  # a step beats the probe where others were at work during that
         row: dict[str, Any] = {
             "step": step,
-            "tokens": self._tokens(step),
+            "tokens": self.position.tokens,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
@@ -289,24 +361,22 @@ class _Loop:
         message = f"step {step}: {result.reason}; loss {result.loss}, gradient norm {result.grad_norm}"
         self.metrics.event(step, "skipped", f"{message}; the step is left out")
         if self.skipped >= MAX_SKIPPED:
-            raise RunError(
-                f"{message}, the {self.skipped}th step in a row; the last good checkpoint is intact: lower "
-                "optimizer.lr and go on with --resume"
-            )
+            raise RunError(f"{message}, the {self.skipped}th step in a row: lower optimizer.lr")
 
     def _evaluate(self, step: int) -> None:
         """Loss over a fixed share of the held-out split, also as bits per byte, which compare across tokenizers."""
         nll = mtp = 0.0
         targets = size = 0
-        length = self.run.data.seq_len
+        length = self.held_out.seq_len
         micro = self.run.train.micro_batch_size or self.run.train.batch_size
         for batch in self.held_out.in_order(micro, self.run.train.eval_sequences):
             found = self.trainer.evaluate(batch.tokens)
             nll, mtp, targets = nll + found[0], mtp + found[1], targets + found[2]
             size += int(self.held_out.token_bytes[batch.tokens[:, 1 : length + 1]].sum())
         loss, bits = nll / targets, nll / math.log(2) / size
-        row = {"step": step, "tokens": self._tokens(step), "val_loss": loss, "val_bits_per_byte": bits}
+        row = {"step": step, "tokens": self.position.tokens, "val_loss": loss, "val_bits_per_byte": bits}
         if self.run.model.num_nextn_predict_layers:
             row["val_mtp_loss"] = mtp / targets
         self.metrics.write(row)
+        self._probe()
         self.metrics.say(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte")

@@ -13,11 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+_SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -50,6 +52,7 @@ class Metrics:
         self.last = {key: value for row in kept for key, value in row.items()}  # the newest value of every key
         self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.said = time.monotonic()
         self.began = time.monotonic() - self.last.get("elapsed_s", 0.0)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -97,6 +100,9 @@ class Metrics:
 
     def show(self, step: int, figures: str) -> None:
         self.progress.update(self.task, completed=step, figures=figures)
+        if not self.progress.console.is_terminal and time.monotonic() - self.said > _SAY_EVERY:
+            self.said = time.monotonic()
+            self.say(f"step {step}: {figures}")
 
     def say(self, line: str) -> None:
         self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)

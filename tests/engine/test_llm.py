@@ -1,7 +1,13 @@
 """`LLM(path).generate` as users of vLLM know it, and the two commands built on it."""
 
+import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -13,7 +19,7 @@ from typer.testing import CliRunner
 
 from leanseek import LLM, SamplingParams, Transformer, checkpoint
 from leanseek.cli import chat, generate
-from leanseek.engine import EngineError, Tokenizer
+from leanseek.engine import EngineError, Guide, Tokenizer
 from leanseek.errors import InputError
 
 SMALL = {"cache_gib": 0.001}
@@ -82,6 +88,130 @@ def test_streams_can_be_interleaved_and_left(llm: LLM) -> None:
     left.close()  # type: ignore[attr-defined]
     assert llm.generate([[8]], params)[0].outputs[0].token_ids == expected[1]
     assert not llm.engine.has_work()
+
+
+def test_threads_share_an_llm(llm: LLM) -> None:
+    """Each gets what it would get alone, whole and streamed, also beside one that leaves and one that is refused."""
+    settings = [
+        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+        SamplingParams(temperature=1, seed=3, n=2, max_tokens=17),
+        SamplingParams(temperature=0.7, seed=5, max_tokens=9, stop=["e"]),
+    ]
+    jobs = [([7 + i, 8], settings[i % 3]) for i in range(12)]
+
+    def tokens(outputs: list[Any]) -> list[list[int]]:
+        return [choice.token_ids for output in outputs for choice in output.outputs]
+
+    def streamed(prompt: list[int], params: SamplingParams) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(params.n)]
+        for delta in llm.stream(prompt, params):
+            found[delta.index] += delta.token_ids
+        return found
+
+    expected = [tokens(llm.generate([prompt], params)) for prompt, params in jobs]
+    found: dict[int, list[list[int]]] = {}
+    start = threading.Barrier(len(jobs) + 2)
+
+    def work(i: int) -> None:
+        prompt, params = jobs[i]
+        start.wait()
+        found[i] = tokens(llm.generate([prompt], params)) if i % 2 else streamed(prompt, params)
+
+    def leave() -> None:
+        start.wait()
+        for _ in range(5):
+            stream = llm.stream([7], settings[0])
+            next(stream)
+            stream.close()
+
+    def be_refused() -> None:
+        start.wait()
+        for _ in range(5):
+            with pytest.raises(EngineError, match="empty"):
+                llm.generate([[]], settings[0])
+
+    targets = [(work, (i,)) for i in range(len(jobs))] + [(leave, ()), (be_refused, ())]
+    threads = [threading.Thread(target=target, args=given, daemon=True) for target, given in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found.get(i) for i in range(len(jobs))] == expected
+    llm.generate([[7]], settings[0])  # one more step tells the engine of those that left
+    assert not llm.engine.has_work()
+    llm.engine.check_invariants()
+
+
+def test_a_thread_that_comes_later_does_not_wait_for_the_first(llm: LLM) -> None:
+    """A long stream is open, and being read, while another thread asks."""
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    answered = threading.Event()
+
+    def ask() -> None:
+        llm.generate([[9]], SamplingParams(max_tokens=2))
+        answered.set()
+
+    before = 0
+    thread = threading.Thread(target=ask, daemon=True)
+    for count, _ in enumerate(llm.stream([7], params)):
+        if count == 0:
+            thread.start()
+        before += not answered.is_set()
+        if answered.is_set():
+            break
+    thread.join(60)
+    assert answered.is_set() and before < 250
+    llm.generate([[7]], params)  # one more step tells the engine that the stream is closed
+    assert not llm.engine.has_work()
+
+
+def test_a_deleted_llm_is_freed(folder: Path) -> None:
+    for _ in range(2):
+        llm = LLM(folder, **SMALL)
+        llm.generate("fox", SamplingParams(max_tokens=3, guided=Guide.regex("a+")))
+        kept = [llm, llm.engine, llm.tokenizer, llm.engine._runner.model, llm.engine._runner.cache]
+        references = [weakref.ref(each) for each in kept]
+        del llm, kept
+        gc.collect()
+        assert [reference() for reference in references] == [None] * 5
+
+
+FORK = """
+import os, sys
+from leanseek import LLM, SamplingParams
+from leanseek.engine import AsyncEngine
+folder, options = sys.argv[1], {"cache_gib": 0.001}
+llm = LLM(folder, **options)
+params = SamplingParams(temperature=0, max_tokens=3)
+ask = {
+    "generate": lambda: llm.generate("fox", params),
+    "stream": lambda: next(llm.stream([7], params)),
+    "another LLM": lambda: LLM(folder, **options),
+    "an AsyncEngine": lambda: AsyncEngine.load(folder, **options),
+}
+first = llm.generate("fox", params)[0].outputs[0].token_ids
+for name, call in ask.items():
+    if os.fork() == 0:
+        try:
+            call()
+            print(name, "answered", flush=True)
+        except Exception as error:
+            print(name, type(error).__name__, error, flush=True)
+        os._exit(0)
+    os.wait()
+print("parent", llm.generate("fox", params)[0].outputs[0].token_ids == first)
+"""
+
+
+def test_a_forked_child_says_what_is_wrong(folder: Path) -> None:
+    """It has none of OpenMP's threads: a step would wait for them for ever."""
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    *children, parent = result.stdout.splitlines()
+    for name, line in zip(("generate", "stream", "another LLM", "an AsyncEngine"), children, strict=True):
+        assert line.startswith(f"{name} EngineError this process was forked from process ") and '"spawn"' in line
+    assert parent == "parent True"
 
 
 def test_one_bad_prompt_refuses_all_before_any_runs(llm: LLM) -> None:

@@ -166,6 +166,35 @@ def test_no_copy_through_a_link_nor_on_a_full_disk(
     assert not copies(folder)
 
 
+@pytest.mark.parametrize("left", ["partial", "packed-0123456789abcdef-auto.safetensors"])
+def test_what_a_killed_write_or_another_checkpoint_left_does_not_block_a_copy(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """There is room for a copy only once it is gone."""
+    folder = save()
+    (folder / packed.FOLDER).mkdir()
+    stale = folder / packed.FOLDER / left
+    stale.write_bytes(b"half of one")
+    monkeypatch.setattr(
+        packed.shutil, "disk_usage", lambda _: type("usage", (), {"free": 0 if stale.exists() else 1e12})
+    )
+    start(folder)
+    assert len(copies(folder)) == 1
+    assert not stale.exists()
+
+
+def test_a_write_that_fails_leaves_nothing(save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save()
+
+    def half(path: Path, *_: object) -> None:
+        path.write_bytes(bytes(1000))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packed, "write_file", half)
+    start(folder)
+    assert [p.name for p in (folder / packed.FOLDER).iterdir()] == ["lock"]
+
+
 def test_a_folder_that_cannot_be_written_serves_all_the_same(
     save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,12 @@
 """The sampler draws from the distribution that its parameters describe, and from nothing else."""
 
 import math
+import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch import Tensor
 from leanseek import Transformer
 from leanseek.engine import Request, SamplingParams
 from leanseek.engine.params import MAX_LOGPROBS
+from leanseek.engine.penalties import Penalties
 from leanseek.engine.sampler import Choice, choose, logprobs_of
 from leanseek.engine.sequence import mix
 
@@ -143,11 +147,15 @@ def penalised_greedy(model: Transformer, prompt: list[int], params: SamplingPara
             factor = params.repetition_penalty
             logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
         output = tokens[len(prompt) :]
+        if len(output) < params.min_tokens:
+            logits[list(params.stop_token_ids or ())] = -math.inf
         for token in set(output):
             logits[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
         for token, bias in (params.logit_bias or {}).items():
             logits[token] += bias
         tokens.append(int(logits.argmax()))
+        if tokens[-1] in (params.stop_token_ids or ()):
+            break
     return tokens[len(prompt) :]
 
 
@@ -159,6 +167,9 @@ def penalised_greedy(model: Transformer, prompt: list[int], params: SamplingPara
         {"frequency_penalty": 1.5},
         {"logit_bias": {7: 100.0}},
         {"logit_bias": {7: 6.0, 9: -100.0}, "repetition_penalty": 1.3, "frequency_penalty": 1.0},
+        {"frequency_penalty": -0.5, "presence_penalty": 1.0},
+        {"min_tokens": 8, "stop_token_ids": [7], "logit_bias": {7: 6.0}},
+        {"min_tokens": 8, "stop_token_ids": list(range(100, 320)), "frequency_penalty": 0.5},
     ],
     ids=str,
 )
@@ -169,6 +180,53 @@ def test_penalties(drafting_model: Transformer, make_engine: Callable, penalties
     prompt = list(range(2, 20))
     ours = tokens_of(run(make_engine(drafting_model, speculate=drafts), prompt, params))
     assert ours == penalised_greedy(drafting_model, prompt, params)
+
+
+def test_penalties_with_choices_and_preemption(
+    drafting_model: Transformer, make_engine: Callable, cache_gib: Callable, serve: Callable
+) -> None:
+    """Each choice counts its own tokens, and once only although they are computed again."""
+    params = SamplingParams(seed=4, n=2, max_tokens=40, repetition_penalty=1.2, frequency_penalty=0.7, ignore_eos=True)
+    prompts = [[5, 6, 7], [8] * 20, [9, 10]]
+    alone = [tokens for p in prompts for tokens in serve(make_engine(drafting_model), [p], params)]
+    engine = make_engine(drafting_model, cache_gib=cache_gib(130))
+    assert serve(engine, prompts, params) == alone
+    assert engine.stats().preemptions
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_running_counts_equal_a_count_from_scratch(seed: int) -> None:
+    """Tokens that grow by some and drafts that are taken back, over few distinct ids, some of them biased or ends."""
+    choose = random.Random(seed)
+    ids = range(12)
+    params = SamplingParams(
+        repetition_penalty=choose.choice([1.0, 1.5]),
+        presence_penalty=choose.choice([0.0, 0.75]),
+        frequency_penalty=choose.choice([0.0, -0.5]),
+        logit_bias={3: 2.0, 11: -1.0} if seed % 2 else None,
+        min_tokens=6,
+        max_tokens=None,
+    )
+    prompt, ends = choose.choices(ids, k=5), {2, 3}
+    penalties, tokens = Penalties(params, prompt, ends), list(prompt)
+    for _ in range(30):
+        drafts = choose.choices(ids, k=choose.randrange(4))
+        for offset, (seen, places, values) in enumerate(penalties.rows(tokens, drafts)):
+            now = [*tokens, *drafts[:offset]]
+            output = Counter(now[len(prompt) :])
+            assert sorted(seen.tolist()) == (sorted(set(now)) if params.repetition_penalty != 1 else [])
+            expected = np.zeros(12)
+            for token, bias in (params.logit_bias or {}).items():
+                expected[token] += bias
+            for token, count in output.items():
+                expected[token] -= params.presence_penalty + params.frequency_penalty * count
+            if sum(output.values()) < params.min_tokens:
+                expected[list(ends)] = -math.inf
+            found = np.zeros(12)
+            assert len(set(places.tolist())) == len(places)
+            found[places] = values
+            assert found.tolist() == expected.tolist()
+        tokens += choose.choices(ids, k=choose.randrange(1, 4))
 
 
 def test_prompt_logprobs(model: Transformer, make_engine: Callable) -> None:

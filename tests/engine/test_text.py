@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leanseek import Transformer
-from leanseek.engine import Delta, Engine, EngineError, Request, SamplingParams, Tokenizer
+from leanseek.engine import Delta, Engine, EngineError, Request, SamplingParams, Spans, Tokenizer
 from leanseek.engine.tokenizer import TextStream
 
 
@@ -81,6 +81,69 @@ def test_stop_strings_cut_where_they_first_complete(
         held = text[len(given_out) :]
         assert held == "" or any(stop.startswith(held) for stop in stops)
     assert given_out + stream.take(final=True) == text
+
+
+CALLS = ("[calls]", "[/calls]")
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])  # characters a token
+@pytest.mark.parametrize(
+    ("spans", "text", "stop", "kept"),
+    [
+        (Spans("<t>", "</t>", opened=True), "a.b</t>c.d", ".", "a.b</t>c"),
+        (Spans("<t>", "</t>", opened=True), "a.b", ".", "a.b"),  # cut inside the reasoning
+        (Spans("<t>", "</t>"), " <t>a.b</t>c.d", ".", " <t>a.b</t>c"),
+        (Spans("<t>", "</t>"), "a.<t>b", ".", "a"),  # no reasoning: only at the beginning is it a mark
+        (Spans("<t>", "</t>"), "<to.b", ".", "<to"),
+        (Spans("<t>", "</t>"), "<", ".", "<"),
+        (Spans("<t>", "</t>", opened=True), "a</t></t>b", "</t>", "a</t>"),  # the mark that ends it is no stop
+        (Spans(calls=CALLS), "a[calls].[/calls]b.c", ".", "a[calls].[/calls]b"),
+        (Spans(calls=CALLS), "a[calls].", ".", "a[calls]."),
+        (Spans(calls=CALLS), "a[c.alls]", ".", "a[c"),
+        (Spans("<t>", "</t>", True, CALLS, "{"), "a[calls]b{.[/calls]c.d", ".", "a[calls]b{.[/calls]c.d"),  # mentioned
+        (Spans("<t>", "</t>", True, CALLS, "{"), "a[calls]{.[/calls]c.d", ".", "a[calls]{.[/calls]c"),
+        (None, "a.b</t>c.d", ".", "a"),
+    ],
+)
+def test_stop_strings_count_in_the_answer_alone(
+    tokenizer: Tokenizer, size: int, spans: Spans | None, text: str, stop: str, kept: str
+) -> None:
+    stream = TextStream(tokenizer, [stop], True, False, spans)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    out, matched = "", None
+    for number, token in enumerate(ids, start=1):
+        matched = stream.add(token)
+        if matched or number % size == 0:
+            out += stream.take(final=matched is not None)
+        if matched:
+            break
+    assert out + stream.take(final=True) == kept
+    assert matched == (stop if kept != text else None)
+
+
+@pytest.mark.parametrize(
+    ("spans", "text", "count"),
+    [
+        (Spans("<t>", "</t>", opened=True), "ab</t>cd", 6),
+        (Spans("<t>", "</t>", opened=True), "abé", 4),
+        (Spans("<t>", "</t>"), "<t>ab</t>cd", 9),
+        (Spans("<t>", "</t>"), " <", 0),
+        (Spans("<t>", "</t>"), "ab<t>", 0),
+        (Spans("<t>", "</t>", True, CALLS, "{"), "ab[calls]{c", 10),
+        (Spans(calls=CALLS), "ab</t>", 0),
+        (None, "ab</t>", 0),
+    ],
+)
+def test_reasoning_is_counted_in_tokens(tokenizer: Tokenizer, spans: Spans | None, text: str, count: int) -> None:
+    stream = TextStream(tokenizer, (), True, False, spans)
+    ids = [
+        tokenizer.inner.token_to_id(c)
+        for c in tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)[0][0]
+    ]
+    for token in ids:
+        stream.add(token)
+    assert stream.reasoning_tokens == count
+    assert stream.take(final=True) == text
 
 
 def test_bos_is_added_as_transformers_adds_it(tokenizer: Tokenizer, tmp_path: Path) -> None:

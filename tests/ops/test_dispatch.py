@@ -87,7 +87,19 @@ def test_row_invariant_is_a_table_of_its_own() -> None:
 def test_table_lists_what_is_registered() -> None:
     add("cpu")
     add("torch", row_invariant=True)
-    assert dispatch.table() == {"op": ["cpu", "torch"]}
+    assert dispatch.table(False) == {"op": ["cpu"]}
+    assert dispatch.table(True) == {"op": ["torch"]}
+
+
+def test_backend_names_what_pick_would_run() -> None:
+    dispatch.register("op", "cpu", lambda x: x.dtype == torch.float32)(lambda x: "cpu")
+    dispatch.register("op", "triton", lambda x: True, row_invariant=True)(lambda x: "triton")
+    half = torch.zeros(1, dtype=torch.float16)
+    assert [dispatch.backend("op", rows, x) for rows in (False, True) for x in (torch.zeros(1), half)] == [
+        "cpu", "torch", "triton", "triton",
+    ]  # fmt: skip
+    with ops.use("torch"):
+        assert dispatch.backend("op", False, torch.zeros(1)) == "torch"
 
 
 def test_register_returns_the_function() -> None:

@@ -1,14 +1,13 @@
-"""The number of threads: what may be asked for, and what is taken when nobody asks."""
+"""The number of threads that may be asked for, and the measured limits of the machine."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
 from leanseek.errors import InputError
 from leanseek.ops import cpu, machine
+from leanseek.threads import cpus
 
 
 @pytest.mark.parametrize("variant", cpu.usable_variants())
@@ -22,24 +21,43 @@ def test_all_of_the_memory_is_read(variant: str) -> None:
 def test_threads_that_are_asked_for() -> None:
     machine.use_threads(3)
     assert torch.get_num_threads() == 3
-    for count in (0, -1, 4 * (os.cpu_count() or 1) + 1):
+    for count in (0, -1, 4 * cpus() + 1):
         with pytest.raises(InputError, match=f"threads must lie between 1 and .*; {count} does not"):
             machine.use_threads(count)
 
 
-def test_one_thread_a_physical_core_unless_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six CPUs of which the process may use five, on three cores."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3, 5})
-    monkeypatch.setattr(machine, "_siblings", lambda cpu: f"{cpu % 3},{cpu % 3 + 3}")
-    for environment, expected in (({}, 3), ({"OMP_NUM_THREADS": "4"}, 4)):
-        torch.set_num_threads(4)
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        machine.use_threads(None)
-        assert torch.get_num_threads() == expected
-    assert machine.physical_cores() == 3
-    torch.set_num_threads(2)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    machine.use_threads(None)
-    assert torch.get_num_threads() == 2  # torch's own choice, where it is smaller
+class Multiplier:
+    """A machine that multiplies at `rate` FLOP/s, and its clock."""
+
+    def __init__(self, rate: float):
+        self.rate, self.now = rate, 0.0
+
+    def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        self.side = len(a)
+        self.now += 2 * self.side**3 / self.rate
+        return a
+
+
+@pytest.mark.parametrize(("rate", "side"), [(2e11, 2048), (3e10, 1024), (3e8, 256), (1e6, 128)])
+def test_a_probe_is_bounded_in_time(rate: float, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 on two cores, on a slow one, BF16 emulated, and worse: never minutes, and the rate is right."""
+    here = Multiplier(rate)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: here.multiply(a, b))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: here.now)
+    assert machine.gemm_rate(torch.float32, "cpu") == pytest.approx(rate)
+    assert here.side == side
+    assert here.now < max(2 * machine.PROBE_SECONDS, 3 * 2 * 128**3 / rate)
+
+
+def test_the_best_of_a_probe_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process took the CPU from every second product."""
+    here, calls = Multiplier(1e11), []
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: here.now)
+
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        here.now += 0.003 * (len(calls) % 2)
+        return here.multiply(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    assert machine.gemm_rate(torch.float32, "cpu") == pytest.approx(1e11)

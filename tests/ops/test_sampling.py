@@ -1,7 +1,9 @@
 """The native sampler chooses what the torch form chooses, and a row's token is the row's own."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 import pytest
 import torch
@@ -19,8 +21,6 @@ def choice_of(rows: int, temperature: float, top_k: int, top_p: float, min_p: fl
         top_p=torch.full((rows,), top_p),
         min_p=torch.full((rows,), min_p),
         keys=torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(1)),
-        filtered=top_k < VOCAB or top_p < 1 or min_p > 0,
-        width=VOCAB,
     )
 
 
@@ -54,22 +54,54 @@ def test_tokens_are_those_of_the_torch_form(
         assert (ops.sample(rows, choice) != expected).sum() <= 1
 
 
-@pytest.mark.parametrize("variant", usable_variants())
-def test_the_cut_is_exact_among_equals(variant: str) -> None:
+@pytest.fixture(params=["torch", *usable_variants(), pytest.param("cuda", marks=pytest.mark.gpu)])
+def path(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Each way to a token: torch, every native library, torch on a GPU. The device that the rows lie on."""
+    if request.param == "cuda":
+        yield torch.device("cuda")
+        return
+    with ops.use("torch") if request.param == "torch" else use_variant(request.param):
+        yield torch.device("cpu")
+
+
+def on(device: torch.device, choice: ops.Choice) -> ops.Choice:
+    return ops.Choice(**{field.name: getattr(choice, field.name).to(device) for field in fields(choice)})
+
+
+def test_the_cut_is_exact_among_equals(path: torch.device) -> None:
     """Ten equal tokens of which top_k or top_p keep four, the first; forbidden ones never come."""
     row = torch.full((2000, VOCAB), -math.inf)
     row[:, 100:110] = 1.0
-    with use_variant(variant):
-        for top_k, top_p in ((4, 1.0), (VOCAB, 0.35)):
-            assert ops.sample(row, choice_of(2000, 0.7, top_k, top_p, 0.0)).unique().tolist() == [100, 101, 102, 103]
-        assert ops.sample(row, choice_of(2000, 0.7, VOCAB, 1.0, 0.0)).unique().tolist() == list(range(100, 110))
+    for top_k, top_p in ((4, 1.0), (VOCAB, 0.35), (8, 0.5)):
+        tokens = ops.sample(row.to(path), on(path, choice_of(2000, 0.7, top_k, top_p, 0.0)))
+        assert tokens.unique().tolist() == [100, 101, 102, 103]
+    tokens = ops.sample(row.to(path), on(path, choice_of(2000, 0.7, VOCAB, 1.0, 0.0)))
+    assert tokens.unique().tolist() == list(range(100, 110))
 
 
-@pytest.mark.parametrize("variant", usable_variants())
-def test_a_row_alone_gives_what_it_gives_in_company(variant: str, logits: Callable) -> None:
-    rows = logits(2.0)[:9]
-    together = choice_of(9, 0.8, VOCAB, 0.97, 0.0)
-    with use_variant(variant), ops.row_invariant():
-        tokens = ops.sample(rows, together)
-        for i in range(9):
-            assert ops.sample(rows[i : i + 1], together.at(torch.tensor([i]), VOCAB))[0] == tokens[i]
+def test_top_p_is_a_share_of_what_top_k_leaves(path: torch.device) -> None:
+    """Of 2,000 equal tokens 1,000, and half of those: further down than a first look goes."""
+    tokens = ops.sample(torch.zeros(3000, 2000, device=path), on(path, choice_of(3000, 1.0, 1000, 0.5, 0.0)))
+    assert tokens.max() == 499 and len(tokens.unique()) > 450
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["plain", "many equals"])
+def test_a_row_s_token_is_the_row_s_own(path: torch.device, rounded: bool, logits: Callable) -> None:
+    """Every kind of request alone, and in crowds of several sizes, orders and neighbours: the same token."""
+    kinds = [
+        *itertools.product((0.0,), (VOCAB,), (1.0,), (0.0,)),
+        *itertools.product((0.7, 2.5), (VOCAB, 1, 40, 64, 1000), (1.0, 0.9, 0.1), (0.0, 0.02)),
+    ]
+    count = len(kinds)
+    rows = logits(1.0)[:count].to(torch.bfloat16 if rounded else torch.float32).float()
+    values = torch.tensor(kinds, dtype=torch.float64).unbind(1)
+    keys = choice_of(count, 1.0, VOCAB, 1.0, 0.0).keys
+    all_rows = on(path, ops.Choice(values[0].float(), values[1].long(), values[2].float(), values[3].float(), keys))
+    rows = rows.to(path)
+    with ops.row_invariant():
+        alone = torch.cat([ops.sample(rows[i : i + 1], all_rows.at(slice(i, i + 1))) for i in range(count)])
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
+        for size in (2, 3, 17, count):
+            for crowd in (*order.to(path).split(size), torch.arange(count, device=path)[-size:]):
+                assert torch.equal(ops.sample(rows[crowd], all_rows.at(crowd)), alone[crowd]), size
+    assert len(alone.unique()) > count // 2  # tokens that nothing but chance decides

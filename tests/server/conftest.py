@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +15,12 @@ import httpx
 import pytest
 import tokenizers
 import torch
-import uvicorn
 
 import leanseek
 from leanseek import ModelConfig, Transformer
 from leanseek.engine import AsyncEngine, Tokenizer
 from leanseek.server.app import Access, create_app
+from leanseek.server.connections import Limits, Server
 from leanseek.server.run import make_service
 
 sys.path.insert(0, str(Path(__file__).parent))  # for fake_engine: tests are not a package
@@ -79,19 +81,25 @@ def write_model(folder: Path, family: str = "v3.1") -> Path:
 
 
 @contextmanager
-def running(engine: FakeEngine | AsyncEngine, access: Access | None = None) -> Iterator[str]:
+def running(
+    engine: FakeEngine | AsyncEngine, access: Access | None = None, limits: Limits | None = None
+) -> Iterator[str]:
     """The base URL of a server over the engine."""
-    app = create_app(make_service(engine, "test-model"), access)
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
-    listener = config.bind_socket()
+    service = make_service(engine, "test-model")
+    server = Server(create_app(service, access), service, limits or Limits())
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
+    while not server.started:
+        time.sleep(0.001)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield url
     finally:
         server.should_exit = True
         thread.join()
+        service.close()
 
 
 class Served:
@@ -112,11 +120,13 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Serve:
-    """serve(family, access=None): starts a server that lasts for the test."""
+    """serve(family, access=None, max_model_len=512, limits=None): starts a server that lasts for the test."""
 
-    def start(family: str = "v3", access: Access | None = None, max_model_len: int = 512) -> Served:
+    def start(
+        family: str = "v3", access: Access | None = None, max_model_len: int = 512, limits: Limits | None = None
+    ) -> Served:
         engine = FakeEngine(write_tokenizer(tmp_path / family, family), max_model_len)
-        context = running(engine, access)
+        context = running(engine, access, limits)
         url = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
         served = Served(engine, url)

@@ -54,6 +54,9 @@ class FakeStream:
             raise RequestFailed(self._engine.failure)
         return self._deltas.popleft()
 
+    def abort(self) -> None:
+        self._deltas = deque([Delta("fake", finish_reason="abort")])
+
     def close(self) -> None:
         if self in self._engine.open:
             self._engine.open.discard(self)
@@ -71,6 +74,7 @@ class FakeEngine:
         self.defaults: dict[str, object] = {}
         self.alive = True
         self.reply = "Hello there, how are you?"
+        self.tokens_per_delta = 1  # more, as with drafts
         self.pause_s = 0.0
         self.failure: str | None = None
         self.max_queue = 64
@@ -86,7 +90,24 @@ class FakeEngine:
         if max(prompt) >= self.config.vocab_size:
             raise EngineError("a prompt token lies outside the vocabulary")
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> FakeStream:
+    @property
+    def accepting(self) -> bool:
+        return self.alive and not self.stopped
+
+    def refuse(self) -> None:
+        self.stopped = True
+
+    def stop(self, timeout: float | None = None) -> None:
+        self.stopped = True
+        for stream in list(self.open):
+            stream.abort()
+
+    def matcher(self, params: SamplingParams) -> None:
+        return None
+
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, priority: int = 0, matcher: object = None
+    ) -> FakeStream:
         self.check(prompt, params)
         if self.stopped:
             raise EngineStopped("the engine takes no more requests")
@@ -128,13 +149,14 @@ class FakeEngine:
         )
 
     def script(self, prompt: list[int], params: SamplingParams, index: int) -> list[Delta]:
-        text = TextStream(self.tokenizer, params.stop_strings, params.skip_special_tokens, False)
+        text = TextStream(self.tokenizer, params.stop_strings, params.skip_special_tokens, False, params.spans)
         tokens = self.tokenizer.encode(self.reply, add_special_tokens=False)
         now = time.monotonic()
         deltas: list[Delta] = []
         for count, token in enumerate(tokens, start=1):
-            delta = Delta("fake", index, [token])
+            delta, thought = Delta("fake", index, [token]), text.reasoning_tokens
             matched = text.add(token)
+            delta.reasoning_tokens = text.reasoning_tokens - thought
             full = params.max_tokens is not None and count == params.max_tokens
             if matched or count == len(tokens) or full:
                 delta.finish_reason = "stop" if matched or not full else "length"
@@ -148,7 +170,20 @@ class FakeEngine:
             deltas.append(delta)
             if delta.finish_reason:
                 break
-        return deltas
+        groups = range(0, len(deltas), self.tokens_per_delta)
+        return [_joined(deltas[start : start + self.tokens_per_delta]) for start in groups]
+
+
+def _joined(deltas: list[Delta]) -> Delta:
+    """What one step with drafts tells at once."""
+    first, last = deltas[0], deltas[-1]
+    for delta in deltas[1:]:
+        first.token_ids += delta.token_ids
+        first.text += delta.text
+        first.reasoning_tokens += delta.reasoning_tokens
+        first.logprobs = first.logprobs and [*first.logprobs, *(delta.logprobs or [])]
+    first.finish_reason, first.usage, first.timing = last.finish_reason, last.usage, last.timing
+    return first
 
 
 def _logprob(token: int, top: int) -> TokenLogprob:

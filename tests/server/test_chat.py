@@ -133,6 +133,99 @@ def test_reasoning_is_told_apart(serve: Any, stream: bool) -> None:
     assert "".join(delta.content or "" for delta in deltas) == "Hello!"
 
 
+THOUGHTS = [  # reply, tokens of the reasoning: one a character, marks are one each
+    ("Hm.</think>Hi!", 4),
+    ("Hm.\n</think>\n\nHi!", 5),
+    ("Hm", 2),
+    ("<think>Hm.</think>Hi!", 5),
+    ("", 0),
+    ("Hm." + WEATHER, 3 + 2),  # the call ends it; what begins the call is counted until then
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 100])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("reply", "count"), THOUGHTS)
+def test_reasoning_tokens_are_counted_however_many_come_at_once(
+    serve: Any, tokens: int, stream: bool, reply: str, count: int
+) -> None:
+    served = serve("r1")
+    served.engine.reply, served.engine.tokens_per_delta = reply or "</think>", tokens
+    fields = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = served.chat(stream=stream, tools=TOOLS, **fields)
+    usage = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")] or [answer.json()]
+    assert usage[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == (count or 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 100])
+@pytest.mark.parametrize("path", ["chat", "responses"])
+def test_a_delta_is_reasoning_or_content(serve: Any, tokens: int, path: str) -> None:
+    served = serve("r1")
+    served.engine.reply, served.engine.tokens_per_delta = "Hm.</think>Hi! " + WEATHER, tokens
+    if path == "responses":
+        answer = served.http.post("/v1/responses", json={"input": "Hi", "stream": True}).text
+        assert answer.count("event: response.reasoning_text.done") == 1
+        return
+    body = {"stream": True, "tools": TOOLS, "logprobs": True}
+    lines = [line for line in served.chat(**body).text.splitlines() if line.startswith("data: {")]
+    choices = [json.loads(line[6:])["choices"][0] for line in lines]
+    kinds = [set(choice["delta"]) - {"role"} for choice in choices[1:]]
+    assert all(len(kind) <= 1 for kind in kinds)
+    assert set().union(*kinds) == {"reasoning_content", "content", "tool_calls"}
+    told = [[each["token"] for each in (choice["logprobs"] or {"content": []})["content"]] for choice in choices]
+    assert "".join(token for tokens in told for token in tokens) == served.engine.reply
+    thought = [
+        token
+        for choice, tokens in zip(choices, told, strict=True)
+        for token in tokens
+        if "reasoning_content" in choice["delta"]
+    ]
+    assert "H" in thought and "i" not in thought
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize(
+    ("family", "reply", "stop", "content"),
+    [
+        ("r1", "One. Two.</think>Three. Four.", ".", "Three"),
+        ("r1", "One</think>", "</think>", ""),
+        ("v3.1", "<think>One. Two.</think>Three. Four.", ".", "Three"),
+        ("v3.1", "Three. Four.", ".", "Three"),
+        ("v3", "Three. Four.", ".", "Three"),
+    ],
+)
+def test_stop_strings_count_in_the_answer_alone(
+    serve: Any, path: str, family: str, reply: str, stop: str, content: str
+) -> None:
+    served = serve(family)
+    served.engine.reply = reply
+    if path == "/v1/responses":
+        output = served.http.post(path, json={"input": "Hi", "stop": stop}).json()["output"]
+        assert "".join(item["content"][0]["text"] for item in output if item["type"] == "message") == content
+        return
+    message = served.chat(stop=stop).json()["choices"][0]["message"]
+    assert message["content"] == content
+    assert message.get("reasoning_content", "") == reply.removeprefix("<think>").partition("</think>")[0] * (
+        "think" in reply
+    )
+
+
+@pytest.mark.parametrize("stop", ["`", "\n", "city", "}", "<｜tool▁sep｜>"])
+def test_stop_strings_do_not_cut_calls(serve: Any, stop: str) -> None:
+    served = serve("v3")
+    calls = "".join(
+        f'<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{{"city": "{city}"}}\n```<｜tool▁call▁end｜>\n'
+        for city in ("Bonn", "Ulm")
+    )
+    served.engine.reply = f"Look: <｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>done{stop}!"
+    (choice,) = served.chat(stop=stop, tools=TOOLS).json()["choices"]
+    assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == [
+        '{"city": "Bonn"}',
+        '{"city": "Ulm"}',
+    ]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Look: done", "tool_calls")
+
+
 def test_the_thinking_switch(serve: Any) -> None:
     served = serve("v3.1")
     served.engine.reply = "Hm.</think>Hello!"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
 import pytest
+from conftest import BOS
+
+from leanseek.server.service import token_text
 
 
 def client(served: Any) -> openai.OpenAI:
@@ -64,6 +68,71 @@ def test_echo_with_logprobs_scores_the_prompt(serve: Any) -> None:
     assert logprobs.token_logprobs == [None, -0.5, -0.5, -0.5, -0.5]
     assert logprobs.text_offset == [0, 1, 2, 3, 4]
     assert logprobs.top_logprobs[0] is None and logprobs.top_logprobs[1] == {"b": -0.5}
+
+
+def choices(served: Any, stream: bool, **fields: object) -> list[dict[str, Any]]:
+    """Text, logprobs and finish_reason of each choice, joined where they come in chunks."""
+    answer = served.http.post("/v1/completions", json=fields | {"stream": stream})
+    assert answer.status_code == 200, answer.text
+    if not stream:
+        return list(answer.json()["choices"])
+    joined: dict[int, dict[str, Any]] = {}
+    for line in answer.text.splitlines():
+        if not line or line == "data: [DONE]":
+            continue
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            whole = joined.setdefault(choice["index"], {"index": choice["index"], "text": "", "logprobs": {}})
+            whole["text"] += choice["text"]
+            whole["finish_reason"] = choice["finish_reason"]
+            for name, values in choice["logprobs"].items():
+                whole["logprobs"].setdefault(name, []).extend(values)
+    return [joined[index] for index in sorted(joined)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "text", "offsets"),
+    [
+        ({}, "a€é🙃b", [0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4]),  # a part of a character begins where the character does
+        ({"max_tokens": 3}, "a\ufffd", [0, 1, 1]),
+        ({"stop": "é🙃"}, "a€", [0, 1, 1, 1, 2, 2, 2, 2, 2, 2]),  # what was cut off begins at the end
+        ({"stop": "€"}, "a", [0, 1, 1, 1]),
+        ({"stop": "bc"}, "a€é🙃b", [0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4]),  # held back, and given out at the end
+        ({"echo": True, "max_tokens": 1}, "xya", [0, 0, 1, 2]),  # the text has no <begin of sentence>
+        ({"echo": True, "max_tokens": 1, "skip_special_tokens": False}, f"{BOS}xya", [0, 21, 22, 23]),
+        ({"echo": True, "max_tokens": 2, "prompt": "é"}, "éa\ufffd", [0, 0, 0, 1, 2]),
+        ({"echo": True, "n": 2, "stop": "é"}, "xya€", [0, 0, 1, 2, 3, 3, 3, 4, 4]),
+        ({"n": 3, "max_tokens": 2}, "a\ufffd", [0, 1]),
+    ],
+)
+def test_offsets_fit_the_text(serve: Any, stream: bool, fields: dict[str, Any], text: str, offsets: list[int]) -> None:
+    served = serve("plain")
+    served.engine.reply = "a€é🙃b"
+    answer = choices(served, stream, **{"prompt": "xy", "logprobs": 1, "max_tokens": 100} | fields)
+    assert len(answer) == fields.get("n", 1)
+    for choice in answer:
+        found = choice["logprobs"]
+        assert (choice["text"], found["text_offset"]) == (text, offsets)
+        for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+            whole = not token.startswith(("bytes:", "<｜"))
+            assert not whole or offset == len(choice["text"]) or choice["text"][offset:].startswith(token)
+
+
+@pytest.mark.parametrize("reply", ["€", "é", "🙃", "a"])
+def test_parts_of_characters_have_names_of_their_own(serve: Any, reply: str) -> None:
+    """Evaluation harnesses look for the token among the keys of top_logprobs."""
+    served = serve("plain")
+    served.engine.reply = reply
+    (choice,) = choices(served, False, prompt="x", logprobs=5)
+    spelled = [reply] if reply == "a" else [f"bytes:\\x{byte:02x}" for byte in reply.encode()]
+    assert choice["logprobs"]["tokens"] == spelled
+    for token, top in zip(spelled, choice["logprobs"]["top_logprobs"], strict=True):
+        assert len(top) == 5 and max(top, key=top.__getitem__) == token
+
+
+def test_an_id_without_a_token_is_named_by_its_number(serve: Any) -> None:
+    tokenizer = serve("plain").engine.tokenizer
+    assert [token_text(tokenizer, 5000 + place) for place in range(2)] == ["token_id:5000", "token_id:5001"]
 
 
 def test_no_tokens_but_the_prompts(serve: Any) -> None:

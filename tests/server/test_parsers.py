@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -89,24 +90,183 @@ def test_the_example_shown_to_the_model_is_in_its_format(name: str) -> None:
     assert (content, [(call[0], call[2]) for call in calls]) == ("", [("f", '{"a": 1}')])
 
 
-def test_a_call_cut_off_keeps_the_arguments_it_has() -> None:
-    text = V31_CALLS[: V31_CALLS.index("zhou")]
-    assert parse([text], None, DEEPSEEK_V31_TOOLS) == ("", "Let me look.", [("get_weather", None, '{"city": "Hang')])
+def section(form: ToolFormat, *bodies: str) -> str:
+    """A section of calls with these bodies."""
+    calls = "".join(f"{form.call_begin}{body}{form.call_end}" for body in bodies)
+    return f"{form.section_begin}{calls}{form.section_end}"
 
 
-def test_a_call_without_arguments_or_name_is_no_call() -> None:
-    text = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>oops<｜tool▁call▁end｜><｜tool▁call▁begin｜><｜tool▁sep｜>{}<｜tool▁call▁end｜>"
-    assert parse([text + "<｜tool▁calls▁end｜>bye"], None, DEEPSEEK_V31_TOOLS) == ("", "bye", [])
+def body(form: ToolFormat, name: str, arguments: str) -> str:
+    return form.header.format(name=name) + form.arguments_begin + arguments + form.arguments_end
+
+
+@pytest.mark.parametrize("name", ["v3", "v3.1"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        'function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```',
+        'function<｜tool▁sep｜>f\n```\n{"a": 1}\n```',
+        'function<｜tool▁sep｜>f\n```JSON {"a": 1} ```',
+        'function<｜tool▁sep｜>f\n~~~json\n{"a": 1}\n~~~',
+        'function<｜tool▁sep｜>f\n````python\n{"a": 1}\n````\n',
+        'function<｜tool▁sep｜>f\n```json\n{"a": 1}',
+        'function<｜tool▁sep｜>f\n{"a": 1}',
+        '<｜tool▁sep｜>f\n{"a": 1}',
+        'f<｜tool▁sep｜>{"a": 1}',
+        'f<｜tool▁sep｜>\n```json\n{"a": 1}\n```',
+        'f\n{"a": 1}',
+        'f{"a": 1}',
+    ],
+)
+def test_deepseeks_calls_with_any_fence_or_none(name: str, written: str) -> None:
+    form = FORMATS[name]
+    assert parse([section(form, written)], None, form) == ("", "", [("f", None, '{"a": 1}')])
+
+
+@pytest.mark.parametrize(
+    ("written", "call_id"),
+    [
+        ('functions.f:3<|tool_call_argument_begin|>{"a": 1}', "functions.f:3"),
+        ('functions.f:3<|tool_call_argument_begin|>\n```json\n{"a": 1}\n```', "functions.f:3"),
+        ('functions.f:3\n{"a": 1}', "functions.f:3"),
+        ('functions.f<|tool_call_argument_begin|>{"a": 1}', None),
+        ('f<|tool_call_argument_begin|> {"a": 1} ', None),
+    ],
+)
+def test_kimis_calls_with_and_without_index_and_fence(written: str, call_id: str | None) -> None:
+    assert parse([section(KIMI_K2_TOOLS, written)], None, KIMI_K2_TOOLS) == ("", "", [("f", call_id, '{"a": 1}')])
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("v3", "function<｜tool▁sep｜>f"),
+        ("v3", "function<｜tool▁sep｜>f\n```json\n```"),
+        ("v3", "function<｜tool▁sep｜>f\n```json\n{}\n```"),
+        ("v3.1", "f<｜tool▁sep｜>"),
+        ("v3.1", "f<｜tool▁sep｜>\n"),
+        ("v3.1", "f"),
+        ("kimi", "functions.f:0"),
+        ("kimi", "functions.f:0<|tool_call_argument_begin|>"),
+    ],
+)
+def test_a_call_without_arguments_has_none(name: str, written: str) -> None:
+    ((called, _, arguments),) = parse([section(FORMATS[name], written)], None, FORMATS[name])[2]
+    assert (called, arguments) == ("f", "{}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_stands_around_calls_is_content(name: str) -> None:
+    form = FORMATS[name]
+    one, two = (f"{form.call_begin}{body(form, each, '{}')}{form.call_end}" for each in "fg")
+    text = f"First.\n{form.section_begin}\n{one} and \n{two}\nso\n{form.section_end}\nLast."
+    _, content, calls = parse([text], None, form)
+    assert content == "First.\n and \n\nso\n\nLast."
+    assert [call[0] for call in calls] == ["f", "g"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "arguments", ["{", '{"a": }', "[1]", "5", '{"a": NaN}', "{} {}", "so: {}", '{"a": "x\ny"}', "[" * 5000]
+)
+def test_arguments_that_are_no_json_object_are_content(name: str, arguments: str) -> None:
+    """As is the mark of a call without a name; the well-formed call behind them is a call."""
+    form = FORMATS[name]
+    wrong = section(form, body(form, "f", arguments), form.arguments_begin + "{}")
+    right = section(form, body(form, "g", '{"b": 10000000000000000000000}'))
+    _, content, calls = parse([wrong + right + "bye"], None, form)
+    assert content == wrong + "bye"
+    assert [(call[0], call[2]) for call in calls] == [("g", '{"b": 10000000000000000000000}')]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("prose", ["The mark {} begins calls.", "{}", "{}{} and {}", "{} " + "x" * 1000])
+def test_marks_in_prose_are_content(name: str, prose: str) -> None:
+    form = FORMATS[name]
+    for mark in (form.section_begin, form.section_end, form.call_begin, form.call_end):
+        text = prose.replace("{}", mark)
+        assert parse([text, ""], None, form) == ("", text, [])
+    pair = prose.replace("{}", form.section_begin + form.call_begin)
+    assert parse([pair, ""], None, form) == ("", pair, [])
+
+
+def test_prose_behind_a_mark_is_not_held_back_to_the_end() -> None:
+    form = DEEPSEEK_V31_TOOLS
+    parser = OutputParser(None, ToolCallParser(form))
+    text = f"Write {form.section_begin}{form.call_begin} and go on: " + "x" * 300
+    assert parser.feed(text).content == text
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_answer_cut_inside_a_call_is_content(name: str) -> None:
+    """Wherever it is cut; a call whose arguments are whole is one."""
+    text, whole = CALLS[name], CALLS[name].index("}") + 1
+    for place in range(len("Let me look."), len(text)):
+        _, content, calls = parse([text[:place]], None, FORMATS[name])
+        assert calls or content == text[:place]
+        assert not calls or place >= whole
+        assert calls or place != whole
+        assert all(isinstance(json.loads(call[2]), dict) for call in calls)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("before", "behind", "reasoning", "content"),
+    [
+        ("I ask.", "", "I ask.", ""),
+        ("I ask.\n\n", "</think>", "I ask.", ""),
+        ("<think>I ask.\n", "\n</think>\n\nDone.", "I ask.", "Done."),
+        ("I ask.", "Done.", "I ask.", "Done."),
+        ("I ask.", "More.</think>Done.", "I ask.", "More.Done."),
+        ("I know </think> ends it.", "", "I know ", " ends it."),
+        ("", "", "", ""),
+    ],
+)
+def test_a_call_ends_the_reasoning(name: str, before: str, behind: str, reasoning: str, content: str) -> None:
+    form = FORMATS[name]
+    written = section(form, body(form, "f", '{"a": "</think>"}'))
+    found = parse([before + written + behind], True, form)
+    assert found[:2] == (reasoning, content)
+    assert [(call[0], call[2]) for call in found[2]] == [("f", '{"a": "</think>"}')]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_mark_that_reasoning_mentions_does_not_end_it(name: str) -> None:
+    form = FORMATS[name]
+    thought = f"I could write {form.section_begin} or {form.call_begin}f{form.call_end} now."
+    assert parse([f"{thought}</think>No."], True, form) == (thought, "No.", [])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_call_cut_off_in_the_reasoning_is_content(name: str) -> None:
+    form = FORMATS[name]
+    cut = form.section_begin + form.call_begin + body(form, "f", '{"a": "Hang')
+    assert parse([f"I ask.\n{cut}"], True, form) == ("I ask.", cut, [])
+
+
+def test_calls_beyond_the_most_are_content() -> None:
+    form = DEEPSEEK_V31_TOOLS
+    parser = ToolCallParser(form, most=1)
+    parsed = parser.feed(section(form, "f", "g"), final=True)
+    assert [call.name for call in parsed.tool_calls] == ["f", None]
+    assert parsed.content == f"{form.call_begin}g{form.call_end}"
 
 
 MARKS = [
     "<think>", "</think>", "\n", "\n```json\n", "\n```", "function", "name", '{"a": 1}', "text", " ", "<", "`", "<｜tool",
+    "{}", '{"a": ', '"</think>"}', "functions.", ":1", "[",
     *(getattr(form, mark) for form in FORMATS.values() for mark in ("section_begin", "section_end", "call_begin")),
     *(getattr(form, mark) for form in FORMATS.values() for mark in ("arguments_begin", "call_end")),
     "<｜tool▁sep｜>",
 ]  # fmt: skip
+SECTIONS = [
+    section(form, *bodies)
+    for form in FORMATS.values()
+    for bodies in ([body(form, "f", '{"a": 1}')], [body(form, "f", "{}"), body(form, "g", "[")], ["f", "x y"])
+]
 TEXTS = st.one_of(
     st.lists(st.sampled_from(MARKS), max_size=14).map("".join),
+    st.lists(st.sampled_from([*SECTIONS, *MARKS]), max_size=8).map("".join),
     st.sampled_from([f"hm\n</think>\n\n{calls}" for calls in CALLS.values()]),
 )
 
@@ -123,6 +283,49 @@ def test_how_the_text_is_cut_does_not_matter(text: str, sizes: list[int], opened
     for size in sizes:
         pieces, rest = [*pieces, rest[:size]], rest[size:]
     assert parse([*pieces, rest], opened, FORMATS[name]) == parse([text], opened, FORMATS[name])
+
+
+def accounts_for(text: str, parts: list[str], dropped: re.Pattern[str]) -> bool:
+    """Whether the text is the parts in their order with nothing between them but what may be dropped."""
+
+    def behind(places: set[int]) -> set[int]:
+        todo, reached = list(places), set(places)
+        while todo:
+            match = dropped.match(text, todo.pop())
+            if match and match.end() not in reached:
+                todo.append(match.end())
+                reached.add(match.end())
+        return reached
+
+    places = behind({0})
+    for part in parts:
+        found = {place + len(part) for place in places if text.startswith(part, place)}
+        places = behind(found | places if part == "{}" else found)  # no arguments are told as {}
+    return len(text) in places
+
+
+@given(TEXTS, st.sampled_from([None, False, True]), st.sampled_from(list(FORMATS)))
+@settings(max_examples=300, deadline=None)
+def test_every_character_is_accounted_for(text: str, opened: bool | None, name: str) -> None:
+    """Of the marks of calls not one more goes than there are calls."""
+    form = FORMATS[name]
+    parser = OutputParser(None if opened is None else ReasoningSplitter(opened), ToolCallParser(form))
+    parts: list[str] = []  # in the order of the text, for each character is fed alone
+    calls = 0
+    for number, character in enumerate([*text, ""]):
+        parsed = parser.feed(character, final=number == len(text))
+        parts.append(parsed.reasoning + parsed.content)
+        for call in parsed.tool_calls:
+            calls += call.name is not None
+            assert call.name or isinstance(json.loads(call.arguments), dict)
+            parts += [call.name or "", call.arguments]
+    marks = [form.section_begin, form.section_end, form.call_begin, form.call_end, form.arguments_begin.strip()]
+    marks += ["<think>", "</think>", "<｜tool▁sep｜>", "functions.", "function"]
+    dropped = re.compile("|".join(map(re.escape, marks)) + r"|:\d|`+(json)?|\s")
+    assert accounts_for(text, [part for part in parts if part], dropped)
+    told = "".join(parts)
+    assert text.count(form.call_begin) == told.count(form.call_begin) + calls
+    assert text.count(form.section_begin) <= told.count(form.section_begin) + calls
 
 
 def test_nothing_is_held_back_longer_than_needed() -> None:

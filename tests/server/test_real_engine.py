@@ -66,7 +66,6 @@ def test_structured_output_holds_its_schema(client: openai.OpenAI) -> None:
         messages=MESSAGES,
         response_format=form,
         seed=1,
-        extra_body={"chat_template_kwargs": {"thinking": True}},
     )
     parsed = json.loads(answer.choices[0].message.content or "")
     assert isinstance(parsed["ok"], bool) and parsed["n"] in (1, 2)
@@ -86,6 +85,30 @@ def test_a_forced_call_holds_its_parameters(client: openai.OpenAI) -> None:
     calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
     assert calls[0].function.name in ("f", "g")
     assert isinstance(json.loads("".join(call.function.arguments for call in calls))["on"], bool)
+
+
+@pytest.mark.parametrize("begin", ["{", "<｜tool▁calls▁begin｜>"])
+def test_a_form_beside_tools_is_held_either_way(real: Any, client: openai.OpenAI, begin: str) -> None:
+    """The random network is led to begin with one or the other."""
+    parameters = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    schema = parameters | {"additionalProperties": False}
+    tools: Any = [
+        {"type": "function", "function": {"name": "f", "parameters": schema}},
+        {"type": "function", "function": {"name": "g"}},
+    ]
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    (token,) = real.engine.tokenizer.encode(begin, add_special_tokens=False)
+    choice = client.chat.completions.create(
+        model="test-model", messages=MESSAGES, tools=tools, response_format=form, seed=1, logit_bias={str(token): 100},
+        parallel_tool_calls=False,
+    ).choices[0]  # fmt: skip
+    if begin == "{":
+        assert choice.message.tool_calls is None and json.loads(choice.message.content or "")["on"] in (True, False)
+        return
+    (call,) = choice.message.tool_calls or []
+    arguments = json.loads(call.function.arguments)
+    assert arguments == {} if call.function.name == "g" else arguments["on"] in (True, False)
+    assert (choice.message.content, choice.finish_reason) == (None, "tool_calls")
 
 
 def test_many_at_once_a_third_of_whom_leave(real: Any) -> None:

@@ -16,13 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from leanseek import load
 from leanseek.checkpoint import training as checkpoints
 from leanseek.checkpoint.training import newest_checkpoint, read_checkpoint, steps_on_disk
+from leanseek.cli import app
+from leanseek.config import ConfigError
+from leanseek.data.loader import TokenDataset
 from leanseek.data.prepare import prepare
 from leanseek.errors import RunError
-from leanseek.training import RunConfig, Summary, train
+from leanseek.training import RunConfig, Summary, loop, pace, train
 from leanseek.training.metrics import read_rows
 from leanseek.training.trainer import Trainer
 
@@ -338,7 +342,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     with pytest.raises(RunError, match="is full") as caught:
         go("train.steps=400", "checkpoint.every=10", resume=True, runs=runs)
     assert str(runs if disk else "/") in str(caught.value)
-    assert "step-5 is intact: make room, then go on with --resume" in str(caught.value)
+    assert "make room; checkpoints/step-5 is whole: go on with --resume" in str(caught.value)
     found, passed = newest_checkpoint(runs / "run")
     assert found is not None
     assert found.step == 5
@@ -357,7 +361,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
 def test_a_loss_that_stays_nonfinite_ends_the_run_and_reaches_no_checkpoint(
     go: Callable[..., Summary], tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match=r"step \d+: output of .* is not finite .* the last good checkpoint is intact"):
+    with pytest.raises(RunError, match=r"step \d+: output of .* is not finite .* (there is no checkpoint|is whole)"):
         go("optimizer.lr=1e30", "optimizer.clip=1e30", "schedule.warmup_steps=0", "checkpoint.every=1")
     run = tmp_path / "run"
     assert events(run).count("skipped") == 3
@@ -369,7 +373,9 @@ def test_a_loss_that_stays_nonfinite_ends_the_run_and_reaches_no_checkpoint(
 
 def test_a_weight_that_is_not_finite_reaches_no_checkpoint(go: Callable[..., Summary], tmp_path: Path) -> None:
     """A step whose loss and gradients are finite may still overflow a weight."""
-    with pytest.raises(RunError, match=r"weight .* is not finite, so no checkpoint was written"):
+    with pytest.raises(
+        RunError, match=r"is not finite, so no checkpoint was written.*there is no checkpoint to resume"
+    ):
         go("optimizer.lr=1e39", "schedule.warmup_steps=0", "checkpoint.every=1", "train.eval_every=9")
     assert steps_on_disk(tmp_path / "run") == []
 
@@ -393,3 +399,271 @@ def test_a_single_bad_step_is_left_out_and_the_run_goes_on(
     assert message.startswith("step 5: gradient of layers.0.mlp.up_proj.weight is not finite")
     assert [row["grad_norm"] is None for row in found if "loss" in row] == [False] * 4 + [True] + [False] * 3
     assert read_checkpoint(tmp_path / "run/checkpoints/step-5").state["skipped"] == 1
+
+
+# ---- how fast ----
+
+
+@pytest.mark.parametrize(
+    ("probes", "best"),
+    [
+        ([1.0], 0.0),  # something else took the machine, whenever it was measured: the steps themselves are better
+        ([1.0, 1e15, 1.0], 1e15),  # the best that was seen, from then on
+        ([1e16, 1e15], 1e16),
+    ],
+)
+def test_no_step_is_faster_than_the_machine(
+    probes: list[float], best: float, go: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(probes)
+    monkeypatch.setattr(loop, "gemm_rate", lambda *_, **__: left.pop(0) if len(left) > 1 else left[0])
+    go()
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "mfu" in row]
+    assert len(rows) == 24 and all(0 < row["mfu"] <= 1 for row in rows)
+    fastest = max(row["flops_per_second"] for row in rows)
+    assert rows[-1]["flops_per_second"] / rows[-1]["mfu"] == pytest.approx(max(best, fastest))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "steps", "warmup", "said"),
+    [
+        (1.0, 24, 3, "this machine trains 100 tokens/s: 24 steps (all 24), about 0.4 minutes"),
+        (0.256, 16, 2, "this machine trains 100 tokens/s: 16 steps (instead of 24), about 0.3 minutes"),
+        (0.02, 1, 0, "this machine trains 100 tokens/s: 1 steps (instead of 24), about 0.0 minutes"),
+    ],
+)
+def test_as_many_steps_as_fit(
+    minutes: float, steps: int, warmup: int, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "tokens_per_second", lambda run: 100.0)
+    run, line = pace.fit_steps(config(place), minutes)
+    assert (run.train.steps, run.schedule.warmup_steps, line) == (steps, warmup, said)
+    assert run.data == config(place).data and run.model == config(place).model
+    with pytest.raises(ConfigError, match=r"100 tokens/s, so no step of 96 tokens fits into 0\.01 minutes"):
+        pace.fit_steps(config(place), 0.01)
+
+
+def test_the_pace_counts_evaluations(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second; eight sequences are evaluated for each 32 trained on, at a third of the cost."""
+    now = [0.0]
+    step = Trainer.step
+
+    def counted(self: Trainer, tokens: torch.Tensor, number: int) -> object:
+        now[0] += 1.0
+        return step(self, tokens, number)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    assert pace.tokens_per_second(config(place)) == pytest.approx(4 * 24 / (1 + 8 / 32 / 3))
+
+
+def test_a_run_that_was_fitted_is_the_shorter_run(
+    place: Path, go: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--minutes` times steps before the run and leaves no trace in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        pace, "tokens_per_second", lambda run: (Trainer(run).step(pace.random_tokens(run), 0), 100.0)[1]
+    )
+    command = ["train", str(place / "run.toml"), f"data.path={place / 'shards'}", "--minutes", "0.128"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "8 steps (instead of 24)" in done.stderr
+    go("train.steps=8", "schedule.warmup_steps=1", runs=tmp_path / "plain")
+    assert history(tmp_path / "runs" / "run") == history(tmp_path / "plain" / "run")
+    again = CliRunner().invoke(app, [*command, "--resume"])
+    assert again.exit_code and "leave it away with --resume" in str(again.exception)
+
+
+# ---- two at once ----
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_has_ended(place: Path, tmp_path: Path) -> None:
+    """Refused before anything is written, and let in once the holder was killed -9."""
+    run = tmp_path / "runs/run"
+    first = start(place, tmp_path, "train.steps=4000", "checkpoint.every=4000")
+    wait_for(first, lambda: rows(run, 8))
+    for flags in ((), ("--resume",), ("train.steps=5000",)):
+        second = start(place, tmp_path, *flags)
+        _, stderr = second.communicate()
+        assert second.returncode == 2
+        assert stderr.strip().splitlines() == [
+            "leanseek: runs/run is being trained by another process; wait, or choose another --name"
+        ]
+    assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert train(config(place), resume=True, runs=tmp_path / "runs").step == 24
+    found = [row["step"] for row in history(run) if "loss" in row]
+    assert found == list(range(1, 25))
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_folder(go: Callable[..., Summary], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished shards"):
+        go(f"data.path={tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        go("name=typo", resume=True)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "typo").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(go: Callable[..., Summary], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/run cannot be written: Not a directory"):
+        go(runs=tmp_path / "file")
+
+
+# ---- other settings on resuming ----
+
+
+def windows_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the windows that are trained on from now on."""
+    seen: list[int] = []
+    batch = TokenDataset.batch
+
+    def noted(self: TokenDataset, first: int, n: int):  # type: ignore[no-untyped-def]
+        seen.extend(range(first, first + n))
+        return batch(self, first, n)
+
+    monkeypatch.setattr(TokenDataset, "batch", noted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("train.batch_size=6",),
+        ("train.batch_size_start=0",),
+        ("train.ramp=0.9",),
+        ("train.steps=30",),
+        ("train.steps=11",),
+        ("train.batch_size=5", "train.steps=40", "optimizer.lr=1e-3"),
+    ],
+)
+def test_no_window_is_skipped_or_seen_twice(
+    go: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: tuple[str, ...]
+) -> None:
+    seen = windows_seen(monkeypatch)
+    go("train.steps=10")
+    before = read_rows(tmp_path / "run/metrics.jsonl")
+    done = go("train.steps=10", *changed, resume=True)
+    assert seen == list(range(len(seen)))
+    found = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if "loss" in row]
+    assert done.tokens == found[-1]["tokens"] == sum(row["batch_size"] for row in found) * 24 == len(seen) * 24
+    assert len(before) < len(read_rows(tmp_path / "run/metrics.jsonl"))
+
+
+def test_other_settings_are_said_aloud_with_what_they_do(go: Callable[..., Summary], tmp_path: Path) -> None:
+    go("train.steps=10")
+    go("train.steps=40", "optimizer.weight_decay=0.2", resume=True)
+    lines = [row["message"] for row in read_rows(tmp_path / "run/metrics.jsonl") if row.get("event") == "changed"]
+    assert lines[0] == "resumed with other settings: train.steps 10 -> 40, optimizer.weight_decay 0.1 -> 0.2"
+    assert lines[1].startswith("step 11 by the old and the new settings (schedules are shares of train.steps): ")
+    assert "learning rate 0.000387 -> 0.003" in lines[1]
+    assert len(lines) == 2
+
+
+def test_the_same_settings_are_not(whole: Path, finished: Path, go: Callable[..., Summary]) -> None:
+    shutil.rmtree(finished / "checkpoints/step-24")
+    go(resume=True)
+    assert "changed" not in events(finished)
+    assert history(finished) == history(whole)
+
+
+@pytest.mark.parametrize("length", [12, 48, 20])
+def test_windows_of_another_length_begin_where_the_old_ones_end(
+    go: Callable[..., Summary], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Less than a window is passed over where the lengths do not fit, and the line says how much."""
+    seen = windows_seen(monkeypatch)
+    go("train.steps=10")
+    behind = len(seen) * 24
+    go("train.steps=12", f"data.seq_len={length}", resume=True)
+    first = seen[behind // 24] * length
+    assert 0 <= first - behind < length
+    (line,) = [m for m in messages(tmp_path / "run") if m.startswith("windows of")]
+    assert f"go on {first - behind} tokens after" in line
+
+
+def messages(run: Path) -> list[str]:
+    return [row["message"] for row in read_rows(run / "metrics.jsonl") if row.get("event") == "changed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ("train.seed=1", "train.seed = 1, but the run goes on with 0"),
+        ("data.fim_rate=0.0", r"data.fim_rate = 0.0, but the run goes on with 0.3"),
+        ("train.steps=20", "train.steps = 20, but .* has done 24 steps already"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(finished: Path, go: Callable[..., Summary], change: str, word: str) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=word):
+        go(change, resume=True)
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_shards_of_another_tokenizer_are_refused_and_other_text_is_said_aloud(
+    finished: Path, place: Path, tmp_path: Path, go: Callable[..., Summary]
+) -> None:
+    text = tmp_path / "other.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"one two three four {i} " * 40}) for i in range(80)))
+    prepare([text], tmp_path / "other", train_vocab=280, validation_fraction=0.2, workers=1)
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        go(f"data.path={tmp_path / 'other'}", resume=True)
+    same = place / "shards/tokenizer.json"
+    rows_ = [json.dumps({"text": " ".join(["war", "and", "peace"] * 30)}) for _ in range(90)]
+    (tmp_path / "more.jsonl").write_text("\n".join(rows_))
+    prepare([tmp_path / "more.jsonl"], tmp_path / "more", tokenizer=same, validation_fraction=0.5, workers=1)
+    go(f"data.path={tmp_path / 'more'}", "train.steps=25", resume=True)
+    assert any("the run goes on at window" in line for line in messages(finished))
+
+
+# ---- a state of another shape ----
+
+
+def spoil(state: dict[str, torch.Tensor], how: str) -> str:
+    """Spoil one tensor of a state; returns its name."""
+    name = {"step": "step.norm.weight", "ema": "ema.layers.0.mlp.up_proj.weight"}.get(how, "exp_avg.norm.weight")
+    change = {
+        "[1]": lambda t: torch.zeros(1),
+        "[0]": lambda t: torch.zeros(0),
+        "[]": lambda t: torch.zeros(()),
+        "transposed": lambda t: t[None],
+        "int64": lambda t: t.long(),
+        "step": lambda t: torch.zeros(3),
+        "ema": lambda t: t[:1],
+    }.get(how)
+    if change is None:
+        del state[name]
+    else:
+        state[name] = change(state[name])
+    return name
+
+
+@pytest.mark.parametrize("how", ["[1]", "[0]", "[]", "transposed", "int64", "step", "ema", "missing"])
+def test_a_state_that_does_not_fit_is_named_before_anything_is_written(place: Path, how: str) -> None:
+    run = config(place)
+    trainer = Trainer(run)
+    trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
+    state = {name: t.clone() for name, t in trainer.state_tensors().items()}
+    Trainer(run).load_state_tensors(dict(state), [])
+    name = spoil(state, how)
+    with pytest.raises(ValueError, match=rf"state.safetensors: {name} (has shape|is int64|is missing)"):
+        Trainer(run).load_state_tensors(state, [])
+
+
+def test_missing_and_foreign_tensors_are_named(place: Path) -> None:
+    run = config(place)
+    trainer = Trainer(run)
+    trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
+    state = trainer.state_tensors()
+    with pytest.raises(ValueError, match=r"exp_avg.layers.9.x belongs to no parameter \(and 1 more\)"):
+        Trainer(run).load_state_tensors(state | {"exp_avg.layers.9.x": torch.zeros(1), "z": torch.zeros(1)}, [])
+    none = {name: t for name, t in state.items() if not name.endswith(".norm.weight")}
+    with pytest.raises(ValueError, match=r"step\..*norm.weight is missing"):
+        Trainer(run).load_state_tensors(none, [])
+    with pytest.raises(ValueError, match=r"step.norm.weight is nan, not a number of steps"):
+        Trainer(run).load_state_tensors(state | {"step.norm.weight": torch.tensor(float("nan"))}, [])
+    Trainer(run).load_state_tensors(
+        {}, trainer.state_tensors().keys() and [n for n, _ in trainer.model.named_parameters()]
+    )

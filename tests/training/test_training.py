@@ -17,7 +17,7 @@ from leanseek.training import RunConfig, Trainer
 from leanseek.training.balance import add_counts, update_biases
 from leanseek.training.config import BalanceConfig, MTPConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from leanseek.training.objective import losses
-from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight, samples_before
+from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
 
 MODEL = ModelConfig(
     vocab_size=67, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
@@ -284,12 +284,6 @@ def test_the_schedule_is_the_papers() -> None:
     assert [bias_update_speed(falling, s) for s in (0, 3700, 7400)] == [0.02, pytest.approx(0.011), 0.0]
 
 
-def test_the_data_position_is_the_sum_of_the_batches() -> None:
-    run = dataclasses.replace(RUN, train=TrainConfig(steps=40, batch_size=9, batch_size_start=2, ramp=0.3))
-    for step in range(40):
-        assert samples_before(run, step + 1) - samples_before(run, step) == batch_size(run, step)
-
-
 @pytest.mark.parametrize("preset", ["demo", "v2-lite", "v3-671b"])
 def test_the_resolved_file_parses_to_the_same_run(preset: str) -> None:
     run = RunConfig.load(preset, ["train.steps=7", "optimizer.moments=bfloat16", "name=other", "optimizer.lr=1"])
@@ -347,3 +341,16 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match=r"train.device = 'cuda:99'"):
         Trainer(but(train={"device": "cuda:99"}))
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leanseek.training import metrics
+
+    monkeypatch.setattr(metrics, "_SAY_EVERY", -1)
+    said: list[str] = []
+    with metrics.Metrics(tmp_path, 9, 0) as seen:
+        monkeypatch.setattr(seen, "say", said.append)
+        seen.show(1, "loss 3")
+        monkeypatch.setattr(metrics, "_SAY_EVERY", 3600)
+        seen.show(2, "loss 2")
+    assert said == ["step 1: loss 3"]

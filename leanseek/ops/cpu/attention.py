@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanseek.ops.cpu.library import DTYPES, accepts, kernel, pointers
+from leanseek.ops.cpu.library import DTYPES, Function, accepts, kernel, pointers
 from leanseek.ops.dispatch import register
 
 _forward = kernel("attention_forward", "np pppp pp f pp")
 _backward = kernel("attention_backward", "np pppp pp f pp p pppp p")
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """Keeps its inputs, the output and one number per query and head; scores are computed again in backward.
 
     q [B, T, H, nope + rope]; kv [B, T, Hkv, nope + value]; k_rope [B, T, rope], cos and sin [B or 1, T, rope / 2], or

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanseek.ops.cpu.library import DTYPES, accepts, kernel, pointers
+from leanseek.ops.cpu.library import DTYPES, Function, accepts, kernel, pointers
 from leanseek.ops.dispatch import register
 from leanseek.ops.experts import route_order
 
@@ -13,7 +13,7 @@ _forward = kernel("experts_forward", "nnp ppp pppp pp p")
 _backward = kernel("experts_backward", "nnp ppp pppp pp p pppp")
 
 
-class _Experts(torch.autograd.Function):
+class _Experts(Function):
     """Keeps x and the experts' pre-activations; SwiGLU is computed again in backward (3.3.3)."""
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Finding, loading and calling the compiled kernels.
 
 CMakeLists.txt builds one library per instruction set, each a plain C interface over pointers and sizes. The best that
-this CPU has is loaded, or the one that LEANSEEK_CPU names. They share torch's OpenMP threads: torch's own runtime
-library is made visible to them here, so that no second pool of threads comes into the process.
+this CPU has is loaded, or the one that LEANSEEK_CPU names ("none" leaves all out). They share torch's OpenMP threads:
+torch's own runtime library is made visible to them here, so that no second pool of threads comes into the process.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ import torch
 from torch import Tensor
 
 from leanseek.errors import InputError
+from leanseek.ops.dispatch import ordinary
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")  # best first
+NONE = "none"  # what LEANSEEK_CPU names to run on the torch references
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.h: enum Dtype
 _LETTERS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
 _FORCED: list[str] = []  # innermost `use_variant` last
+
+
+_NO_MEMORY = "native kernels read memory: what they computed can be neither differentiated nor repeated by a tracer"
 
 
 class Status(NamedTuple):
@@ -38,6 +43,8 @@ def status() -> Status:
     variants = _usable()
     if variants:
         return Status(variants[0], f"{_path(variants[0])}, threads shared with {_openmp()}")
+    if os.environ.get("LEANSEEK_CPU") == NONE:
+        return Status(None, f"left out: LEANSEEK_CPU={NONE}")
     built = [v for v in VARIANTS if _path(v).exists()]
     if not built:
         return Status(None, "not built (no C++ compiler at install, or not Linux on x86-64)")
@@ -60,10 +67,27 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
         return function
 
     def call(*arguments: object) -> None:
+        if not ordinary():
+            raise RuntimeError(_NO_MEMORY)
         torch.get_num_threads()  # on a new thread this sets OpenMP's number, which the kernels go by
         bound(_FORCED[-1] if _FORCED else _usable()[0])(*arguments)
 
     return call
+
+
+class Function(torch.autograd.Function):
+    """A function whose backward runs kernels too, and refuses gradients without memory (fake, functional, batched)."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        native = cls.backward
+
+        def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+            if not ordinary(*grads):
+                raise RuntimeError(_NO_MEMORY)
+            return native(ctx, *grads)
+
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
 
 
 def accepts(*tensors: Tensor | None) -> bool:
@@ -102,9 +126,11 @@ def usable_variants() -> tuple[str, ...]:
 def _usable() -> tuple[str, ...]:
     usable = [v for v in VARIANTS if _path(v).exists() and _load(v).supported()] if _openmp() else []
     if wanted := os.environ.get("LEANSEEK_CPU"):
+        if wanted == NONE:
+            return ()
         if wanted not in usable:
             raise InputError(
-                f"LEANSEEK_CPU={wanted} names no kernels for this CPU; there are {', '.join(usable) or 'none'}"
+                f"LEANSEEK_CPU={wanted} names no kernels for this CPU; choose {', '.join([*usable, NONE])}"
             )
         usable.sort(key=lambda v: v != wanted)
     return tuple(usable)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from leanseek.ops.adamw import AdamW
-from leanseek.ops.cpu.library import DTYPES, accepts, kernel
+from leanseek.ops.cpu.library import DTYPES, Function, accepts, kernel
 from leanseek.ops.dispatch import register
 
 _rms_norm = kernel("rms_norm", "n pn p pp nn f")
@@ -28,7 +28,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tens
     return out, rows, rstd
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
         wide = weight.float()
@@ -57,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _normed(x, weight.float(), eps)[0]  # at a few rows, autograd's entry takes longer than the norm
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up):  # type: ignore[no-untyped-def]
         gate, up = gate.contiguous(), up.contiguous()
@@ -85,7 +85,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Function):
     @staticmethod
     def forward(ctx, x, cos, sin, interleave):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)

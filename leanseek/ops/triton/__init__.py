@@ -6,6 +6,7 @@ tiles.py    rows of experts, cut in 128      swiglu.py       SwiGLU with quantis
 gemm.py     block-scaled products            paths.py        Triton, ours for SM90, cuBLASLt or DeepGEMM; which one ran
 hopper.py   the same for SM90, in Gluon      elementwise.py  norms, SwiGLU, a token's experts, the head's softmax, AdamW
 attention.py  around cuDNN's attention       training.py     what a training step asks for, as ops
+invariant.py  row-invariant products, experts and attention      serving.py   what a served step asks for, as ops
 """
 
 from __future__ import annotations
@@ -33,4 +34,4 @@ def complaint(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
-from leanseek.ops.triton import training  # noqa: E402, F401  (registers; refusal is read when an op is picked)
+from leanseek.ops.triton import serving, training  # noqa: E402, F401  (they register; refusal is read when an op is picked)

@@ -28,15 +28,9 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        flat = x.reshape(-1, x.shape[-1])
-        rows, columns = flat.shape
-        out, inverse = torch.empty_like(flat), torch.empty(rows, dtype=torch.float32, device=x.device)
-        tile = _tile(columns)
-        _norm[(triton.cdiv(rows, tile[0]),)](
-            flat, weight, out, inverse, flat.stride(0), rows, columns, eps, *tile, num_warps=_warps(tile)
-        )
+        out, inverse = norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -50,6 +44,18 @@ class RMSNorm(torch.autograd.Function):
             flat, weight, grad, inverse, dx, partial, flat.stride(0), rows, columns, *tile, num_warps=_warps(tile)
         )
         return dx.view(x.shape), partial.sum(0).to(weight.dtype), None
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x [..., D], and 1 / its root mean square a row, float32."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows, columns = flat.shape
+    out, inverse = torch.empty_like(flat), torch.empty(rows, dtype=torch.float32, device=x.device)
+    tile = _tile(columns)
+    _norm[(triton.cdiv(rows, tile[0]),)](
+        flat, weight, out, inverse, flat.stride(0), rows, columns, eps, *tile, num_warps=_warps(tile)
+    )
+    return out.view(x.shape), inverse
 
 
 def _tile(columns: int) -> tuple[int, int]:

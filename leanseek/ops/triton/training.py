@@ -91,7 +91,7 @@ def round_e5m6(x: Tensor) -> Tensor:
 # ---- in either precision ----
 
 
-def _takes_rows(*tensors: Tensor | None) -> bool:
+def takes_rows(*tensors: Tensor | None) -> bool:
     """Rows of BF16 or float32 that are contiguous; the norm's weight may differ in dtype."""
     return all(
         t is None or (not triton.refusal(t.device) and t.dtype in (torch.bfloat16, torch.float32) and t.stride(-1) == 1)
@@ -99,21 +99,21 @@ def _takes_rows(*tensors: Tensor | None) -> bool:
     )
 
 
-@register("rms_norm", "triton", _takes_rows)
+@register("rms_norm", "triton", takes_rows)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from leanseek.ops.triton.elementwise import RMSNorm
 
     return RMSNorm.apply(x, weight, eps)
 
 
-@register("swiglu", "triton", _takes_rows)
+@register("swiglu", "triton", takes_rows)
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     from leanseek.ops.triton.elementwise import SwiGLU
 
     return SwiGLU.apply(gate, up)
 
 
-@register("weighted_swiglu", "triton", _takes_rows)
+@register("weighted_swiglu", "triton", takes_rows)
 def weighted(hidden: Tensor, weight: Tensor) -> Tensor:
     from leanseek.ops.triton.elementwise import swiglu_forward
 
@@ -121,7 +121,7 @@ def weighted(hidden: Tensor, weight: Tensor) -> Tensor:
     return swiglu_forward(gate, up, weight)
 
 
-@register("weighted_swiglu_backward", "triton", _takes_rows)
+@register("weighted_swiglu_backward", "triton", takes_rows)
 def weighted_backward(hidden: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from leanseek.ops.triton.elementwise import swiglu_backward
 
@@ -132,14 +132,14 @@ def weighted_backward(hidden: Tensor, weight: Tensor, grad: Tensor) -> tuple[Ten
     return act, dhidden, dweight
 
 
-@register("combine_rows", "triton", _takes_rows)
+@register("combine_rows", "triton", takes_rows)
 def combine_rows(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
     from leanseek.ops.triton.elementwise import combine
 
     return combine(rows, place, tokens)
 
 
-@register("softmax_cross_entropy", "triton", _takes_rows)
+@register("softmax_cross_entropy", "triton", takes_rows)
 def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: bool) -> tuple[Tensor, Tensor]:
     from leanseek.ops.triton.elementwise import softmax_cross_entropy
 
@@ -170,7 +170,7 @@ def mla_attention(
     return MLAttention.apply(q.contiguous(), kv.contiguous(), k_rope, *angles, scale, interleave)
 
 
-@register("adamw", "triton", _takes_rows)
+@register("adamw", "triton", takes_rows)
 def adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, rule: AdamW) -> None:
     from leanseek.ops.triton.elementwise import adamw
 

@@ -171,7 +171,7 @@ class Clock {
 
 async function pollCache() {
   try {
-    const health = await getJson("/health");
+    const health = await getJson("health");
     by("cache").textContent = `${(100 * health.cache_usage).toFixed(health.cache_usage < 0.1 ? 1 : 0)} %`;
   } catch { by("cache").textContent = "–"; }
 }
@@ -250,7 +250,7 @@ function fillSettings() {
 
 async function connect() {
   try {
-    model = (await getJson("/v1/models", settings.key)).data[0];
+    model = (await getJson("v1/models", settings.key)).data[0];
     by("model").textContent = model.id;
     document.title = `${model.id} · leanseek`;
     by("about").textContent = `${model.id}, ${model.max_model_len.toLocaleString("en")} tokens of context`;

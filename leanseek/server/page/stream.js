@@ -2,7 +2,7 @@
 
 /** Chunks of an answer. Throws an Error with the server's message, and its status, when there is none. */
 export async function* streamChat(body, key, signal) {
-  const response = await fetch("/v1/chat/completions", {
+  const response = await fetch(new URL("../v1/chat/completions", import.meta.url), {
     method: "POST",
     headers: { "Content-Type": "application/json", ...authorization(key) },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } }),
@@ -27,7 +27,7 @@ export async function* streamChat(body, key, signal) {
 }
 
 export async function getJson(path, key) {
-  const response = await fetch(path, { headers: authorization(key) });
+  const response = await fetch(new URL(`../${path}`, import.meta.url), { headers: authorization(key) });
   if (!response.ok) throw await failure(response);
   return response.json();
 }

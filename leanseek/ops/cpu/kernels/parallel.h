@@ -2,6 +2,8 @@
 // we compile against four of its entry points and link against none. A second pool beside torch's would fight it for
 // the cores.
 #pragma once
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -13,13 +15,35 @@ int omp_get_thread_num(void);
 int omp_in_parallel(void);
 }
 
+constexpr int64_t MOST_THREADS = 256;
+
+// Beside other busy processes Linux may put two threads of the pool on one CPU and leave them there. Each then spins away
+// its time slice waiting for the other: milliseconds a parallel region. A thread that finds itself on another CPU than
+// before, and there with another thread, moves to a CPU that has none; it stays free to be moved again.
+inline std::atomic<int> last_cpu[MOST_THREADS];  // where each thread was when it last began a region, plus one
+
+static void keep_apart(int64_t own, int64_t threads) {
+    const int here = sched_getcpu() + 1;
+    if (last_cpu[own].load(std::memory_order_relaxed) == here) return;
+    last_cpu[own].store(here, std::memory_order_relaxed);
+    cpu_set_t allowed, without;
+    bool shared = false;
+    for (int64_t t = 0; t < threads; t++) shared |= t != own && last_cpu[t].load(std::memory_order_relaxed) == here;
+    if (!shared || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    without = allowed;
+    for (int64_t t = 0; t < threads; t++)
+        if (const int cpu = last_cpu[t].load(std::memory_order_relaxed)) CPU_CLR(cpu - 1, &without);
+    if (!CPU_COUNT(&without) || sched_setaffinity(0, sizeof without, &without)) return;
+    sched_setaffinity(0, sizeof allowed, &allowed);
+    last_cpu[own].store(sched_getcpu() + 1, std::memory_order_relaxed);
+}
+
 // Calls body(i) once for every i in [0, n). A thread goes through its own share from front to back, so that memory which
 // lies in the order of i streams, and then helps with the others' shares. Which thread runs an i and in which order is not
 // fixed: a result must depend on neither.
 template <class Body>
 static void parallel_for(int64_t n, const Body& body) {
-    constexpr int64_t MOST = 256;
-    const int64_t threads = std::min<int64_t>({n, MOST, omp_in_parallel() ? 1 : omp_get_max_threads()});
+    const int64_t threads = std::min<int64_t>({n, MOST_THREADS, omp_in_parallel() ? 1 : omp_get_max_threads()});
     if (threads <= 1) {
         for (int64_t i = 0; i < n; i++) body(i);
         return;
@@ -30,12 +54,13 @@ static void parallel_for(int64_t n, const Body& body) {
     struct Shared {
         const Body& body;
         int64_t n, threads;
-        Next next[MOST];
+        Next next[MOST_THREADS];
     } shared{body, n, threads, {}};
     for (int64_t t = 0; t < threads; t++) shared.next[t].i = n * t / threads;
     const auto work = [](void* data) {
         auto& s = *static_cast<Shared*>(data);
         const int64_t own = omp_get_thread_num();
+        keep_apart(own, s.threads);
         for (int64_t turn = 0; turn < s.threads; turn++) {
             const int64_t share = (own + turn) % s.threads, stop = s.n * (share + 1) / s.threads;
             for (int64_t i = s.next[share].i++; i < stop; i = s.next[share].i++) s.body(i);

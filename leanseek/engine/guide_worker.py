@@ -1,0 +1,104 @@
+"""Compiles guides. Run as a script it does so on trial: what takes too long or breaks llguidance ends its process.
+
+It imports nothing of leanseek, so that a process starts fast.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import llguidance
+
+MEMORY_BYTES = 1 << 30
+STACK_BYTES = 4 << 20  # half of what the server's threads have: what just fits here fits there
+# A step of a guide is worked out while everybody waits, so its work is bounded, and so is what a guide may remember.
+LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}  # room to indent, and no endless blank for a weak model
+
+
+class _Tokens:
+    """What llguidance asks of a tokenizer."""
+
+    bos_token_id = None
+
+    def __init__(
+        self, tokens: Sequence[bytes], special: Sequence[int], eos: int, encode: Callable[[str], Sequence[int]]
+    ):
+        self.tokens = tokens
+        self.special_token_ids = special
+        self.eos_token_id = eos
+        self._encode = encode
+
+    def __call__(self, text: str) -> Sequence[int]:
+        return self._encode(text)
+
+
+def make_vocabulary(
+    tokens: Sequence[bytes], special: Sequence[int], eos: Sequence[int], encode: Callable[[str], Sequence[int]]
+) -> llguidance.LLTokenizer:
+    """A vocabulary whose special tokens never stand for the text that spells them; a Lark grammar may name them.
+
+    Args:
+        tokens: what each id spells
+        special: ids of special tokens
+        eos: ids that end an output, one at least
+        encode: ids of a text, none of them special
+    """
+    wrapper = llguidance.TokenizerWrapper(_Tokens(tokens, special, eos[0], encode))
+    return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(eos))
+
+
+def compile_guide(vocabulary: llguidance.LLTokenizer, kind: str, source: str) -> llguidance.LLMatcher:
+    """A matcher at the beginning of a guide, with its first mask worked out, which copies of it share.
+
+    Raises:
+        ValueError: the guide is not valid, or takes too much.
+    """
+    make = llguidance.LLMatcher
+    if kind == "json_schema":
+        grammar = make.grammar_from_json_schema(source, overrides=JSON_OPTIONS)
+    else:
+        grammar = (make.grammar_from_regex if kind == "regex" else make.grammar_from_lark)(source)
+    matcher = make(vocabulary, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+    return matcher
+
+
+def _bytes_vocabulary(size: int, special: Mapping[str, str], eos: Sequence[int]) -> llguidance.LLTokenizer:
+    """Single bytes under the first ids that are free, and the special tokens under theirs."""
+    named = {int(token): text.encode() for token, text in special.items()}
+    free = [token for token in range(size + 256) if token not in named and token not in eos][:256]
+    size = max(size, free[-1] + 1)
+    tokens = [named.get(token, b"") for token in range(size)]
+    for byte, token in enumerate(free):
+        tokens[token] = bytes([byte])
+    return make_vocabulary(tokens, sorted(named), eos, lambda text: [free[byte] for byte in text.encode()])
+
+
+def _main() -> None:
+    """Lines of JSON: the vocabulary in, {} out; then (kind, source) in, {} or {"error"} out, again and again."""
+    vocabulary = _bytes_vocabulary(**json.loads(sys.stdin.readline()))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    print("{}", flush=True)
+    for line in sys.stdin:
+        try:
+            compile_guide(vocabulary, *json.loads(line)).deep_copy()
+            answer = {}
+        except Exception as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    threading.stack_size(STACK_BYTES)
+    worker = threading.Thread(target=_main)
+    worker.start()
+    worker.join()

@@ -1,0 +1,117 @@
+"""Going on from a checkpoint under a configuration that may have changed: what is kept, said aloud, or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from leanseek.checkpoint import CheckpointError
+from leanseek.checkpoint.files import read_json
+from leanseek.checkpoint.training import Resumed
+from leanseek.config import ConfigError
+from leanseek.data.loader import TokenDataset
+from leanseek.training.config import RunConfig
+from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
+
+
+class Position(NamedTuple):
+    """How far a run has come in its data."""
+
+    samples: int  # windows of the data's endless stream that lie behind: the next one's number
+    tokens: int  # trained on
+
+    def after(self, samples: int, seq_len: int) -> Position:
+        return Position(self.samples + samples, self.tokens + samples * seq_len)
+
+
+def check_data(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resumed) -> None:
+    """The place in the data that the checkpoint stores is one in these data too.
+
+    Raises:
+        ConfigError: the shards have another tokenizer, or documents come in another order.
+    """
+    stored, given = found.folder / "tokenizer.json", data.folder / "tokenizer.json"
+    if stored.is_file() and _tokens(stored) != _tokens(given):
+        raise ConfigError(f"{data.folder} has another tokenizer than {found.folder}: its ids mean other text there")
+    for key, why in (
+        ("train.seed", "the data's order hangs on it"),
+        ("data.fim_rate", "every place in the data moves with it"),
+    ):
+        section, name = key.split(".")
+        before, after = (getattr(getattr(run, section), name) for run in (then, now))
+        if before != after:
+            raise ConfigError(f"{key} = {after}, but the run goes on with {before}: {why}; keep it, or start a new run")
+
+
+def position(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resumed) -> tuple[Position, list[str]]:
+    """Where to go on, as stored, and lines about what could not be kept to the token.
+
+    With another seq_len the same token has another window's number; what is left of a window is passed over.
+    """
+    where = Position(_count(found, "samples"), _count(found, "tokens"))
+    lines, held = [], found.state.get("data", size(data))
+    if held != size(data):
+        what = "{:,} documents of {:,} tokens in all"
+        lines.append(
+            f"{data.folder} holds {what.format(*size(data))}, the checkpoint's data held {what.format(*held)}: "
+            f"the run goes on at window {where.samples} of the new"
+        )
+    if then.data.seq_len == now.data.seq_len:
+        return where, lines
+    length, extra = now.data.seq_len, 1 + now.model.num_nextn_predict_layers
+    epoch, place = divmod(where.samples, (size(data)[1] - extra) // then.data.seq_len)
+    behind = place * then.data.seq_len
+    windows = -(-behind // length)  # of the new length, in this epoch
+    line = f"windows of {length} tokens go on {windows * length - behind} tokens after those of {then.data.seq_len}"
+    return Position(epoch * data.samples_per_epoch + windows, where.tokens), [*lines, line]
+
+
+def size(data: TokenDataset) -> list[int]:
+    """Documents and tokens, by which other shards are told from those that a checkpoint was trained on."""
+    return [len(data), sum(map(len, data.shards))]
+
+
+def _count(found: Resumed, key: str) -> int:
+    value = found.state.get(key)
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{found.folder / 'state.json'}: {key} is {value!r}, not a number of {key}")
+    return value
+
+
+def changes(then: RunConfig, now: RunConfig, step: int) -> list[str]:
+    """A line with every setting that is not the checkpoint's, and one with what it does to the next step."""
+    before, after = dict(_flat(then)), dict(_flat(now))
+    differ = [f"{key} {before[key]} -> {value}" for key, value in after.items() if before.get(key, value) != value]
+    if not differ:
+        return []
+    lines = [f"resumed with other settings: {', '.join(differ)}"]
+    scheduled = {
+        "learning rate": learning_rate,
+        "batch size": batch_size,
+        "bias update speed": bias_update_speed,
+        "MTP weight": mtp_weight,
+    }
+    last = min(step, then.train.steps - 1)  # a finished run has no next step of its own
+    jumps = [
+        f"{name} {schedule(then, last):.3g} -> {schedule(now, step):.3g}"
+        for name, schedule in scheduled.items()
+        if step < now.train.steps and schedule(then, last) != schedule(now, step)
+    ]
+    if jumps:
+        stretched = " (schedules are shares of train.steps)" if then.train.steps != now.train.steps else ""
+        lines.append(f"step {step + 1} by the old and the new settings{stretched}: {', '.join(jumps)}")
+    return lines
+
+
+def _flat(run: RunConfig) -> Iterator[tuple[str, Any]]:
+    for section in ("data", "train", "optimizer", "schedule", "balance", "mtp", "checkpoint"):
+        for key, value in dataclasses.asdict(getattr(run, section)).items():
+            yield f"{section}.{key}", value
+
+
+def _tokens(path: Path) -> list[Any]:
+    """What decides the ids of a text, however the file is laid out."""
+    spec = read_json(path)
+    return [spec.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
