@@ -7,36 +7,70 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import Field, create_model
 
 from leanseek.errors import InputError
+from leanseek.reading import Structure, checked, read_toml
 
 
 class ConfigError(InputError):
     """A configuration that cannot be a network; the message is one line and says how to mend it."""
 
 
-@dataclass(frozen=True)
-class YarnConfig:
-    """YaRN context extension (section 4.3), the keys of `rope_scaling` in a published config."""
+# Bounds far beyond any network, so that a slip of the finger is told before it takes hours or all memory.
+Size = Annotated[int, Field(ge=0, le=2**20)]  # 0 where a network does without; what it needs, `_sizes` checks
+Layers = Annotated[int, Field(ge=0, le=2**12)]
+Number = Annotated[int, Field(ge=0, le=2**16)]
+Ids = Annotated[int, Field(ge=0, lt=2**24)]
+Positions = Annotated[int, Field(ge=1, le=2**31)]
+Positive = Annotated[float, Field(gt=0, le=1e15)]
+Real = Annotated[float, Field(ge=-1e9, le=1e9)]
 
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float | None = None  # when set, overrides the ratio of the two mscales
+
+class _Checked:
+    """A dataclass whose fields hold what their annotations say, however it is made."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or self.original_max_position_embeddings < 1:
-            raise ConfigError("rope_scaling: factor and original_max_position_embeddings must be at least 1")
-        if self.beta_fast <= 0 or self.beta_slow <= 0:
-            raise ConfigError("rope_scaling: beta_fast and beta_slow must be positive")
+        for name, value in checked(self._structure(), vars(self), self._where(), ConfigError):
+            object.__setattr__(self, name, value)  # a whole number where a float belongs becomes one
+
+    @staticmethod
+    def _where() -> str:
+        return "the network"
+
+    @classmethod
+    @cache
+    def _structure(cls) -> type[Structure]:
+        hints = get_type_hints(cls, include_extras=True)
+        fields: dict[str, Any] = {f.name: (hints[f.name], ...) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return create_model(cls.__name__, __base__=Structure, **fields)
+
+
+@dataclass(frozen=True)
+class YarnConfig(_Checked):
+    """YaRN context extension (section 4.3), the keys of `rope_scaling` in a published config.
+
+    Raises:
+        ConfigError: a value of another type or out of its bounds.
+    """
+
+    factor: Annotated[float, Field(ge=1, le=1e6)]
+    original_max_position_embeddings: Positions
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: Annotated[float, Field(ge=0, le=1e3)] = 1.0
+    mscale_all_dim: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    attention_factor: Positive | None = None  # when set, overrides the ratio of the two mscales
+
+    @staticmethod
+    def _where() -> str:
+        return "rope_scaling"
 
     @staticmethod
     def _mscale(factor: float, mscale: float) -> float:
@@ -60,13 +94,10 @@ class YarnConfig:
 # model_type names under which the same network is published
 _V3_TYPES = ("deepseek_v3", "kimi_k2", "youtu_llm", "youtu")
 _V2_TYPES = ("deepseek_v2",)
-_ATTENTIONS = ("mla", "gqa")
-_SCORING = ("sigmoid", "softmax")
-_TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """A DeepSeek-V3 family network, or one of the baselines the paper compares it with.
 
     Baselines: `attention="gqa"` with `num_key_value_heads` equal to the heads (MHA), between (GQA) or 1 (MQA);
@@ -76,61 +107,61 @@ class ModelConfig:
         ConfigError: the values contradict each other.
     """
 
-    vocab_size: int = 129280
-    hidden_size: int = 7168
-    intermediate_size: int = 18432
-    moe_intermediate_size: int = 2048
-    num_hidden_layers: int = 61
-    num_attention_heads: int = 128
+    vocab_size: Ids = 129280
+    hidden_size: Size = 7168
+    intermediate_size: Size = 18432
+    moe_intermediate_size: Size = 2048
+    num_hidden_layers: Layers = 61
+    num_attention_heads: Number = 128
     # attention (2.1.1)
-    attention: str = "mla"
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    num_key_value_heads: int | None = None  # of the gqa baseline; MLA has one latent for all heads
-    head_dim: int | None = None  # of the gqa baseline; hidden_size / num_attention_heads when unset
+    attention: Literal["mla", "gqa"] = "mla"
+    q_lora_rank: Size | None = 1536
+    kv_lora_rank: Size = 512
+    qk_nope_head_dim: Size = 128
+    qk_rope_head_dim: Size = 64
+    v_head_dim: Size = 128
+    num_key_value_heads: Number | None = None  # of the gqa baseline; MLA has one latent for all heads
+    head_dim: Size | None = None  # of the gqa baseline; hidden_size / num_attention_heads when unset
     # DeepSeekMoE (2.1.2)
-    n_routed_experts: int = 256
-    num_experts_per_tok: int = 8
-    n_shared_experts: int = 1
-    n_group: int = 8
-    topk_group: int = 4
-    scoring_func: str = "sigmoid"
-    topk_method: str = "noaux_tc"
+    n_routed_experts: Number = 256
+    num_experts_per_tok: Number = 8
+    n_shared_experts: Number = 1
+    n_group: Number = 8
+    topk_group: Number = 4
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    first_k_dense_replace: int = 3
-    moe_layer_freq: int = 1
+    routed_scaling_factor: Real = 2.5
+    first_k_dense_replace: Layers = 3
+    moe_layer_freq: Layers = 1
     # multi-token prediction (2.2)
-    num_nextn_predict_layers: int = 1
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] = 1
     # positions (4.3)
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     rope_scaling: YarnConfig | None = None
     rope_interleave: bool = True
-    max_position_embeddings: int = 4096
+    max_position_embeddings: Positions = 4096
     # the rest
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.006  # 4.2: the report's value; published configs carry 0.02
-    bos_token_id: int | None = 0
-    eos_token_id: int | tuple[int, ...] | None = 1
+    initializer_range: Annotated[float, Field(ge=0, le=1e3)] = (
+        0.006  # 4.2: the report's value; published configs carry 0.02
+    )
+    bos_token_id: Ids | None = 0
+    eos_token_id: Ids | tuple[Ids, ...] | None = 1
     model_type: str = "deepseek_v3"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in self._sizes():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for name, allowed in (
-            ("attention", _ATTENTIONS),
-            ("scoring_func", _SCORING),
-            ("topk_method", _TOPK_METHODS),
-            ("model_type", _V3_TYPES + _V2_TYPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.model_type not in _V3_TYPES + _V2_TYPES:
+            raise ConfigError(f"model_type = {self.model_type!r} is not one of {', '.join(_V3_TYPES + _V2_TYPES)}")
+        for token in (self.bos_token_id, *self.eos_token_ids):
+            if token is not None and token >= self.vocab_size:
+                raise ConfigError(f"token {token} (bos or eos) is beyond vocab_size = {self.vocab_size}")
         if self.rope_dim < 2 or self.rope_dim % 2:
             raise ConfigError(f"the rotary dimension must be even and at least 2, not {self.rope_dim}")
         if self.attention == "gqa" and self.num_attention_heads % self.kv_heads:
@@ -218,6 +249,10 @@ class ModelConfig:
 
     # ---- Hugging Face, TOML ----
 
+    @staticmethod
+    def _where() -> str:
+        return "the model's configuration"
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
         """The network of a published `config.json`; keys this family does not use are ignored.
@@ -225,41 +260,35 @@ class ModelConfig:
         Raises:
             ConfigError: another architecture, or a switch of this one that we do not build.
         """
-        kind = hf.get("model_type", "deepseek_v3")
+        published = checked(_Published, hf, "the model's configuration", ConfigError)
+        kind = published.model_type
         if kind == "deepseek_v32":
             raise ConfigError("deepseek_v32 adds a sparse-attention indexer, which is not supported (deepseek_v3 is)")
         if kind not in _V3_TYPES + _V2_TYPES:
             raise ConfigError(f"model_type {kind!r} is not of the DeepSeek-V2/V3 family")
-        if hf.get("attention_bias"):
+        if published.attention_bias:
             raise ConfigError("attention_bias = true is not part of DeepSeek-V3; this checkpoint is not supported")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act = {hf['hidden_act']!r}: DeepSeek-V3's experts use silu")
+        if published.hidden_act not in (None, "silu"):
+            raise ConfigError(f"hidden_act = {published.hidden_act!r}: DeepSeek-V3's experts use silu")
         v2 = kind in _V2_TYPES
-        values: dict[str, Any] = {"model_type": kind}
-        for field in dataclasses.fields(cls):
-            if field.name in hf and hf[field.name] is not None:
-                values[field.name] = hf[field.name]
-        values["q_lora_rank"] = hf.get("q_lora_rank")
-        values["num_nextn_predict_layers"] = hf.get("num_nextn_predict_layers") or hf.get("num_mtp_layers") or 0
-        if "n_routed_experts" in hf or kind in ("youtu_llm", "youtu"):
-            values["n_routed_experts"] = hf.get("n_routed_experts") or 0
-        for unused in ("num_key_value_heads", "head_dim", "attention"):
-            values.pop(unused, None)  # HF writes them for its own bookkeeping; MLA has no such heads
-        values.setdefault("scoring_func", "softmax" if v2 else "sigmoid")
-        values.setdefault("topk_method", "greedy" if v2 else "noaux_tc")
-        values.setdefault("norm_topk_prob", not v2)
-        values["n_group"] = hf.get("n_group") or 1
-        values["topk_group"] = hf.get("topk_group") or 1
-        values["n_shared_experts"] = hf.get("n_shared_experts") or 0
-        values.setdefault("initializer_range", 0.006)
-        for token in ("bos_token_id", "eos_token_id"):
-            if token in hf:  # null means that there is none
-                values[token] = tuple(hf[token]) if isinstance(hf[token], list) else hf[token]
-        try:
-            values["rope_theta"], values["rope_scaling"] = _rope_from_hf(hf)
-            return cls(**values)
-        except TypeError as error:  # a string where a number belongs
-            raise ConfigError(str(error)) from None
+        values: dict[str, Any] = {"model_type": kind, "n_group": 1, "topk_group": 1, "n_shared_experts": 0}
+        values |= {"scoring_func": "softmax" if v2 else "sigmoid", "topk_method": "greedy" if v2 else "noaux_tc"}
+        values |= {"norm_topk_prob": not v2, "num_nextn_predict_layers": hf.get("num_mtp_layers") or 0}
+        if kind in ("youtu_llm", "youtu"):
+            values["n_routed_experts"] = 0
+        names = {f.name for f in dataclasses.fields(cls)}
+        # HF writes these for its own bookkeeping; MLA has no such heads
+        names -= {"num_key_value_heads", "head_dim", "attention"}
+        values |= {name: hf[name] for name in names if hf.get(name) is not None}
+        for none in ("q_lora_rank", "bos_token_id", "eos_token_id"):  # null means that there is none
+            if none in hf or none == "q_lora_rank":
+                values[none] = hf.get(none)
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        if "n_routed_experts" in hf and hf["n_routed_experts"] is None:
+            values["n_routed_experts"] = 0
+        values["rope_theta"], values["rope_scaling"] = _rope_from_hf(published)
+        return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` with the published keys and those transformers 5 reads.
@@ -310,10 +339,7 @@ class ModelConfig:
             values["rope_scaling"] = _yarn(values["rope_scaling"])
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
-        try:
-            return cls(**values)
-        except TypeError as error:  # a string where a number belongs
-            raise ConfigError(f"[model]: {error}") from None
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`: plain values, no None."""
@@ -332,7 +358,7 @@ class ModelConfig:
         Raises:
             ConfigError: there is no such preset; the message lists them.
         """
-        return cls.from_dict(tomllib.loads(preset_path(name).read_text())["model"])
+        return cls.from_dict(read_toml(preset_path(name), ConfigError)["model"])
 
 
 _YARN_KEYS = {f.name for f in dataclasses.fields(YarnConfig)}
@@ -342,22 +368,52 @@ def _yarn(table: dict[str, Any]) -> YarnConfig:
     for required in ("factor", "original_max_position_embeddings"):
         if table.get(required) is None:
             raise ConfigError(f"rope_scaling of type yarn has no {required}")
-    try:
-        return YarnConfig(**{k: v for k, v in table.items() if k in _YARN_KEYS and v is not None})
-    except TypeError as error:
-        raise ConfigError(f"rope_scaling: {error}") from None
+    return YarnConfig(**{k: v for k, v in table.items() if k in _YARN_KEYS and v is not None})
 
 
-def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
-    """rope_theta and YaRN out of `rope_scaling` (published) or `rope_parameters` (transformers 5)."""
-    scaling = dict(hf.get("rope_parameters") or {}) | dict(hf.get("rope_scaling") or {})
-    theta = float(hf.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind not in ("yarn", "deepseek_yarn"):
-        raise ConfigError(f"rope_scaling type {kind!r} is not used by this family (yarn is)")
-    return theta, _yarn(scaling)
+class _Published(Structure):
+    """What of a published config.json decides whether this network can be built, and its positions."""
+
+    model_type: str = "deepseek_v3"
+    attention_bias: bool | None = None
+    hidden_act: str | None = None
+    rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+
+
+class _Rope(Structure):
+    """The keys of `rope_scaling` (published) and `rope_parameters` (transformers 5) besides YaRN's."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+
+    @property
+    def kind(self) -> str | None:
+        return self.rope_type or self.type
+
+
+def _rope_from_hf(hf: _Published) -> tuple[float, YarnConfig | None]:
+    """rope_theta and YaRN. Of two tables the one that says "default" gives way; else they must agree.
+
+    Raises:
+        ConfigError: the tables contradict each other, or say something that this family does not use.
+    """
+    found = [(name, table) for name in ("rope_scaling", "rope_parameters") if (table := getattr(hf, name))]
+    parts = [checked(_Rope, table, name, ConfigError) for name, table in found]
+    for part, (name, _) in zip(parts, found, strict=True):
+        if part.rope_type and part.type and part.rope_type != part.type:
+            raise ConfigError(f"{name} has rope_type {part.rope_type!r} and type {part.type!r}; keep one")
+        if (part.kind or "default") not in ("default", "yarn", "deepseek_yarn"):
+            raise ConfigError(f"{name} of type {part.kind!r} is not used by this family (yarn is)")
+    scaled = [table for part, (_, table) in zip(parts, found, strict=True) if (part.kind or "default") != "default"]
+    if len(scaled) == 2 and _yarn(scaled[0]) != _yarn(scaled[1]):
+        raise ConfigError("rope_scaling and rope_parameters contradict each other; keep one")
+    thetas = {theta for theta in (hf.rope_theta, *(part.rope_theta for part in parts)) if theta is not None}
+    if len(thetas) > 1:
+        raise ConfigError(f"rope_theta is given as {' and as '.join(map(str, sorted(thetas)))}; keep one")
+    return thetas.pop() if thetas else 10000.0, _yarn(scaled[0]) if scaled else None
 
 
 def presets_folder() -> Path:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leanseek.cli.generate import Threads, sampling_params
+from leanseek.errors import InputError
 
 if TYPE_CHECKING:
     from leanseek.engine import LLM, SamplingParams
+    from leanseek.server.templates import ChatTemplate
 
 HELP = "/system TEXT sets the system prompt, /reset starts anew, /exit ends; Ctrl-C stops an answer"
 
@@ -23,22 +25,26 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy  [default: the model's, else 0.8]")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed and words give the same answers")] = None,
     threads: Threads = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a Jinja chat template instead of the model's")
+    ] = None,
 ) -> None:
     """Chat in the terminal, with history; /system, /reset and /exit."""
     import readline  # noqa: F401  (gives input() its line editing and history)
 
     from rich.console import Console
 
-    from leanseek.checkpoint import find_tokenizer, resolve
     from leanseek.engine import LLM, EngineError
     from leanseek.ops.machine import use_threads
+    from leanseek.server.templates import template_of
 
     use_threads(threads)
     llm = LLM(model)
-    folder = find_tokenizer(resolve(model))
-    if folder is None:
+    if llm.tokenizer is None:
         raise EngineError(f"{model} has no tokenizer.json")
-    params = sampling_params(llm.engine.defaults, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    template = template_of(llm.tokenizer, llm.engine.config, chat_template)
+    given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": template.stop}
+    params = sampling_params(llm.engine.defaults, **given)
     console = Console(highlight=False)
     console.print(HELP, style="dim")
     messages: list[dict[str, str]] = []
@@ -55,8 +61,8 @@ def chat(
         elif command:
             messages.append({"role": "user", "content": line})
             try:
-                answer, figures = _answer(llm, folder, messages, params)
-            except EngineError as error:  # the conversation outgrew the context
+                answer, figures = _answer(llm, template, messages, params)
+            except InputError as error:  # the conversation outgrew the context, or the template refuses it
                 console.print(str(error), style="red", markup=False)
                 messages.pop()
                 continue
@@ -73,13 +79,13 @@ def _read() -> str | None:
         return None
 
 
-def _answer(llm: LLM, folder: Path, messages: list[dict[str, str]], params: SamplingParams) -> tuple[str, str]:
+def _answer(
+    llm: LLM, template: ChatTemplate, messages: list[dict[str, str]], params: SamplingParams
+) -> tuple[str, str]:
     """Stream the model's answer to the terminal; its text and its figures."""
-    from leanseek.server.templates import render_chat
-
     assert llm.tokenizer is not None
-    prompt = llm.tokenizer.encode(render_chat(folder, messages), add_special_tokens=False)
-    text, tokens, start, first = "", 0, time.monotonic(), 0.0
+    prompt = llm.tokenizer.encode(template.render(messages), add_special_tokens=False)
+    text, tokens, start, first = "", 0, time.monotonic(), None
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(llm.stream(prompt, params)) as deltas:
         for delta in deltas:
             first = first or time.monotonic()
@@ -87,5 +93,7 @@ def _answer(llm: LLM, folder: Path, messages: list[dict[str, str]], params: Samp
             tokens += len(delta.token_ids)
             print(delta.text, end="", flush=True)
     print()
-    seconds = time.monotonic() - first
-    return text, f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, first after {first - start:.2f} s"
+    end = time.monotonic()
+    if first is None:
+        return text, f"stopped after {end - start:.2f} s, before the first token"
+    return text, f"{tokens} tokens, {tokens / max(end - first, 1e-9):.1f} tokens/s, first after {first - start:.2f} s"

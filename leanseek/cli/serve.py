@@ -18,6 +18,9 @@ def serve(
         str | None, typer.Option(envvar="LEANSEEK_API_KEY", help="key that clients must send; none by default")
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="name in the API; the folder's by default")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a Jinja chat template instead of the model's")
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="tokens of a prompt and its answer; by default what model and cache allow")
     ] = None,
@@ -55,4 +58,4 @@ def serve(
     limits = Limits(keep_alive_s=keep_alive_timeout, shutdown_s=shutdown_timeout)
     options = {"max_model_len": max_model_len, "cache_gib": cache_gib, "max_queue": max_queue, "device": device}
     options |= {"int8_head": int8_head, "packed_copy": packed_copy}
-    run(model, host, port, served_model_name, access, limits, **options)
+    run(model, host, port, served_model_name, access, limits, chat_template, **options)

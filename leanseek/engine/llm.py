@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -32,6 +33,33 @@ _DEFAULTS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+# Keys that change what transformers samples and are not served, with the value that changes nothing beside None.
+_UNSERVED: dict[str, Any] = {
+    "typical_p": 1.0,
+    "top_h": None,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "num_beams": 1,
+    "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "stop_strings": [],
+    "watermarking_config": None,
+    "dola_layers": None,
+}
+
+log = logging.getLogger(__name__)
 
 
 def load_engine(
@@ -61,19 +89,37 @@ def load_engine(
     model, copying = _frozen(folder, device, dtype, int8_head, packed_copy)
     found = checkpoint.find_tokenizer(folder)
     config = folder / "generation_config.json"
-    generation = read_json(config) if config.is_file() else {}
+    generation: dict[str, Any] = dict(read_json(config)) if config.is_file() else {}
     eos = generation.get("eos_token_id")
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    defaults = {ours: generation[key] for key, ours in _DEFAULTS.items() if generation.get(key) is not None}
     engine = Engine(
         model,
         Tokenizer(found) if found else None,
-        defaults=defaults,
+        defaults=_defaults(config, generation),
         eos_token_ids=sorted({*eos, *model.config.eos_token_ids}),
         **options,
     )
     engine.copying = copying
     return engine
+
+
+def _defaults(file: Path, generation: dict[str, Any]) -> dict[str, Any]:
+    """A model's own SamplingParams, as transformers reads them; tells of those that are not served.
+
+    Raises:
+        EngineError: a value out of its range.
+    """
+    defaults = {ours: generation[key] for key, ours in _DEFAULTS.items() if generation.get(key) is not None}
+    if generation.get("do_sample") is False:  # then the likeliest token, whatever temperature stands beside it
+        defaults["temperature"] = 0.0
+    try:
+        SamplingParams(**defaults)
+    except EngineError as error:
+        raise EngineError(f"{file}: {error}") from None
+    unserved = [key for key, none in _UNSERVED.items() if generation.get(key) not in (None, none)]
+    if unserved:
+        log.warning("%s: %s will not be applied; leanseek does not serve it", file, ", ".join(unserved))
+    return defaults
 
 
 def _frozen(

@@ -158,6 +158,8 @@ class _Gate:
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > MAX_BODY:
             raise ApiError(413, f"the body is larger than {MAX_BODY:,} bytes")
+        if "transfer-encoding" in request.headers and "content-length" in request.headers:
+            raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other")
         host = request.headers.get("host", "")
         if not _HOST.fullmatch(host):
             raise ApiError(400, "the Host header is not a host and a port")
@@ -264,9 +266,7 @@ async def _tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any
     if (request.prompt is None) == (request.messages is None):
         raise ApiError(400, "give either prompt or messages")
     if request.messages is not None:
-        prompt = await service.render(
-            request.messages, request.tools, request.chat_template_kwargs, request.add_generation_prompt
-        )
+        prompt = await service.render(request.messages, request.tools, request.chat_template_kwargs, request)
         tokens = await service.encode(prompt, add_special_tokens=False)
     else:
         tokens = await service.encode(request.prompt or "", request.add_special_tokens)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from leanseek.engine import Delta, Guide
+from leanseek.server.errors import ApiError
 from leanseek.server.events import EventStream
 from leanseek.server.forms import (
     call_form,
@@ -18,6 +19,7 @@ from leanseek.server.forms import (
     requested_form,
 )
 from leanseek.server.parsers import (
+    END_THINK,
     THINK,
     ForcedCallParser,
     OutputParser,
@@ -26,8 +28,8 @@ from leanseek.server.parsers import (
     ReasoningSplitter,
     ToolCallParser,
 )
-from leanseek.server.schema import ChatRequest, Sampling
-from leanseek.server.service import Generation, Service, chat_logprob, new_id
+from leanseek.server.schema import ChatRequest, Object, Sampling
+from leanseek.server.service import Generation, Service, begun_answer, chat_logprob, new_id
 
 CLOSE_THINKING = "\n</think>\n\n"  # guided output has no room for reasoning: the prompt ends it
 
@@ -38,20 +40,40 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
     Raises:
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
     """
+    generation, parsers = await begin_chat(service, request)
+    answer = _Answer(service, request, generation, parsers)
+    return EventStream(generation, answer.chunks()) if request.stream else await answer.whole()
+
+
+async def begin_chat(
+    service: Service, request: ChatRequest, form_option: str = "response_format"
+) -> tuple[Generation, list[Parser]]:
+    """Start answering a conversation; a parser for each choice. `form_option`: what the client calls response_format.
+
+    Raises:
+        ApiError, InputError, QueueFull, EngineStopped: the request cannot be served.
+    """
     service.check_model(request.model)
     check_chat(request)
     tools = offered_tools(request)
     forced = forced_tools(request, tools)
     written = service.template.family.tools if tools else None  # how the model writes calls
-    held = requested_form(request.response_format, request.structured_outputs)
+    held = requested_form(request.response_format, request.structured_outputs, form_option)
     if forced:  # a call has no content that response_format could be about
         held = call_form(forced)
     elif held and tools:
         held = form_or_calls(held, tools, written, request.parallel_tool_calls is not False, service.tokenizer)
     check_form(held, request, request.chat_template_kwargs)
     guide = held.guide if held else None
-    prompt = await service.render(request.messages, tools, request.chat_template_kwargs)
-    prompt, opened = thinking_state(prompt, guide)
+    begun = begun_answer(request.messages, request)
+    if begun is not None and held:
+        message = (
+            f"{held.option} cannot hold for an answer that goes on from a message: a form begins anew; leave one out"
+        )
+        raise ApiError(400, message, param=held.option)
+    effort: Object = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    prompt = await service.render(request.messages, tools, effort | (request.chat_template_kwargs or {}), request)
+    prompt, opened = thinking_state(prompt, guide, begun or "")
     most = 1 if request.parallel_tool_calls is False else None
     split = [
         OutputParser(reasoning_splitter(service, opened, guide), ToolCallParser(written, most) if written else None)
@@ -68,9 +90,7 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
         spans=None if guide else split[0].spans,
     )
     names = [tool.function.name for tool in forced or []]
-    parsers: list[Parser] = [ForcedCallParser(names) if forced else parser for parser in split]
-    answer = _Answer(service, request, generation, parsers)
-    return EventStream(generation, answer.chunks()) if request.stream else await answer.whole()
+    return generation, [ForcedCallParser(names) if forced else parser for parser in split]
 
 
 async def generate_chat(
@@ -89,9 +109,14 @@ async def generate_chat(
     return await service.generate([(ids, params)], request.priority)
 
 
-def thinking_state(prompt: str, guide: Guide | None) -> tuple[str, bool]:
-    """The prompt, with reasoning closed if the output is guided, and whether the answer begins inside reasoning."""
-    opened = prompt.rstrip().endswith(THINK)
+def thinking_state(prompt: str, guide: Guide | None, begun: str = "") -> tuple[str, bool]:
+    """The prompt, with reasoning closed if the output is guided, and whether the answer begins inside reasoning.
+
+    begun: the text of the answer that the prompt ends with
+    """
+    opened = prompt.removesuffix(begun).rstrip().endswith(THINK)
+    if THINK in begun or END_THINK in begun:
+        opened = begun.rfind(THINK) > begun.rfind(END_THINK)
     if opened and guide:
         return prompt.rstrip() + CLOSE_THINKING, False
     return prompt, opened

@@ -141,6 +141,11 @@ class Connection(H11Protocol):
                 return self.transport.abort()
         self._refuse(status, message, retry_after_s)
 
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and {b"content-length", b"transfer-encoding"} <= {name for name, _ in self.headers}:
+            self.cycle.keep_alive = False  # where such a request ends is not sure: nothing may follow
+
     def send_400_response(self, msg: str) -> None:
         """uvicorn's answer to what is no HTTP, in our shape."""
         self._refuse(400, "this is not a valid HTTP request")

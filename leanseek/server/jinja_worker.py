@@ -58,13 +58,43 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+def _iterates_content(tree: nodes.Template) -> bool:
+    """Whether a message's `content` is looped over, which shows that the template takes it as a list of parts."""
+    names = {"content"}  # as macros call it, and whatever else it is assigned to
+
+    def is_content(node: nodes.Node | None) -> bool:
+        while isinstance(node, nodes.Filter):
+            node = node.node
+        match node:
+            case nodes.Name():
+                return node.name in names
+            case nodes.Getattr():
+                return node.attr == "content"
+            case nodes.Getitem():
+                return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        return False
+
+    for assignment in tree.find_all(nodes.Assign):
+        if isinstance(assignment.target, nodes.Name) and is_content(assignment.node):
+            names.add(assignment.target.name)
+    return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
+
+
 class Template:
-    """Raises jinja2.TemplateError: the source is not a template."""
+    """A template, compiled.
+
+    variables: names that it reads. takes_parts: whether it reads a message's content as a list of parts.
+
+    Raises:
+        jinja2.TemplateError: the source is not a template.
+    """
 
     def __init__(self, source: str):
         environment = _environment()
         self._template = environment.from_string(source)
-        self.variables = frozenset(find_undeclared_variables(environment.parse(source)))  # that it reads
+        tree = environment.parse(source)
+        self.variables = frozenset(find_undeclared_variables(tree))
+        self.takes_parts = _iterates_content(tree)
 
     def render(self, variables: dict[str, Any]) -> str:
         """Raises jinja2.TemplateError, or whatever Python raises when a template handles values wrongly."""
@@ -78,7 +108,7 @@ class Template:
 
 
 def _main() -> None:
-    """Lines of JSON: the source in, the variables it reads out; then variables in, a text out, again and again."""
+    """Lines of JSON: the source in, what it reads out; then variables in, a text out, again and again."""
     source = json.loads(sys.stdin.readline())
     Template(r"{{ '\n' }}{{ strftime_now('%c') }}").render({})  # codecs and the time zone are read on first use
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -91,7 +121,8 @@ def _main() -> None:
         try:
             if template is None:
                 template = Template(source)
-                answer: dict[str, Any] = {"variables": sorted(template.variables)}
+                reads = {"variables": sorted(template.variables), "takes_parts": template.takes_parts}
+                answer: dict[str, Any] = reads
             else:
                 answer = {"text": template.render(json.loads(line))}
         except Exception as error:

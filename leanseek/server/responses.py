@@ -1,19 +1,39 @@
-"""/v1/responses: text in, text and reasoning out. Nothing is stored, so a conversation comes whole each time."""
+"""/v1/responses: text and function calls in and out. Nothing is stored, so a conversation comes whole each time.
+
+It is chat in another form: the input becomes messages, and what chat's parsers find in the answer becomes items.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 from leanseek.engine import EngineStopped, RequestFailed
-from leanseek.server.chat import generate_chat, reasoning_splitter, thinking_state
+from leanseek.server.chat import begin_chat
 from leanseek.server.errors import ApiError, as_api_error
 from leanseek.server.events import EventStream
-from leanseek.server.forms import check_form, requested_form
-from leanseek.server.parsers import OutputParser
-from leanseek.server.schema import InputMessage, JsonSchema, Message, ResponsesRequest, TextFormat
+from leanseek.server.parsers import Parser, ToolDelta
+from leanseek.server.schema import (
+    ChatRequest,
+    Function,
+    FunctionCall,
+    FunctionChoice,
+    InputCall,
+    InputCallOutput,
+    InputMessage,
+    InputReasoning,
+    JsonSchema,
+    Message,
+    NamedFunction,
+    NamedTool,
+    ResponsesRequest,
+    Sampling,
+    TextFormat,
+    Tool,
+    ToolCall,
+)
 from leanseek.server.service import Generation, Service, new_id
 
 Event = dict[str, Any]
@@ -25,21 +45,7 @@ async def responses(service: Service, request: ResponsesRequest) -> dict[str, An
     Raises:
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
     """
-    service.check_model(request.model)
-    if request.previous_response_id is not None:
-        message = "responses are not stored here: send the conversation as input instead"
-        raise ApiError(400, message, param="previous_response_id")
-    if request.tools:
-        raise ApiError(400, "tools are served by /v1/chat/completions", param="tools")
-    form = requested_form(_format(request), request.structured_outputs, "text.format")
-    check_form(form, request, request.chat_template_kwargs)
-    guide = form.guide if form else None
-    prompt = await service.render(_messages(request), None, request.chat_template_kwargs)
-    prompt, opened = thinking_state(prompt, guide)
-    parser = OutputParser(reasoning_splitter(service, opened, guide), None)
-    generation = await generate_chat(
-        service, request, prompt, request.max_output_tokens, guided=guide, spans=parser.spans
-    )
+    generation, (parser,) = await begin_chat(service, _as_chat(request), "text.format")
     answer = _Answer(service, request, generation, parser)
     if request.stream:
         return EventStream(generation, answer.events(), done=False)
@@ -50,6 +56,25 @@ async def responses(service: Service, request: ResponsesRequest) -> dict[str, An
     return answer.response
 
 
+# ---- into chat ----
+
+
+def _as_chat(request: ResponsesRequest) -> ChatRequest:
+    """The request for the same answer in chat's words."""
+    sampling = {name: getattr(request, name) for name in request.model_fields_set & Sampling.model_fields.keys()}
+    return ChatRequest(
+        **sampling,
+        messages=_messages(request),
+        max_completion_tokens=request.max_output_tokens,
+        response_format=_format(request),
+        tools=_tools(request),
+        tool_choice=_choice(request),
+        parallel_tool_calls=request.parallel_tool_calls,
+        reasoning_effort=request.reasoning.effort if request.reasoning else None,
+        chat_template_kwargs=request.chat_template_kwargs,
+    )
+
+
 def _format(request: ResponsesRequest) -> TextFormat | None:
     form = request.text.format if request.text else None
     if form is None:
@@ -58,24 +83,65 @@ def _format(request: ResponsesRequest) -> TextFormat | None:
     return TextFormat(type=form.type, json_schema=schema if form.type == "json_schema" else None)
 
 
+def _choice(request: ResponsesRequest) -> Literal["none", "auto", "required"] | NamedTool | None:
+    choice = request.tool_choice
+    if isinstance(choice, FunctionChoice):
+        return NamedTool(type="function", function=NamedFunction(name=choice.name))
+    return choice
+
+
+def _tools(request: ResponsesRequest) -> list[Tool] | None:
+    if request.tools is None:
+        return None
+    described = [tool.model_dump(exclude={"type"}, exclude_unset=True, exclude_none=True) for tool in request.tools]
+    return [Tool(type="function", function=Function(**function)) for function in described]
+
+
 def _messages(request: ResponsesRequest) -> list[Message]:
-    """The conversation, instructions first."""
-    if isinstance(request.input, str):
-        messages = [Message(role="user", content=request.input)]
-    else:
-        spoken = [item for item in request.input if isinstance(item, InputMessage)]
-        messages = [Message(role=item.role, content=item.content) for item in spoken]
+    """The conversation, instructions first. Reasoning, text and calls of one turn of the model are one message."""
+    messages: list[Message] = []
     if request.instructions:
-        messages.insert(0, Message(role="system", content=request.instructions))
-    if not messages:
+        messages.append(Message(role="system", content=request.instructions))
+    items = [InputMessage(role="user", content=request.input)] if isinstance(request.input, str) else request.input
+    turn: dict[str, Any] = {}  # of the model
+    for item in items:
+        ends_turn = isinstance(item, InputCallOutput) or (isinstance(item, InputMessage) and item.role != "assistant")
+        if turn and (ends_turn or (isinstance(item, InputMessage | InputReasoning) and turn.keys() & _SAID)):
+            messages += _turn(turn)
+            turn = {}
+        match item:
+            case InputReasoning():
+                parts = item.content or item.summary or []
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + "".join(part.text for part in parts)
+            case InputCall():
+                function = FunctionCall(name=item.name, arguments=item.arguments)
+                turn.setdefault("tool_calls", []).append(ToolCall(id=item.call_id, type="function", function=function))
+            case InputCallOutput():
+                messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
+            case InputMessage(role="assistant"):
+                turn["content"] = item.content
+            case InputMessage():
+                messages.append(Message(role=item.role, content=item.content))
+    messages += _turn(turn)
+    if len(messages) == bool(request.instructions):
         raise ApiError(400, "input has no message", param="input")
     return messages
+
+
+_SAID = {"content", "tool_calls"}  # what a turn of the model is there for; reasoning alone is none
+
+
+def _turn(said: dict[str, Any]) -> list[Message]:
+    return [Message(role="assistant", **said)] if said.keys() & _SAID else []
+
+
+# ---- out of chat ----
 
 
 class _Answer:
     """A response that grows event by event."""
 
-    def __init__(self, service: Service, request: ResponsesRequest, generation: Generation, parser: OutputParser):
+    def __init__(self, service: Service, request: ResponsesRequest, generation: Generation, parser: Parser):
         self._generation = generation
         self._parser = parser
         self._numbers = itertools.count()
@@ -93,13 +159,13 @@ class _Answer:
             "metadata": request.metadata or {},
             "model": service.model_name,
             "output": [],
-            "parallel_tool_calls": False,
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": request.temperature,
-            "text": {"format": {"type": "text"}} if request.text is None else request.text.model_dump(by_alias=True),
-            "tool_choice": "none",
-            "tools": [],
+            "text": {"format": {"type": "text"}} | (_plain(request.text) if request.text else {}),
+            "tool_choice": _plain(request.tool_choice) if request.tool_choice else "auto",
+            "tools": [{"parameters": None, "strict": None} | _plain(tool) for tool in request.tools or []],
             "top_p": request.top_p,
             "usage": None,
         }
@@ -116,6 +182,9 @@ class _Answer:
                     if text:
                         for event in self._write(kind, text):
                             yield event
+                for call in parsed.tool_calls:
+                    for event in self._call(call):
+                        yield event
                 reason = delta.finish_reason
         except (RequestFailed, EngineStopped) as error:
             self.error = as_api_error(error)
@@ -143,11 +212,41 @@ class _Answer:
     def _event(self, kind: str, **values: Any) -> Event:
         return {"type": kind, "sequence_number": next(self._numbers), **values}
 
+    def _item_event(self, kind: str, **values: Any) -> Event:
+        """An event about the open item."""
+        assert self._open
+        place = {"item_id": self._open["id"], "output_index": len(self.response["output"]) - 1}
+        return self._event(kind, **place, **values)
+
     def _part_event(self, kind: str, **values: Any) -> Event:
         """An event about the one part of the open item."""
-        assert self._open
-        place = {"item_id": self._open["id"], "output_index": len(self.response["output"]) - 1, "content_index": 0}
-        return self._event(kind, **place, **values)
+        return self._item_event(kind, content_index=0, **values)
+
+    def _open_item(self, item: dict[str, Any]) -> Event:
+        """Tells of a new item as it is now: empty."""
+        self._open = item
+        self.response["output"].append(item)
+        index = len(self.response["output"]) - 1
+        return self._event("response.output_item.added", output_index=index, item=dict(item))
+
+    def _call(self, call: ToolDelta) -> list[Event]:
+        """Events of a piece of a function call; its first piece has the name."""
+        events: list[Event] = []
+        if call.name is not None:
+            item = {
+                "id": new_id("fc_"),
+                "type": "function_call",
+                "call_id": call.id or new_id("call_"),
+                "name": call.name,
+                "arguments": "",
+                "status": "in_progress",
+            }
+            events = [*self._close("completed"), self._open_item(item)]
+        if call.arguments:
+            assert self._open
+            self._open["arguments"] += call.arguments
+            events.append(self._item_event("response.function_call_arguments.delta", delta=call.arguments))
+        return events
 
     def _write(self, kind: str, text: str) -> list[Event]:
         """Events of text for the open item, or for a new one if that is of another kind."""
@@ -168,24 +267,31 @@ class _Answer:
             part = {"type": "output_text", "text": "", "annotations": []}
             item = {"id": new_id("msg_"), "type": kind, "role": "assistant"}
         item |= {"status": "in_progress", "content": []}
-        self._open = item
-        self.response["output"].append(item)
-        index = len(self.response["output"]) - 1
-        added = self._event("response.output_item.added", output_index=index, item={**item, "content": []})
+        added = self._open_item(item)
         item["content"] = [part]
         return [added, self._part_event("response.content_part.added", part=dict(part))]
 
     def _close(self, status: str) -> list[Event]:
         if self._open is None:
             return []
-        item, part = self._open, self._open["content"][0]
+        item = self._open
         item["status"] = status
-        if item["type"] == "reasoning":
-            done = self._part_event("response.reasoning_text.done", text=part["text"])
+        if item["type"] == "function_call":
+            whole = {"name": item["name"], "arguments": item["arguments"]}
+            done = [self._item_event("response.function_call_arguments.done", **whole)]
         else:
-            done = self._part_event("response.output_text.done", text=part["text"], logprobs=[])
-        part_done = self._part_event("response.content_part.done", part=dict(part))
+            part = item["content"][0]
+            if item["type"] == "reasoning":
+                done = [self._part_event("response.reasoning_text.done", text=part["text"])]
+            else:
+                done = [self._part_event("response.output_text.done", text=part["text"], logprobs=[])]
+            done.append(self._part_event("response.content_part.done", part=dict(part)))
         index = len(self.response["output"]) - 1
-        item_done = self._event("response.output_item.done", output_index=index, item=dict(item))
+        done.append(self._event("response.output_item.done", output_index=index, item=dict(item)))
         self._open = None
-        return [done, part_done, item_done]
+        return done
+
+
+def _plain(value: Any) -> Any:
+    """A field of the request as the response repeats it."""
+    return value if isinstance(value, str) else value.model_dump(by_alias=True, exclude_none=True)

@@ -12,7 +12,7 @@ from leanseek.server.connections import Limits, Server
 from leanseek.server.errors import ServerError
 from leanseek.server.metrics import Metrics
 from leanseek.server.service import Service
-from leanseek.server.templates import load_chat_template
+from leanseek.server.templates import template_of
 
 STEP_S = 5.0  # a step that takes longer ends with the process
 
@@ -24,12 +24,13 @@ def serve(
     model_name: str | None,
     access: Access,
     limits: Limits | None = None,
+    chat_template: Path | None = None,
     **engine_options: Any,
 ) -> None:
     """Serve a model until SIGTERM or SIGINT; then finish what runs, take nothing new, and return.
 
     What still runs after `limits.shutdown_s` is ended with an error. A second signal ends the process at once. `port` 0
-    means a free one, which is printed.
+    means a free one, which is printed. `chat_template` is a file to take instead of the model's.
 
     Raises:
         InputError: the folder, an option or the port cannot be used.
@@ -37,7 +38,7 @@ def serve(
     listener = _bind(host, port)  # first: it fails in an instant, loading takes long
     with listener:
         engine = AsyncEngine.load(model, **engine_options)
-        service = make_service(engine, model_name or model.resolve().name)
+        service = make_service(engine, model_name or model.resolve().name, chat_template)
         engine.start()
         try:
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
@@ -48,7 +49,7 @@ def serve(
             engine.stop(STEP_S)
 
 
-def make_service(engine: AsyncEngine, model_name: str) -> Service:
+def make_service(engine: AsyncEngine, model_name: str, chat_template: Path | None = None) -> Service:
     """What the application needs around an engine.
 
     Raises:
@@ -57,9 +58,7 @@ def make_service(engine: AsyncEngine, model_name: str) -> Service:
     """
     if engine.tokenizer is None:
         raise ServerError("the model has no tokenizer.json; the server needs one beside the weights")
-    bos = engine.config.bos_token_id
-    bos_token = "" if bos is None else engine.tokenizer.token_bytes(bos).decode(errors="replace")
-    template = load_chat_template(engine.tokenizer.file.parent, bos_token)
+    template = template_of(engine.tokenizer, engine.config, chat_template)
     return Service(engine, engine.tokenizer, template, model_name, Metrics(engine, model_name))
 
 

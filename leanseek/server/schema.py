@@ -1,14 +1,16 @@
 """What requests may hold: OpenAI's fields, and vLLM's extra ones under vLLM's names.
 
 Types are strict and numbers finite. Ranges that matter to sampling are the engine's to check; here stand only the
-bounds that keep a number representable. Fields nobody here knows are ignored, as OpenAI-compatible servers do.
+bounds that keep a number representable. Of OpenAI's fields each is honoured, `Ignored` because nothing is lost by that,
+or `refused` by name; fields nobody here knows are ignored, as OpenAI-compatible servers do.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, Tag
+from pydantic_core import PydanticCustomError
 
 Int = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -16,8 +18,32 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Object = dict[str, JsonValue]
 
 
+Ignored = JsonValue  # of a field that asks for nothing an answer could lack
+
+
+def refused(why: str, *harmless: JsonValue) -> AfterValidator:
+    """Marks a field that is not served: only null, or a value that asks for nothing, passes. `why` says what to do."""
+
+    def check(value: JsonValue) -> JsonValue:
+        if value is not None and value not in harmless:
+            raise PydanticCustomError("refused", "this server does not serve it; {why}", {"why": why})
+        return value
+
+    return AfterValidator(check)
+
+
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class Verbatim(Body):
+    """A part of a conversation. The chat template gets it as it came, with fields that nobody here knows."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def given(self) -> Object:
+        """What the client sent; null means absent."""
+        return self.model_dump(exclude_unset=True, exclude_none=True)
 
 
 # ---- sampling ----
@@ -54,10 +80,22 @@ class Sampling(Body):
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: Int = 0
+    # OpenAI's, without effect here
+    user: Ignored = None
+    # vLLM's
+    guided_json: Annotated[JsonValue, refused("use structured_outputs")] = None
+    guided_regex: Annotated[JsonValue, refused("use structured_outputs")] = None
+    guided_choice: Annotated[JsonValue, refused("use structured_outputs")] = None
+    guided_grammar: Annotated[JsonValue, refused("use structured_outputs")] = None
+    allowed_token_ids: Annotated[JsonValue, refused("use structured_outputs or logit_bias")] = None
+    bad_words: Annotated[JsonValue, refused("use logit_bias", [])] = None
+    use_beam_search: Annotated[JsonValue, refused("leave it out", False)] = None
+    truncate_prompt_tokens: Annotated[JsonValue, refused("shorten the prompt yourself")] = None
 
 
 class StreamOptions(Body):
     include_usage: bool | None = False  # in a last chunk without choices
+    include_obfuscation: Ignored = None
     continuous_usage_stats: bool | None = False  # in every chunk
 
 
@@ -77,37 +115,50 @@ class TextFormat(Body):
 # ---- chat ----
 
 
-class TextPart(Body):
+class TextPart(Verbatim):
     type: Literal["text", "input_text", "output_text"]
     text: str
 
 
-class FunctionCall(Body):
+class RefusalPart(Verbatim):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = str | list[TextPart | RefusalPart]
+
+
+class FunctionCall(Verbatim):
     name: str
     arguments: str
 
 
-class ToolCall(Body):
+class ToolCall(Verbatim):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class Message(Body):
+class Message(Verbatim):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Content | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    prefix: bool | None = None  # DeepSeek's: the answer goes on from this message, the last
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: Annotated[JsonValue, refused("use tool_calls")] = None
+    audio: Annotated[JsonValue, refused("send text")] = None
 
 
-class Function(Body):
+class Function(Verbatim):
     name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
     description: str | None = None
     parameters: Object | None = None
 
 
-class Tool(Body):
+class Tool(Verbatim):
     type: Literal["function"]
     function: Function
 
@@ -121,7 +172,14 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class ChatRequest(Sampling):
+class Ending(Body):
+    """How a conversation ends: where an answer begins, or amid one that the client has begun."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatRequest(Sampling, Ending):
     messages: list[Message] = Field(min_length=1)
     n: Int | None = None
     max_tokens: Count | None = None
@@ -133,7 +191,29 @@ class ChatRequest(Sampling):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = True
+    reasoning_effort: str | None = None  # for templates that read it
     chat_template_kwargs: Object | None = None
+    # without effect here
+    metadata: Ignored = None
+    prediction: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    verbosity: Ignored = None
+    # not served
+    audio: Annotated[JsonValue, refused("answers are text")] = None
+    modalities: Annotated[JsonValue, refused('answers are text: ["text"]', ["text"])] = None
+    function_call: Annotated[JsonValue, refused("use tool_choice", "none")] = None
+    functions: Annotated[JsonValue, refused("use tools", [])] = None
+    moderation: Annotated[JsonValue, refused("nothing is moderated")] = None
+    store: Annotated[JsonValue, refused("nothing is stored", False)] = None
+    web_search_options: Annotated[JsonValue, refused("nothing is searched")] = None
+    chat_template: Annotated[JsonValue, refused("start the server with --chat-template")] = None
+    documents: Annotated[JsonValue, refused("use chat_template_kwargs", [])] = None
+    echo: Annotated[JsonValue, refused("the answer alone is returned", False)] = None
+    prompt_logprobs: Annotated[JsonValue, refused("use /v1/completions with echo")] = None
 
 
 # ---- completions ----
@@ -148,6 +228,7 @@ class CompletionRequest(Sampling):
     stream_options: StreamOptions | None = None
     logprobs: Count | None = None
     echo: bool | None = False
+    prompt_logprobs: Annotated[JsonValue, refused("use echo with logprobs")] = None
     response_format: TextFormat | None = None
 
 
@@ -157,13 +238,80 @@ class CompletionRequest(Sampling):
 class InputMessage(Body):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
+
+
+class ReasoningPart(Body):
+    text: str
 
 
 class InputReasoning(Body):
-    """An earlier response's reasoning, which is not repeated to the model."""
+    """An earlier response's reasoning; whether the model sees it again is the chat template's affair."""
 
     type: Literal["reasoning"]
+    summary: list[ReasoningPart] | None = None
+    content: list[ReasoningPart] | None = None
+
+
+class InputCall(Body):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class InputCallOutput(Body):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+
+
+_ITEMS = ("message", "reasoning", "function_call", "function_call_output")
+
+
+def _kind(value: Any, default: str | None = None) -> str:
+    """The `type` of an item as it came, or of its model."""
+    kind = value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default)
+    return str(kind)
+
+
+def _known_item(value: Any) -> Any:
+    if (kind := _kind(value, "message")) not in _ITEMS:
+        message = "items of type {kind} are not served here; those of type {known} are"
+        raise PydanticCustomError("refused", message, {"kind": repr(kind[:64]), "known": ", ".join(_ITEMS)})
+    return value
+
+
+def _known_tool(value: Any) -> Any:
+    if (kind := _kind(value)) != "function":
+        message = "tools of type {kind} are not served here; function tools are"
+        raise PydanticCustomError("refused", message, {"kind": repr(kind[:64])})
+    return value
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputReasoning, Tag("reasoning")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")],
+    Discriminator(lambda value: _kind(value, "message")),
+    BeforeValidator(_known_item),
+]
+
+
+class FunctionTool(Body):
+    """A tool in the flat form of /v1/responses."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class FunctionChoice(Body):
+    type: Literal["function"]
+    name: str
 
 
 class ResponsesFormat(Body):
@@ -174,23 +322,53 @@ class ResponsesFormat(Body):
 
 class ResponsesText(Body):
     format: ResponsesFormat | None = None
+    verbosity: Ignored = None
+
+
+class Reasoning(Body):
+    effort: str | None = None  # for templates that read `reasoning_effort`
+    summary: Ignored = None  # the reasoning comes whole
 
 
 class ResponsesRequest(Sampling):
-    input: str | Annotated[list[InputMessage | InputReasoning], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     text: ResponsesText | None = None
     metadata: dict[str, str] | None = None
-    previous_response_id: str | None = None
-    tools: list[Any] | None = None
+    tools: list[Annotated[FunctionTool, BeforeValidator(_known_tool)]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = True
+    reasoning: Reasoning | None = None
     chat_template_kwargs: Object | None = None
+    # without effect here
+    max_tool_calls: Ignored = None  # of built-in tools
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    stream_options: StreamOptions | None = None
+    # not served
+    access_programs: Annotated[JsonValue, refused("leave it out")] = None
+    background: Annotated[JsonValue, refused("wait for the answer, or stream it", False)] = None
+    background_options: Annotated[JsonValue, refused("wait for the answer, or stream it")] = None
+    context_management: Annotated[JsonValue, refused("send what the model shall see as input", [])] = None
+    conversation: Annotated[JsonValue, refused("nothing is stored: send the conversation as input")] = None
+    image: Annotated[JsonValue, refused("input and output are text")] = None
+    include: Annotated[JsonValue, refused("what there is comes unasked", [], ["reasoning.encrypted_content"])] = None
+    moderation: Annotated[JsonValue, refused("nothing is moderated")] = None
+    previous_response_id: Annotated[JsonValue, refused("nothing is stored: send the conversation as input")] = None
+    prompt: Annotated[JsonValue, refused("nothing is stored: send its text as instructions and input")] = None
+    store: Annotated[JsonValue, refused("nothing is stored: send false, and the conversation each time", False)] = None
+    top_logprobs: Annotated[JsonValue, refused("use /v1/chat/completions", 0)] = None
+    truncation: Annotated[JsonValue, refused("shorten the input yourself", "disabled")] = None
 
 
 # ---- tokens ----
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Ending):
     """A text, or a conversation as the chat template writes it."""
 
     model: str | None = None
@@ -198,7 +376,6 @@ class TokenizeRequest(Body):
     add_special_tokens: bool = True
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
-    add_generation_prompt: bool = True
     chat_template_kwargs: Object | None = None
 
 

@@ -23,7 +23,17 @@ from leanseek.engine import (
 from leanseek.engine.confined import LANES
 from leanseek.server.errors import ApiError
 from leanseek.server.metrics import Metrics
-from leanseek.server.schema import Message, Object, Sampling, StreamOptions, Tool
+from leanseek.server.schema import (
+    Content,
+    Ending,
+    Message,
+    Object,
+    RefusalPart,
+    Sampling,
+    StreamOptions,
+    TextPart,
+    Tool,
+)
 from leanseek.server.templates import ChatTemplate
 
 T = TypeVar("T")
@@ -97,20 +107,23 @@ class Service:
         messages: Sequence[Message],
         tools: Sequence[Tool] | None,
         variables: Object | None,
-        add_generation_prompt: bool = True,
+        ending: Ending,
     ) -> str:
         """The prompt of a conversation.
 
         Raises:
             TemplateError: the template refuses the messages.
+            ApiError: its end is to be two things at once.
         """
+        continued = begun_answer(messages, ending) is not None
         return await self._apart(
             self._templates,
             self.template.render,
-            [_for_template(message) for message in messages],
-            [tool.model_dump(exclude_none=True) for tool in tools or []] or None,
+            [_for_template(message, self.template.takes_parts) for message in messages],
+            [tool.given() for tool in tools or []] or None,
             variables,
-            add_generation_prompt,
+            ending.add_generation_prompt is not False,
+            continued,
         )
 
     def sampling(self, request: Sampling, prompt_length: int, max_tokens: int | None, **more: Any) -> SamplingParams:
@@ -244,15 +257,54 @@ def chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob, top: int) -> dict[st
     return one(entry.token_id, entry.logprob) | {"top_logprobs": alternatives}
 
 
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message with a text, as templates expect: beside tool calls None where empty, as the published V3's wants."""
-    plain = message.model_dump(exclude_none=True)
-    calls = message.role == "assistant" and message.tool_calls
-    if not calls:
+def begun_answer(messages: Sequence[Message], ending: Ending) -> str | None:
+    """The text of the last message, where the answer goes on from it; None where a new one begins.
+
+    Raises:
+        ApiError: the fields that say so contradict each other, or the last message is no answer.
+    """
+    *earlier, last = messages
+    if any(message.prefix for message in earlier):
+        raise ApiError(400, "prefix belongs to the last message", param="messages")
+    if not (last.prefix or ending.continue_final_message):
+        return None
+    name = "prefix" if last.prefix else "continue_final_message"
+    if last.prefix and ending.continue_final_message is False:
+        raise ApiError(400, "prefix: true contradicts continue_final_message: false", param="continue_final_message")
+    if ending.add_generation_prompt:
+        message = f"{name} goes on from the last message, add_generation_prompt begins a new one: send one of them"
+        raise ApiError(400, message, param="add_generation_prompt")
+    if last.role != "assistant" or last.tool_calls:
+        message = f"{name} needs a last message of the assistant that has no tool_calls"
+        raise ApiError(400, message, param="messages")
+    return content_text(last.content or "")
+
+
+def content_text(content: Content) -> str:
+    """A message's text: its parts joined; a refusal is what the model wrote then."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
+
+
+def _for_template(message: Message, takes_parts: bool) -> dict[str, Any]:
+    """What the client sent, as templates expect it: without nulls (but for the text beside calls), an empty list of
+    calls, or parts unless the template reads them."""
+    plain = message.given()
+    if not message.tool_calls:
         plain.pop("tool_calls", None)
-    parts = message.content if isinstance(message.content, list) else []
-    text = "".join(part.text for part in parts) if parts else message.content or ""
-    plain["content"] = text or (None if calls else "")
     if message.role == "developer":
         plain["role"] = "system"
+    if message.content is None:
+        plain["content"] = message.refusal or (None if message.tool_calls else "")
+    elif isinstance(message.content, list) and takes_parts:
+        plain["content"] = [_part(part) for part in message.content]
+    else:
+        plain["content"] = content_text(message.content)
     return plain
+
+
+def _part(part: TextPart | RefusalPart) -> Object:
+    """Under the name that templates know."""
+    given = part.given() | {"type": "text"}
+    return given | {"text": given.pop("refusal")} if isinstance(part, RefusalPart) else given

@@ -15,13 +15,15 @@ from typing import Any
 
 import jinja2
 
-from leanseek.engine import Confined, Overtaxed
+from leanseek.config import ModelConfig
+from leanseek.engine import Confined, Overtaxed, Tokenizer
 from leanseek.errors import InputError
 from leanseek.server import jinja_worker
 from leanseek.server.parsers import DEEPSEEK_V3_TOOLS, DEEPSEEK_V31_TOOLS, KIMI_K2_TOOLS, THINK, ToolFormat
 
 RENDER_TIMEOUT_S = 5.0
 MAX_TEMPLATE = 1_000_000  # characters
+_CUT = "\ue000continued\ue000"  # behind an answer that is to go on, while it is rendered: private characters
 
 Message = Mapping[str, Any]
 
@@ -65,6 +67,8 @@ class ChatTemplate:
         tokens: special tokens of its tokenizer
         source: the folder's template, where it has one
 
+    takes_parts: whether it reads a message's content as a list of parts; a text otherwise
+
     Raises:
         TemplateError: the source is not a template.
     """
@@ -79,10 +83,10 @@ class ChatTemplate:
             self._defaults |= self.family.variables
             path = Path(__file__).parent / "chat_templates" / f"{self.family.template}.jinja"
             template = jinja_worker.Template(path.read_text(encoding="utf-8"))
-            self._render, self._reads = template.render, template.variables
+            self._render, self._reads, self.takes_parts = template.render, template.variables, False
             return
-        self._confined = _ConfinedTemplate(source)
-        self._render, self._reads = self._confined.render, self._confined.variables
+        confined = self._confined = _ConfinedTemplate(source)
+        self._render, self._reads, self.takes_parts = confined.render, confined.variables, confined.takes_parts
 
     def close(self) -> None:
         """End the processes of a folder's template."""
@@ -100,27 +104,49 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """The prompt, special tokens included.
 
         Args:
-            messages: with `role`, `content` (a string or None) and, as in OpenAI's API, `tool_calls`, `tool_call_id`
+            messages: with `role`, `content` (a string, None, or a list if the template `takes_parts`) and, as in
+                OpenAI's API, `tool_calls`, `tool_call_id`; other fields are the template's affair
             tools: with `function`: `name`, `description`, `parameters`
             variables: for the template, such as `thinking`
+            add_generation_prompt: end where the model's answer begins
+            continue_final_message: instead end where the last message's text ends; nothing closes it
 
         Raises:
             TemplateError: the template refuses the messages, takes too long, or cannot write tools.
             Crowded: many slow ones are being rendered.
         """
+        if continue_final_message:
+            messages = [*messages[:-1], _marked(messages[-1])]
         if tools and "tools" not in self._reads:  # published templates of V3, R1 and V3.1 leave tools to the caller
             if self.family.tools is None:
                 raise TemplateError("this model's chat format has no tools")
             messages, tools = _with_tools(messages, tools, self.family.tools), None
-        own = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        add = add_generation_prompt and not continue_final_message
+        own = {"messages": messages, "tools": tools, "add_generation_prompt": add}
         try:
-            return self._render({**self._defaults, **(variables or {}), **own})
+            text = self._render({**self._defaults, **(variables or {}), **own})
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise TemplateError(f"the chat template refuses these messages: {error}") from None
+        if not continue_final_message:
+            return text
+        prompt, mark, _ = text.rpartition(_CUT)
+        if not mark:
+            raise TemplateError(
+                "the chat template does not write the last message as it is, so it cannot go on from it"
+            )
+        return prompt
+
+
+def _marked(message: Message) -> dict[str, Any]:
+    """The message as the beginning of an answer: marked where its text ends, and as DeepSeek's templates know one."""
+    content = message.get("content") or ""
+    marked = [*content, {"type": "text", "text": _CUT}] if isinstance(content, list) else content + _CUT
+    return {**message, "content": marked, "prefix": True}
 
 
 class _ConfinedTemplate:
@@ -137,7 +163,8 @@ class _ConfinedTemplate:
             raise TemplateError(f"the chat template has more than {MAX_TEMPLATE:,} characters")
         try:
             self._confined = Confined(jinja_worker.__file__, source, RENDER_TIMEOUT_S)
-            self.variables = frozenset(self._answer(self._confined.opened)["variables"])
+            reads = self._answer(self._confined.opened)
+            self.variables, self.takes_parts = frozenset(reads["variables"]), bool(reads["takes_parts"])
         except (Overtaxed, TemplateError) as error:
             reason = error if isinstance(error, TemplateError) else _too_much()
             raise TemplateError(f"the chat template is not valid Jinja: {reason}") from None
@@ -182,14 +209,17 @@ def _with_tools(
     first, rest = dict(messages[0]), [dict(message) for message in messages[1:]]
     if first["role"] != "system":
         return [{"role": "system", "content": text}, first, *rest]
+    if isinstance(first["content"], list):
+        return [first | {"content": [*first["content"], {"type": "text", "text": f"\n\n{text}"}]}, *rest]
     return [first | {"content": f"{first['content']}\n\n{text}"}, *rest]
 
 
-def load_chat_template(source: Path | Mapping[str, Any], bos_token: str = "") -> ChatTemplate:
+def load_chat_template(source: Path | Mapping[str, Any], bos_token: str = "", file: Path | None = None) -> ChatTemplate:
     """The chat template of a model folder, or of the contents of a tokenizer_config.json.
 
     Args:
         bos_token: for folders that do not name one
+        file: a template to take instead of the folder's
 
     Raises:
         TemplateError: a file is not what it should be.
@@ -200,11 +230,13 @@ def load_chat_template(source: Path | Mapping[str, Any], bos_token: str = "") ->
     if isinstance(source, Path):
         config = _read_json(source / "tokenizer_config.json")
         tokens = {token["content"] for token in _read_json(source / "tokenizer.json").get("added_tokens", [])}
-        file = source / "chat_template.jinja"
-        text = file.read_text(encoding="utf-8") if file.is_file() else None
+        own = source / "chat_template.jinja"
+        text = own.read_text(encoding="utf-8") if own.is_file() else None
     else:
         config = dict(source)
     tokens |= {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
+    if file is not None:
+        text = _read_template(file)
     if text is None:
         text = _default_template(config.get("chat_template"))
     return ChatTemplate(tokens, text, _token(config, "bos_token") or bos_token, _token(config, "eos_token"))
@@ -220,6 +252,23 @@ def render_chat(
     """`load_chat_template(source).render(...)`, for those who render once; `thinking` is V3.1's switch."""
     variables = {} if thinking is None else {"thinking": thinking}
     return load_chat_template(source).render(messages, tools, variables, add_generation_prompt)
+
+
+def template_of(tokenizer: Tokenizer, config: ModelConfig, file: Path | None = None) -> ChatTemplate:
+    """`load_chat_template` for a model that is loaded."""
+    bos = config.bos_token_id
+    bos_token = "" if bos is None else tokenizer.token_bytes(bos).decode(errors="replace")
+    return load_chat_template(tokenizer.file.parent, bos_token, file)
+
+
+def _read_template(file: Path) -> str:
+    try:
+        if not file.is_file():
+            raise TemplateError(f"{file} is not a file; --chat-template takes a Jinja template")
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(MAX_TEMPLATE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"{file} cannot be read as a chat template ({error})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

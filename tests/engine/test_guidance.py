@@ -2,12 +2,15 @@
 
 import json
 import re
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from leanseek import Transformer
-from leanseek.engine import EngineError, Guide, Request, SamplingParams, Tokenizer
+from leanseek.engine import EngineError, Guide, Request, SamplingParams, Tokenizer, guidance, guide_worker
 
 SCHEMA = {
     "type": "object",
@@ -77,7 +80,7 @@ def test_choices_have_their_own_place_in_the_grammar(
 def test_a_form_that_cannot_be_is_refused(
     model: Transformer, make_engine: Callable, tokenizer: Tokenizer, guide: Guide
 ) -> None:
-    engine = make_engine(model, tokenizer)
+    engine = make_engine(model, tokenizer, eos_token_ids=[0])
     for refuse in (
         lambda prompt, params: engine.matcher(params),
         lambda prompt, params: engine.add(Request("r", prompt, params)),
@@ -86,3 +89,134 @@ def test_a_form_that_cannot_be_is_refused(
             refuse([1, 2], SamplingParams(guided=guide))
         assert "\n" not in str(caught.value)
     assert not engine.has_work()
+
+
+@pytest.fixture(scope="module")
+def spelled(tokenizer: Tokenizer) -> str:
+    """The text of an added token."""
+    return tokenizer.token_bytes(tokenizer.added_ids[0]).decode()
+
+
+@pytest.mark.parametrize(
+    ("guide", "fits"),
+    [
+        (lambda text: Guide.regex(re.escape(text) + "[a-c]{2}"), lambda out, text: out[:-2] == text),
+        (lambda text: Guide.choice([text]), lambda out, text: out == text),
+        (lambda text: Guide.json_schema({"const": text}), lambda out, text: json.loads(out) == text),
+        (lambda text: Guide.json_schema({"enum": [text]}), lambda out, text: json.loads(out) == text),
+        (
+            lambda text: Guide.json_schema(
+                {
+                    "type": "object",
+                    "properties": {text: {"const": 1}},
+                    "required": [text],
+                    "additionalProperties": False,
+                }
+            ),
+            lambda out, text: json.loads(out) == {text: 1},
+        ),
+    ],
+    ids=["regex", "choice", "const", "enum", "property"],
+)
+def test_the_text_of_an_added_token_is_written_in_ordinary_ones(
+    model: Transformer, make_engine: Callable, tokenizer: Tokenizer, spelled: str, guide: Callable, fits: Callable
+) -> None:
+    """Its own id would be read as a mark, or as the end."""
+    engine = make_engine(model, tokenizer, eos_token_ids=[tokenizer.added_ids[0]])
+    params = SamplingParams(temperature=0, max_tokens=120, guided=guide(spelled))
+    engine.add(Request("r", [10, 11], params))
+    text, ids = "", []
+    while engine.has_work():
+        for delta in engine.step():
+            assert delta.error is None
+            text += delta.text
+            ids += delta.token_ids
+    assert fits(text, spelled), text
+    assert not {*ids[:-1]} & {*tokenizer.added_ids}
+
+
+def chain(length: int) -> str:
+    rules = "\n".join(f'r{i}: "a" r{i + 1} | "b"' for i in range(length))
+    return f'start: r0\n{rules}\nr{length}: "x"'
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        Guide.grammar(chain(2500)),  # so deep that llguidance runs out of stack
+        Guide.choice([f"choice number {i}" for i in range(20_000)]),
+        Guide.json_schema({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(5000)}}),
+        Guide.regex("a" * 70_000),
+        Guide.grammar("start: <[99999999]>"),
+        Guide.grammar("start: <nope>"),
+        Guide.regex(r"[^\s\S]"),
+        Guide.regex("(" * 1000 + "a" + ")" * 1000),
+        Guide.json_schema({"allOf": [{"anyOf": [{"minimum": i}, {"maximum": i}]} for i in range(30)]}),
+        Guide.json_schema({"type": "string", "pattern": "^(a|b){0,2000}$", "format": "email", "minLength": 100}),
+    ],
+    ids=["deep", "choices", "properties", "long", "id", "name", "nothing", "brackets", "product", "intersection"],
+)
+def test_a_guide_that_takes_too_much_is_one_line(
+    model: Transformer, make_engine: Callable, tokenizer: Tokenizer, guide: Guide
+) -> None:
+    engine = make_engine(model, tokenizer, eos_token_ids=[0])
+    with pytest.raises(EngineError, match=f"^guided {guide.kind}: ") as caught:
+        engine.matcher(SamplingParams(guided=guide))
+    told = str(caught.value)
+    assert "\n" not in told and len(told) < 300
+    assert not re.search(r"panic|assert|<state>|fuel|\(And|verbose", told)
+    assert engine.matcher(SamplingParams(guided=Guide.regex("a"))), "the next is compiled"
+
+
+def test_a_guide_is_compiled_once_and_never_by_the_engine(
+    model: Transformer, make_engine: Callable, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model, tokenizer, eos_token_ids=[0])
+    compiled: list[str] = []
+    compile_guide = guide_worker.compile_guide
+
+    def slow(vocabulary: object, kind: str, source: str) -> object:
+        compiled.append(threading.current_thread().name)
+        gate.wait()
+        return compile_guide(vocabulary, kind, source)  # type: ignore[arg-type]
+
+    gate = threading.Event()
+    monkeypatch.setattr(guide_worker, "compile_guide", slow)
+    params = SamplingParams(max_tokens=9, guided=Guide.regex("[ab]{3}"))
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(engine.matcher, params) for _ in range(4)]
+        while not compiled:
+            time.sleep(0.01)
+        assert len(text_of(engine, SamplingParams(max_tokens=5))[0]) > 0, "others decode meanwhile"
+        gate.set()
+        matchers = [each.result() for each in waiting]
+    assert len(compiled) == 1 and len({id(matcher) for matcher in matchers}) == 1
+    engine.add(Request("guided", [10], params, matcher=matchers[0]))
+    while engine.has_work():
+        engine.step()
+    assert len(compiled) == 1
+
+
+def test_compiled_guides_are_kept_up_to_a_size(
+    make_engine: Callable, model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model, tokenizer, eos_token_ids=[0])
+    for number in range(40):
+        engine.matcher(SamplingParams(guided=Guide.regex(f"a{number}")))
+    grammars = engine._grammars
+    assert len(grammars._compiled) == guidance.KEPT_GRAMMARS and not grammars._compiling
+    monkeypatch.setattr(guidance, "KEPT_CHARACTERS", 1000)
+    for number in range(6):
+        engine.matcher(SamplingParams(guided=Guide.regex("b" * 300 + str(number))))
+    assert sum(len(guide.source) for guide in grammars._compiled) <= guidance.KEPT_CHARACTERS
+
+
+def test_what_goes_wrong_in_a_step_says_nothing_of_the_library(
+    make_engine: Callable, model: Transformer, tokenizer: Tokenizer
+) -> None:
+    engine = make_engine(model, tokenizer, eos_token_ids=[0])
+    matcher = engine.matcher(SamplingParams(guided=Guide.regex("[ab]{3}"))).copy()
+    outside = next(token for token in range(5, 200) if tokenizer.token_bytes(token) not in (b"a", b"b"))
+    with pytest.raises(guidance.GuideFailed) as caught:
+        matcher.advance(outside)
+    assert str(caught.value) == "the output's form takes too much work to follow; make it simpler"

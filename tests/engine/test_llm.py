@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from leanseek import LLM, SamplingParams, Transformer, checkpoint
 from leanseek.cli import chat, generate
 from leanseek.engine import EngineError, Guide, Tokenizer
 from leanseek.errors import InputError
+from leanseek.server.templates import template_of
 
 SMALL = {"cache_gib": 0.001}
 
@@ -72,6 +74,38 @@ def test_defaults_come_from_generation_config(llm: LLM) -> None:
     assert llm.engine.defaults == {"temperature": 0.5, "top_p": 0.9}
     assert llm.engine.eos_token_ids == {0, 5}
     assert llm.generate("fox", None)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("generation", "defaults", "told"),
+    [
+        ({"do_sample": False}, {"temperature": 0.0}, []),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}, []),
+        ({"do_sample": True, "temperature": 0.6, "top_k": None}, {"temperature": 0.6}, []),
+        ({"do_sample": True, "top_k": 50, "max_new_tokens": 9}, {"top_k": 50, "max_tokens": 9}, []),
+        ({"temperature": 0.6}, {"temperature": 0.6}, []),
+        ({"typical_p": 0.9, "num_beams": 1, "suppress_tokens": [5]}, {}, ["typical_p", "suppress_tokens"]),
+        ({"min_new_tokens": 3, "stop_strings": [], "guidance_scale": None}, {}, ["min_new_tokens"]),
+    ],
+    ids=str,
+)
+def test_generation_config_as_transformers_reads_it(
+    folder: Path, tmp_path: Path, caplog: Any, generation: dict[str, Any], defaults: dict[str, Any], told: list[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+    engine = LLM(tmp_path / "model", packed_copy=False, **SMALL).engine
+    assert engine.defaults == defaults
+    warnings = [record.getMessage() for record in caplog.records if record.name == "leanseek.engine.llm"]
+    assert len(warnings) == bool(told) and all(key in warnings[0] for key in told)
+
+
+def test_a_value_that_cannot_be_in_generation_config_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    for wrong in ({"temperature": "hot"}, {"top_p": 2}, {"top_k": 1.5}, {"max_new_tokens": 0}):
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(EngineError, match=r"generation_config\.json: \w+ must be"):
+            LLM(tmp_path / "model", packed_copy=False, **SMALL)
 
 
 def test_streams_can_be_interleaved_and_left(llm: LLM) -> None:
@@ -270,14 +304,45 @@ def test_generate_names_a_bad_folder(command: Callable, tmp_path: Path) -> None:
     assert "nothing" in str(result.exception)
 
 
+def test_chat_ends_an_answer_where_the_template_says(command: Callable, folder: Path, tmp_path: Path) -> None:
+    """A base model's script ends where the user would speak; `--chat-template` takes the place of it all."""
+    seen: list[Any] = []
+
+    class Script(LLM):
+        def stream(self, prompt: Any, params: Any = None) -> Any:
+            seen.append((self.tokenizer.decode(prompt, False), params.stop))
+            return super().stream(prompt, params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanseek.engine.LLM", Script)
+        template = tmp_path / "own.jinja"
+        template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+        for options in ((), ("--chat-template", str(template))):
+            result = command("chat", str(folder), "--max-tokens", "2", *options, input="hi\n")
+            assert result.exit_code == 0, result.output
+    assert seen == [("<end>User: hi\n\nAssistant:", ("\nUser:",)), ("[hi]", None)]
+    result = command("chat", str(folder), "--chat-template", str(tmp_path / "none.jinja"), input="hi\n")
+    assert isinstance(result.exception, InputError) and "none.jinja is not a file" in str(result.exception)
+
+
+def test_chat_interrupted_before_the_first_token(folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    template = template_of(llm.tokenizer, llm.engine.config)
+    monkeypatch.setattr(llm.engine, "step", interrupt)
+    answer, figures = chat._answer(llm, template, [{"role": "user", "content": "hi"}], SamplingParams())
+    assert answer == "" and re.fullmatch(r"stopped after \d+\.\d\d s, before the first token", figures)
+
+
 def test_chat_keeps_the_conversation(command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model sees after each line: the system prompt and the turns so far; /reset forgets the turns."""
     seen: list[list[tuple[str, str]]] = []
     ask = chat._answer
 
-    def record(llm: LLM, where: Path, messages: list[dict[str, str]], params: SamplingParams) -> tuple[str, str]:
+    def record(llm: LLM, template: Any, messages: list[dict[str, str]], params: SamplingParams) -> tuple[str, str]:
         seen.append([(m["role"], m["content"]) for m in messages])
-        return ask(llm, where, messages, params)
+        return ask(llm, template, messages, params)
 
     monkeypatch.setattr(chat, "_answer", record)
     lines = ["/system be brief", "hi", "and you?", "/reset", "hello", "/unknown", "/exit", "never read"]

@@ -120,12 +120,19 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Serve:
-    """serve(family, access=None, max_model_len=512, limits=None): starts a server that lasts for the test."""
+    """serve(family, access=None, max_model_len=512, limits=None, template=None): starts a server that lasts for the
+    test."""
 
     def start(
-        family: str = "v3", access: Access | None = None, max_model_len: int = 512, limits: Limits | None = None
+        family: str = "v3",
+        access: Access | None = None,
+        max_model_len: int = 512,
+        limits: Limits | None = None,
+        template: str | None = None,
     ) -> Served:
         engine = FakeEngine(write_tokenizer(tmp_path / family, family), max_model_len)
+        if template is not None:
+            (tmp_path / family / "chat_template.jinja").write_text(template)
         context = running(engine, access, limits)
         url = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))

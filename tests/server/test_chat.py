@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import typing
+from pathlib import Path
 from typing import Any
 
 import openai
 import pydantic
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
+from pydantic import JsonValue
+
+from leanseek.server.errors import as_api_error
+from leanseek.server.run import make_service
+from leanseek.server.schema import ChatRequest, CompletionRequest, ResponsesRequest
+from leanseek.server.templates import TemplateError
 
 TOOLS: list[Any] = [
     {
@@ -329,6 +340,224 @@ def test_content_in_parts_and_the_developer_role(serve: Any) -> None:
     assert served.engine.last_prompt == "<｜begin▁of▁sentence｜>S<｜User｜>ab<｜Assistant｜>"
 
 
+CALLS = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}, "x": {"y": None}}]
+
+
+@pytest.mark.parametrize(
+    ("sent", "seen"),
+    [
+        ({"role": "user", "content": "Hi", "name": "Ann", "x": [1, None]}, None),
+        ({"role": "assistant", "content": "A", "reasoning_content": "R"}, None),
+        ({"role": "assistant", "content": "", "tool_calls": CALLS}, None),
+        ({"role": "assistant", "content": None, "tool_calls": CALLS}, None),
+        ({"role": "assistant", "tool_calls": CALLS}, {"role": "assistant", "tool_calls": CALLS, "content": None}),
+        ({"role": "tool", "content": "r", "tool_call_id": "c1", "name": "f"}, None),
+        ({"role": "system", "content": "S", "tools": [{"type": "function", "function": {"name": "g"}}]}, None),
+        # what the openai client dumps of its own messages
+        (
+            {"role": "assistant", "content": "A", "refusal": None, "tool_calls": None, "function_call": None},
+            {"role": "assistant", "content": "A"},
+        ),
+        ({"role": "assistant", "content": "A", "tool_calls": []}, {"role": "assistant", "content": "A"}),
+        # refusals
+        (
+            {"role": "assistant", "content": None, "refusal": "No."},
+            {"role": "assistant", "content": "No.", "refusal": "No."},
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+            {"role": "assistant", "content": "No."},
+        ),
+    ],
+    ids=str,
+)
+def test_the_template_sees_what_the_client_sent(serve: Any, sent: dict[str, Any], seen: dict[str, Any] | None) -> None:
+    served = serve("v3", template="{{ messages | tojson }}")
+    assert served.chat(messages=[sent]).status_code == 200
+    assert json.loads(served.engine.last_prompt) == [seen or sent]
+
+
+def test_the_template_sees_tools_and_switches(serve: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}, "strict": True}, "x": 1}
+    served = serve("v3", template="{{ [tools, add_generation_prompt, reasoning_effort, k] | tojson }}")
+    more = {"reasoning_effort": "low", "chat_template_kwargs": {"k": 5}}
+    assert served.chat(tools=[tool], add_generation_prompt=False, **more).status_code == 200
+    assert json.loads(served.engine.last_prompt) == [[tool], False, "low", 5]
+
+
+@pytest.mark.parametrize(
+    ("loop", "parts"),
+    [
+        ("{% for p in m.content %}<{{ p.type }}:{{ p.text }}>{% endfor %}", True),
+        ("{% for p in m['content'] | list %}<{{ p.type }}:{{ p.text }}>{% endfor %}", True),
+        ("{% set c = m['content'] %}{% for p in c %}<{{ p.type }}:{{ p.text }}>{% endfor %}", True),
+        ("{% macro w(content) %}{% for p in content %}<{{ p.type }}:{{ p.text }}>{% endfor %}{% endmacro %}"
+         "{{ w(m.content) }}", True),
+        ("{{ m.content }}", False),
+        ("{% for p in m.content.split(' ') %}{{ p }}{% endfor %}", False),
+    ],
+)  # fmt: skip
+def test_parts_reach_a_template_that_loops_over_them(serve: Any, loop: str, parts: bool) -> None:
+    served = serve("v3", template="{% for m in messages %}" + loop + "{% endfor %}")
+    content = [{"type": "input_text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "refusal", "refusal": "c"}]
+    assert served.chat(messages=[{"role": "assistant", "content": content}]).status_code == 200
+    assert served.engine.last_prompt == ("<text:a><text:b><text:c>" if parts else "abc")
+
+
+BEGUN = {"role": "assistant", "content": "Once "}
+
+
+@pytest.mark.parametrize("fields", [{"continue_final_message": True}, {"prefix": True}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [
+        ("v3", "<｜User｜>Hi<｜Assistant｜>Once "),
+        ("r1", "<｜User｜>Hi<｜Assistant｜>Once "),
+        ("v3.1", "<｜User｜>Hi<｜Assistant｜></think>Once "),
+        ("plain", "User: Hi\n\nAssistant: Once "),
+        ("kimi", "<|im_assistant|>assistant<|im_middle|>Once "),
+    ],
+)
+def test_an_answer_goes_on_from_what_the_client_began(serve: Any, family: str, ends: str, fields: Any) -> None:
+    """No end token, and no second beginning, stands between."""
+    served = serve(family)
+    message, fields = (BEGUN | fields, {}) if "prefix" in fields else (BEGUN, fields)
+    answer = served.chat(messages=[*HI, message], **fields).json()
+    assert served.engine.last_prompt.endswith(ends)
+    assert answer["choices"][0]["message"]["content"] == served.engine.reply
+    counted = served.http.post("/tokenize", json={"messages": [*HI, message], **fields}).json()
+    assert counted["tokens"] == served.engine.last.prompt
+
+
+@pytest.mark.parametrize(
+    ("family", "begun", "kwargs", "reply", "told"),
+    [
+        ("v3.1", "I th", {"thinking": True}, "ink.</think>Hi.", ("ink.", "Hi.")),
+        ("v3.1", "I th", {}, "e answer", (None, "e answer")),
+        ("v3.1", "I think.</think>H", {"thinking": True}, "i.", (None, "i.")),
+        ("r1", "<think>I th", {}, "ink.</think>Hi.", ("ink.", "Hi.")),
+        ("r1", "<think>I think.</think>H", {}, "i.", (None, "i.")),
+    ],
+)
+def test_a_begun_answer_goes_on_inside_or_behind_its_reasoning(
+    serve: Any, family: str, begun: str, kwargs: Any, reply: str, told: Any
+) -> None:
+    served = serve(family)
+    served.engine.reply = reply
+    messages = [*HI, {"role": "assistant", "content": begun, "prefix": True}]
+    message = served.chat(messages=messages, chat_template_kwargs=kwargs).json()["choices"][0]["message"]
+    assert served.engine.last_prompt.endswith(begun)
+    assert (message.get("reasoning_content"), message["content"]) == told
+
+
+def test_a_folders_template_goes_on_too(serve: Any) -> None:
+    """Trimmed and in parts; one that does not write the text as it is cannot."""
+    begun = [*HI, BEGUN]
+    trims = serve("v3", template="{% for m in messages %}[{{ m.content | trim }}]{% endfor %}G")
+    assert trims.chat(messages=begun, continue_final_message=True).status_code == 200
+    assert trims.engine.last_prompt == "[Hi][Once "
+    loops = serve(
+        "r1", template="{% for m in messages %}[{% for p in m.content %}{{ p.text }}{% endfor %}]{% endfor %}"
+    )
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "Once "}, {"type": "text", "text": "up"}]}]
+    assert loops.chat(messages=parts, continue_final_message=True).status_code == 200
+    assert loops.engine.last_prompt == "[Once up"
+    drops = serve("plain", template="{{ messages[0].content }}")
+    answer = drops.chat(messages=begun, continue_final_message=True)
+    assert answer.status_code == 400 and "does not write the last message" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"messages": HI, "continue_final_message": True}, "of the assistant"),
+        ({"messages": [*HI, BEGUN], "continue_final_message": True, "add_generation_prompt": True}, "send one of them"),
+        ({"messages": [*HI, BEGUN | {"prefix": True}], "add_generation_prompt": True}, "send one of them"),
+        ({"messages": [*HI, BEGUN | {"prefix": True}], "continue_final_message": False}, "contradicts"),
+        ({"messages": [BEGUN | {"prefix": True}, *HI]}, "the last message"),
+        ({"messages": [{"role": "user", "content": "Hi", "prefix": True}]}, "of the assistant"),
+        ({"messages": [*HI, BEGUN | {"tool_calls": CALLS}], "continue_final_message": True}, "no tool_calls"),
+        (
+            {"messages": [*HI, BEGUN], "continue_final_message": True, "response_format": {"type": "json_object"}},
+            "a form begins anew",
+        ),
+    ],
+    ids=str,
+)
+def test_contradictions_about_the_end_are_refused(serve: Any, fields: dict[str, Any], says: str) -> None:
+    answer = serve("v3").chat(**fields)
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+def test_a_template_given_to_the_server(serve: Any, tmp_path: Any) -> None:
+    """It takes the place of the folder's, whose stop strings go with it."""
+    served = serve("plain", template="folder")
+    file = tmp_path / "own.jinja"
+    file.write_text("own {{ messages[0].content }} {{ ''.__class__.__mro__ }}")
+    service = make_service(served.engine, "test-model", file)
+    with pytest.raises(TemplateError, match="unsafe"):
+        service.template.render(HI)
+    file.write_text("own {{ messages[0].content }}")
+    service = make_service(served.engine, "test-model", file)
+    assert (service.template.render(HI), service.template.stop) == ("own Hi", ())
+    for wrong, says in ((tmp_path, "is not a file"), (tmp_path / "none", "is not a file")):
+        with pytest.raises(TemplateError, match=says):
+            make_service(served.engine, "test-model", wrong)
+    file.write_bytes(b"\xff")
+    with pytest.raises(TemplateError, match="cannot be read"):
+        make_service(served.engine, "test-model", file)
+
+
+# ---- fields ----
+
+ENDPOINTS = [
+    ("/v1/chat/completions", ChatRequest, chat_params.CompletionCreateParamsBase, {"messages": HI}),
+    ("/v1/completions", CompletionRequest, completion_params.CompletionCreateParamsBase, {"prompt": "Hi"}),
+    ("/v1/responses", ResponsesRequest, response_params.ResponseCreateParamsBase, {"input": "Hi"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "theirs", "least"), ENDPOINTS)
+def test_every_field_of_the_openai_client_is_known(path: str, body: Any, theirs: Any, least: Any) -> None:
+    """A field that OpenAI adds is honoured, ignored or refused on purpose; the docs list those of the last two kinds."""
+    unknown = typing.get_type_hints(theirs).keys() - body.model_fields.keys()
+    assert not unknown, f"{path}: decide what becomes of {unknown}"
+    docs = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    section = next(part for part in docs.split("\n### ") if part.startswith(f"`{path}`"))
+    assert not [
+        name for name in (*kinds(body, ignored=True), *kinds(body, ignored=False)) if f"`{name}`" not in section
+    ]
+
+
+def kinds(body: Any, ignored: bool) -> list[str]:
+    """Fields of any JSON value: those without a check are ignored, those with one refused."""
+    loose = {name: field for name, field in body.model_fields.items() if field.annotation is JsonValue}
+    return [name for name, field in loose.items() if bool(field.metadata) != ignored]
+
+
+@pytest.mark.parametrize(("path", "body", "theirs", "least"), ENDPOINTS)
+def test_refused_fields_are_refused_by_name_and_ignored_ones_taken(
+    serve: Any, path: str, body: Any, theirs: Any, least: Any
+) -> None:
+    def refusal(name: str, value: Any) -> str | None:
+        try:
+            body.model_validate_json(json.dumps(least | {name: value}))
+        except pydantic.ValidationError as error:
+            return str(as_api_error(error))
+        return None
+
+    refused = kinds(body, ignored=False)
+    for name in refused:
+        told = [refusal(name, value) for value in (True, "x", {"id": "x"}, ["x"], 7)]
+        assert sum(message is not None for message in told) >= 4  # one of them may ask for nothing
+        assert all(message.startswith(f"{name}: this server does not serve it; ") for message in told if message)
+        assert refusal(name, None) is None
+    served = serve("v3")
+    assert served.http.post(path, json=least | {refused[0]: {"id": "x"}}).status_code == 400
+    taken = {key: [True, {"id": "x"}] for key in kinds(body, ignored=True)}
+    assert taken and served.http.post(path, json=least | taken).status_code == 200
+
+
 def test_a_base_model_talks_in_a_script_and_stops_where_the_user_would_speak(serve: Any) -> None:
     served = serve("plain")
     served.engine.reply = " Hello.\nUser: and now I"
@@ -341,6 +570,8 @@ def test_a_base_model_talks_in_a_script_and_stops_where_the_user_would_speak(ser
     ("fields", "says"),
     [
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": ""}}]}, "function_call"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "x"}}]}, "audio"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
         ({"temperature": "hot"}, "temperature"),

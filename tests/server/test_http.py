@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,8 +18,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from leanseek.engine import Tokenizer
-from leanseek.server.app import MAX_BODY, Access
+from leanseek.server import app as app_module
+from leanseek.server.app import MAX_BODY, Access, create_app
 from leanseek.server.errors import ServerError
+from leanseek.server.run import make_service
 
 CHAT = "/v1/chat/completions"
 
@@ -108,6 +113,122 @@ def test_an_api_key_guards_the_api_and_not_the_health(serve: Any) -> None:
         assert served.http.get(path).status_code == 200
 
 
+HOSTS = ["x/?", "x#", "u@b/page/", "x/health", "x?", "a b", "x:99999999", "[::1", "é", "x\\y"]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("path", ["/v1/models", "/tokenize"])
+def test_a_host_is_no_way_past_the_key(serve: Any, host: str, path: str) -> None:
+    served = serve("v3", Access(api_key="k"))
+    answer = served.http.get(path, headers={"host": host.encode()})
+    assert answer.status_code == 400 and "Host" in error(answer)["message"]
+
+
+@pytest.mark.parametrize("host", [host.encode("latin-1") for host in HOSTS] + [b"x"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/v1/../v1/models", "/tokenize"])
+def test_the_gate_judges_the_path_that_is_served(serve: Any, host: bytes, path: str) -> None:
+    """By itself: whatever a Starlette makes of the Host, and were a malformed one let through."""
+    served = serve("v3", Access(api_key="k"))
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "raw_path": b"/health",
+        "query_string": b"",
+        "scheme": "http",
+    }
+    scope |= {"headers": [(b"host", host)], "server": ("x", 80), "root_path": "", "http_version": "1.1"}
+    app = create_app(make_service(served.engine, "test-model"), Access(api_key="k"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_module, "_HOST", re.compile(".*", re.DOTALL))
+        asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 401
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/models",
+        "/v1/models/",
+        "//v1/models",
+        "/V1/models",
+        "/v1//models",
+        "/v1%2Fmodels",
+        "/%76%31/models",
+        "/page/../v1/models",
+        "/page/%2e%2e/v1/models",
+        "/health/../v1/models",
+        "http://x/v1/models",
+        "http://x/page/../v1/models",
+        "/v1/models?x=/page/",
+        "/v1/models;/page/",
+        "/.//v1/models",
+        "/tokenize/",
+    ],
+)
+def test_no_spelling_of_a_path_passes_the_key(serve: Any, target: str) -> None:
+    served = serve("v3", Access(api_key="k", root_path="/llm"))
+    for prefix in ("", "/llm", "/llm/llm"):
+        request = f"GET {target if target.startswith('http') else prefix + target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        host, port = served.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(request.encode())
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        assert int(answer.split()[1]) in (401, 404), answer
+        assert b"test-model" not in answer
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_scheme_of_a_key_has_no_case(serve: Any, scheme: str) -> None:
+    served = serve("v3", Access(api_key="k"))
+    assert served.http.get("/v1/models", headers={"authorization": f"{scheme} k"}).status_code == 200
+    assert served.http.get("/v1/models", headers={"authorization": f"{scheme}k"}).status_code == 401
+    assert served.http.get("/v1/models", headers={"authorization": "Basic k"}).status_code == 401
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_behind_a_proxy_that_takes_its_prefix_off_or_not(serve: Any, prefix: str) -> None:
+    served = serve("v3", Access(root_path="/llm/"))
+    page = served.http.get(f"{prefix}/")
+    assert page.status_code == 200
+    addresses = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    assert addresses and not [address for address in addresses if address.startswith("/")], "they are relative"
+    for address in addresses:
+        assert served.http.get(f"{prefix}/{address}").status_code == 200
+    for script in ("chat.js", "stream.js"):
+        source = served.http.get(f"{prefix}/page/{script}").text
+        assert not re.findall(r"""["'`]/(v1|health|page)""", source)
+    assert served.http.get(f"{prefix}/v1/models").status_code == 200
+    assert served.http.get("/llmx/v1/models").status_code == 404
+    assert served.http.get("/openapi.json").json()["servers"] == [{"url": "/llm"}]
+    for wrong in ("llm", "/a b", "http://x", "/a?"):
+        with pytest.raises(ServerError, match="root path"):
+            Access(root_path=wrong)
+
+
+def test_the_list_of_models_with_a_slash_behind(serve: Any) -> None:
+    http = serve().http
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
+
+
+@pytest.mark.parametrize("path", ["/detokenize", "/v1/completions"])
+@pytest.mark.parametrize("token", [300, 10**6, 2**31 - 1, 2**40, -1])
+def test_ids_beyond_the_vocabulary_are_refused(serve: Any, path: str, token: int) -> None:
+    served = serve()
+    before = len(served.engine.tokenizer._spelled)
+    answer = served.http.post(path, json={"tokens": [5, token], "prompt": [5, token]})
+    assert answer.status_code == 400 and error(answer)["message"]
+    assert len(served.engine.tokenizer._spelled) == before
+
+
 def test_an_empty_key_is_no_key() -> None:
     with pytest.raises(ServerError, match="empty"):
         Access(api_key="")
@@ -117,6 +238,10 @@ def test_other_sites_are_shut_out_unless_named(serve: Any) -> None:
     asking = {"origin": "https://a.example", "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in serve("v3").http.options(CHAT, headers=asking).headers
     served = serve("v3", Access(api_key="k", allowed_origins=["https://a.example"]))
+    private = served.http.options(CHAT, headers=asking | {"access-control-request-private-network": "true"})
+    assert private.status_code == 200 and private.headers["access-control-allow-private-network"] == "true"
+    foreign = asking | {"access-control-request-private-network": "true", "origin": "https://b.example"}
+    assert served.http.options(CHAT, headers=foreign).status_code == 400
     assert served.http.options(CHAT, headers=asking).headers["access-control-allow-origin"] == "https://a.example"
     refused = served.http.post(CHAT, json={}, headers={"origin": "https://a.example"})
     assert refused.headers["access-control-allow-origin"] == "https://a.example", "errors can be read there"
@@ -177,8 +302,12 @@ def test_a_bug_of_ours_is_a_500_without_a_traceback(serve: Any, caplog: pytest.L
 def test_a_client_that_leaves_frees_the_engine(serve: Any, path: str, stream: bool) -> None:
     served = serve()
     served.engine.pause_s = 0.1
-    messages = [{"role": "user", "content": "Hi"}]
-    body = {"messages": messages, "prompt": ["Hi", "Ho"], "input": "Hi", "stream": stream, "max_tokens": 100}
+    asked: dict[str, Any] = {
+        CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
+        "/v1/completions": {"prompt": ["Hi", "Ho"]},
+        "/v1/responses": {"input": "Hi"},
+    }
+    body = asked[path] | {"stream": stream, "max_tokens": 100}
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=served.url, timeout=0.3) as leaving:
         if stream:
             with leaving.stream("POST", path, json=body) as answer:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from leanseek.engine import Crowded
+from leanseek.engine import confined as confined_pool
 from leanseek.server import templates
 from leanseek.server.templates import ChatTemplate, TemplateError, load_chat_template, render_chat
 
@@ -268,3 +272,33 @@ def test_a_broken_tokenizer_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(TemplateError, match=r"tokenizer_config\.json is not JSON"):
         load_chat_template(tmp_path)
+
+
+SLOW = (
+    "{% if messages[0].content == 'slow' %}{% set l = range(99999) | list %}"
+    "{% for a in l %}{% for b in l %}{% endfor %}{% endfor %}{% else %}fine{% endif %}"
+)
+
+
+def test_slow_templates_do_not_keep_quick_ones_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not eight, and no more than eight either: further ones are told to come back."""
+    monkeypatch.setattr(templates, "RENDER_TIMEOUT_S", 4.0)
+    template = confined(SLOW)
+    with ThreadPoolExecutor(confined_pool.MOST_SLOW + 4) as pool:
+        slow = [pool.submit(template.render, [user("slow")]) for _ in range(confined_pool.MOST_SLOW + 4)]
+        while not any(each.done() for each in slow):  # the surplus is given up
+            time.sleep(0.01)
+        assert template.render([user("x")]) == "fine"
+        assert sum(not each.done() for each in slow) >= 1, "while slow ones were still at work"
+        ends = [type(each.exception()) for each in slow]
+    assert set(ends) == {Crowded, TemplateError} and ends.count(TemplateError) >= confined_pool.MOST_SLOW
+    assert template.render([user("x")]) == "fine"
+
+
+def test_closing_ends_what_is_being_rendered() -> None:
+    template = confined(SLOW)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(template.render, [user("slow")])
+        time.sleep(0.5)
+        template.close()
+        assert isinstance(slow.exception(timeout=3), TemplateError)

@@ -1,0 +1,157 @@
+"""Files that somebody else wrote: from a regular file, within bounds, as UTF-8, into a declared structure.
+
+Whatever is wrong comes out as one line that names the file, the key, what is there and what belongs there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from leanseek.errors import InputError
+
+LARGEST = 128 * 2**20  # bytes of a text: an index of 90,000 tensors has 9 MB, a tokenizer.json 8 to 20
+SHOWN = 60  # characters of a value in a message
+
+Count = Annotated[int, Field(ge=0, le=2**40)]
+TokenId = Annotated[int, Field(ge=0, le=2**24)]
+
+
+class Structure(BaseModel):
+    """What a kind of file must hold: strict types, finite numbers, keys nobody here reads passed over."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_bytes(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> bytes:
+    """The content of a regular file, or of what a link to one leads to.
+
+    Raises:
+        error: it is absent, no regular file (a pipe would wait for ever), too large, or cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
+        raise error(f"{path}: {getattr(reason, 'strerror', None) or reason}") from None
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise error(f"{path} is not a regular file")
+        if found.st_size > limit:
+            raise error(f"{path} has {found.st_size:,} bytes; such a file has at most {limit:,}")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(limit)
+    except OSError as reason:
+        raise error(f"{path}: {reason.strerror}") from None
+    finally:
+        os.close(handle)
+
+
+def read_text(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> str:
+    """As `read_bytes`, decoded as UTF-8 whatever the locale; a byte order mark is dropped.
+
+    Raises:
+        error: as `read_bytes`, or the file is not UTF-8.
+    """
+    try:
+        return read_bytes(path, error, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is not UTF-8 at byte {reason.start}") from None
+
+
+def read_json(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        error: as `read_text`; not a JSON object, too deep, or it holds numbers that are none.
+    """
+    return parse_json(read_text(path, error, limit), str(path), error)
+
+
+def parse_json(text: str | bytes, where: str, error: type[InputError] = InputError) -> dict[str, Any]:
+    """The JSON object in a text, no key twice.
+
+    Raises:
+        error: as `read_json`.
+    """
+    try:
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_once)
+    except RecursionError:
+        raise error(f"{where} is not valid JSON that can be read: too many brackets within brackets") from None
+    except ValueError as reason:
+        raise error(f"{where} is not valid JSON ({shorten(str(reason))})") from None
+    if not isinstance(value, dict):
+        raise error(f"{where} must hold a JSON object")
+    return value
+
+
+def read_toml(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        error: as `read_text`, or the file is not TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path, error))
+    except RecursionError:
+        raise error(f"{path} is not TOML that can be read: too many brackets within brackets") from None
+    except ValueError as reason:
+        if isinstance(reason, InputError):
+            raise
+        raise error(f"{path}: {shorten(str(reason), 200)}") from None
+
+
+def checked(structure: type[S], value: Mapping[str, Any], where: str, error: type[InputError] = InputError) -> S:
+    """`value` as the structure says.
+
+    Raises:
+        error: a key is missing, of another type or out of its bounds.
+    """
+    try:
+        return structure.model_validate(dict(value))
+    except ValidationError as reason:
+        found = reason.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in found["loc"]) or "it"
+        if found["type"] == "missing":
+            raise error(f"{where} has no {key}") from None
+        if found["type"] == "extra_forbidden":
+            raise error(f"{where} has no key {key!r}") from None
+        rule = found["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        raise error(f"{where}: {shorten(key)} = {shorten(repr(found['input']))} {rule}") from None
+
+
+def shorten(text: str, most: int = SHOWN) -> str:
+    """One printable line of at most `most` characters."""
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{shorten(text)} is beyond any number")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shorten(name)!r} stands twice")
+    return found
