@@ -173,6 +173,28 @@ def test_what_is_no_request_behind_an_answer_closes_quietly(serve: Any, caplog: 
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        POST,  # no key
+        POST.replace(b"/v1/completions", b"/nowhere"),
+        POST.replace(b"/v1/completions", b"/page/chat.js"),
+        POST.replace(b"Host: x", b"Host: x/y"),
+        POST.replace(b"application/json", b"text/plain") + b"Authorization: Bearer k\r\n",
+    ],
+    ids=["key", "path", "method", "host", "type"],
+)
+def test_what_is_refused_unread_and_is_no_request_is_answered_once(
+    serve: Any, caplog: pytest.LogCaptureFixture, head: bytes
+) -> None:
+    """In one packet: the application answers the head after the body has shown that it is no HTTP."""
+    served = serve("v3", Access(api_key="k"), limits=SHORT)
+    said = talk(served.url, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+    assert status(said) == 400
+    assert said.count(b"HTTP/1.1") == 1
+    assert not caplog.records, "what a client sends is not logged line by line"
+
+
 def test_connections_have_a_cap_and_half_open_ones_make_room(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     served = serve(limits=dataclasses.replace(Limits(), connections=5))
     crowd = [connect(served.url) for _ in range(40)]
