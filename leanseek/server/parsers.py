@@ -151,8 +151,8 @@ class OutputParser:
             think=THINK if self._reasoning else None,
             end_think=END_THINK,
             opened=self._reasoning is not None and self._reasoning.opened,
-            calls=(form.section_begin, form.section_end) if form else None,
-            call_begin=form.call_begin if form else "",
+            section=(form.section_begin, form.section_end) if form else None,
+            call=(form.call_begin, form.call_end) if form else ("", ""),
         )
 
     def feed(self, text: str, final: bool = False) -> Parsed:
