@@ -21,6 +21,7 @@ from leanseek.checkpoint.files import CheckpointError, Lazy, read_json, writing
 from leanseek.checkpoint.hf import open_checkpoint, resolve
 from leanseek.checkpoint.tokenizer import tokenizer_json
 from leanseek.config import ModelConfig
+from leanseek.tokens import open_tokenizer
 
 _TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 _TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -235,7 +236,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder
     if path is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec = json.loads(open_tokenizer(path).to_str())
     if spec["model"]["type"] != "BPE":
         raise CheckpointError(f"{path} is no byte-level BPE; llama.cpp's gpt2 tokenizer is")
     tokens = [f"[PAD{i}]" for i in range(c.vocab_size)]  # embeddings padded beyond the vocabulary

@@ -270,7 +270,7 @@ async def _tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any
         prompt = await service.render(request.messages, request.tools, request.chat_template_kwargs, request)
         tokens = await service.encode(prompt, add_special_tokens=False)
     else:
-        tokens = await service.encode(request.prompt or "", request.add_special_tokens)
+        tokens = await service.encode(request.prompt or "", request.add_special_tokens, whole=True)
     return {"count": len(tokens), "max_model_len": service.engine.max_model_len, "tokens": tokens}
 
 
