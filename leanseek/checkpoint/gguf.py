@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -17,12 +18,13 @@ from pydantic import Field
 from torch import Tensor
 
 from leanseek.checkpoint import blocks
-from leanseek.checkpoint.files import CheckpointError, Lazy, read_json, writing
+from leanseek.checkpoint.files import CheckpointError, Lazy, writing
 from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.hf import open_checkpoint, resolve
 from leanseek.checkpoint.tokenizer import tokenizer_json
 from leanseek.config import ModelConfig
 from leanseek.reading import Structure, TokenId, checked, read_optional_json
+from leanseek.tokens import open_tokenizer
 
 _TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 _TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -279,7 +281,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder
     if path is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    spec = read_json(path)
+    spec = json.loads(open_tokenizer(path).to_str())
     checked(_Spec, spec, str(path), CheckpointError)
     if spec["model"]["type"] != "BPE":
         raise CheckpointError(f"{path} is no byte-level BPE; llama.cpp's gpt2 tokenizer is")

@@ -31,7 +31,8 @@ def chat(
     ] = None,
 ) -> None:
     """Chat in the terminal, with history; /system, /reset and /exit."""
-    import readline  # noqa: F401  (gives input() its line editing and history)
+    with contextlib.suppress(ImportError):  # some Pythons are built without it
+        import readline  # noqa: F401  (gives input() its line editing and history)
 
     from rich.console import Console
 
@@ -85,7 +86,8 @@ def _answer(
 ) -> tuple[str, str]:
     """Stream the model's answer to the terminal; its text and its figures."""
     assert llm.tokenizer is not None
-    prompt = llm.tokenizer.encode(template.render(messages), add_special_tokens=False)
+    most = llm.engine.max_model_len
+    prompt = llm.tokenizer.encode(template.render(messages), add_special_tokens=False, most=most)
     text, tokens, start, first = "", 0, time.monotonic(), None
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(llm.stream(prompt, params)) as deltas:
         for delta in deltas:

@@ -219,7 +219,7 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise EngineError("a text prompt needs a tokenizer.json beside the model; give token ids instead")
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode(prompt, most=self.engine.max_model_len)
         self.engine.check(prompt, params)
         number = next(self._numbers)
         return Request(f"request-{number}", list(prompt), params, matcher=self.engine.matcher(params))
