@@ -18,12 +18,13 @@ def convert(
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     from leanseek import checkpoint
+    from leanseek.reading import shorten
 
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("")
         left = checkpoint.convert(source, out, to, lambda done, total: bar.update(task, completed=done, total=total))
-    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    console.print(f"wrote {shorten(str(out), 1000)}", markup=False, soft_wrap=True)
     for line in left:
-        console.print(f"left out: {line}", markup=False, soft_wrap=True)
+        console.print(f"left out: {shorten(line, 1000)}", markup=False, soft_wrap=True)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from leanseek.config import ConfigError, ModelConfig
+from leanseek.reading import read_toml, shorten
 
 
 def find_config(name: str) -> ModelConfig:
     """The network of a preset, a TOML file, a Hugging Face folder or a run. Raises InputError for anything else."""
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
-        try:
-            table = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        table = read_toml(path, ConfigError)
         if "preset" in table:
             return ModelConfig.preset(table["preset"])
         return ModelConfig.from_dict(table.get("model", {}))
@@ -61,6 +58,7 @@ def info(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     share = figures["kv_bytes_per_token"] / figures["kv_bytes_per_token_as_mha"]
     rows = {
@@ -71,7 +69,7 @@ def info(
         f"training FLOPs per token at {seq_len:,}": f"{figures['train_flops_per_token'] / 1e9:,.3f} G",
         "weights, gradients, AdamW in FP32": f"{figures['training_memory_bytes'] / 2**30:,.1f} GiB",
     }
-    table = Table(title=model, show_header=False)
+    table = Table(title=Text(shorten(model, 200)), show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -143,7 +144,8 @@ def prepare(
 
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    name = os.fsencode(path).decode("utf-8", "surrogateescape")  # the same in every locale
+    return [name, status.st_size, status.st_mtime_ns]
 
 
 def _digest(tokenizer: Path) -> str:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
@@ -63,7 +64,7 @@ class Metrics:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self.task = self.progress.add_task(folder.name, total=steps, completed=start, figures="")
+        self.task = self.progress.add_task(escape(folder.name), total=steps, completed=start, figures="")
 
     def __enter__(self) -> Metrics:
         self.progress.start()
