@@ -41,7 +41,8 @@ demo: $(BIN)/leanseek.stamp
 
 QUICK := -m "not slow and not peer and not gpu and not browser"
 # A process a core, each of one thread; a file's tests stay together, with their fixtures.
-SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 test: $(BIN)/leanseek.stamp
 	$(SHARED) $(QUICK)
@@ -68,10 +69,12 @@ test-lowest: $(BIN)/leanseek.stamp
 		print(*(re.sub('>=.*', '', d) + '==' + d.split('>=')[1] for d in \
 		tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if not d.startswith('torch')), sep='\n')" \
 		> $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/pip install -q "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" \
-		--extra-index-url https://download.pytorch.org/whl/cpu
-	$(LOWEST)/bin/pip install -q -c $(LOWEST)/lowest.txt -e . pytest pytest-timeout hypothesis openai httpx zstandard
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest $(QUICK) $(LOWEST_TESTS) --ignore tests/server/test_fuzz.py \
+	torch="torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"; \
+		$(LOWEST)/bin/pip install -q "$$torch" 2>/dev/null || \
+		$(LOWEST)/bin/pip install -q "$$torch" --extra-index-url https://download.pytorch.org/whl/cpu
+	$(LOWEST)/bin/pip install -q -c $(LOWEST)/lowest.txt -e . \
+		pytest pytest-timeout pytest-xdist hypothesis openai httpx zstandard
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest $(PARALLEL) $(QUICK) $(LOWEST_TESTS) --ignore tests/server/test_fuzz.py \
 		--ignore tests/server/test_page.py --ignore tests/server/test_lm_eval.py --ignore tests/server/test_templates.py \
 		-k "not transformers_reads_it"
 

@@ -158,4 +158,5 @@ SERVING: dict[str, Example] = {
     "head_linear": _plain(lambda t: (t.x(H, D), t.w(H, D, D))),
     **_SHARED,
     "sample": _float32(lambda t: (t.x(D),)),
+    "finite_rows": _float32(lambda t: (t.x(D),)),
 }

@@ -153,8 +153,10 @@ class Service:
             values["max_tokens"] = min(values["max_tokens"], room)
         return SamplingParams(**values)
 
-    async def generate(self, requests: Sequence[tuple[list[int], SamplingParams]], priority: int) -> Generation:
-        """Submit requests, all or none.
+    async def generate(
+        self, requests: Sequence[tuple[list[int], SamplingParams]], priority: int, told: bool = True
+    ) -> Generation:
+        """Submit requests, all or none. told: whether the client gets the tokens that are made.
 
         Raises:
             EngineError, QueueFull, EngineStopped: as the engine's `submit`.
@@ -174,14 +176,15 @@ class Service:
             for stream in streams:
                 stream.close()
             raise
-        return Generation(streams, self.metrics, sum(len(prompt) for prompt, _ in requests))
+        return Generation(streams, self.metrics, sum(len(prompt) for prompt, _ in requests), told)
 
 
 class Generation:
     """The deltas of requests that belong to one answer, and their count. Iterate once; `close` ends what still runs."""
 
-    def __init__(self, streams: Sequence[Stream], metrics: Metrics, prompt_tokens: int):
+    def __init__(self, streams: Sequence[Stream], metrics: Metrics, prompt_tokens: int, told: bool):
         self._streams = streams
+        self._told = told
         self._metrics = metrics
         self._prompt_tokens = prompt_tokens
         self._cached = self._completion = self._drafts = self._accepted = 0
@@ -198,7 +201,7 @@ class Generation:
                 async for delta in stream:
                     if delta.finish_reason == "abort":
                         raise EngineStopped("the server is stopping")
-                    self._completion += len(delta.token_ids)
+                    self._completion += len(delta.token_ids) * self._told
                     self.reasoning_tokens += delta.reasoning_tokens
                     if delta.usage:
                         self._drafts += delta.usage.draft_tokens

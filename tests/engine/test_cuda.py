@@ -84,7 +84,7 @@ def test_sampled_tokens_depend_on_the_seed_alone(
 
 
 def test_penalties_biases_and_guides_run(on_gpu: Transformer, make_engine: Callable, tokenizer: Tokenizer) -> None:
-    engine = make_engine(on_gpu, tokenizer)
+    engine = make_engine(on_gpu, tokenizer, eos_token_ids=[0])
     params = SamplingParams(
         temperature=0.7, repetition_penalty=1.2, frequency_penalty=0.3, min_p=0.01, logit_bias={7: 2.0}, seed=1,
         max_tokens=12, prompt_logprobs=2, guided=Guide.choice(["fox", "dog"]),

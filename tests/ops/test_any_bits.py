@@ -59,7 +59,7 @@ def choice(rows: int, vocab: int, **given: Tensor) -> ops.Choice:
         "min_p": torch.zeros(rows),
         "keys": torch.arange(rows) * 7919,
     }
-    return ops.Choice(**values | given, filtered=True, width=vocab)
+    return ops.Choice(**values | given)
 
 
 @pytest.mark.parametrize("path", [*VARIANTS, "torch"])

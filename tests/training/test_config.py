@@ -59,7 +59,8 @@ def test_a_contradiction_is_one_line(overrides: str, message: str) -> None:
     model.initializer_range model.routed_scaling_factor""".split(),
 )
 def test_every_number_is_finite(key: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=key):
+    place = key.replace("model.", "the model's configuration: ")
+    with pytest.raises(ConfigError, match=f"{place} = {value}"):
         RunConfig.load("demo", [f"{key}={value}"])
 
 
