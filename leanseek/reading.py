@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +22,7 @@ from leanseek.errors import InputError
 
 LARGEST = 128 * 2**20  # bytes of a text: an index of 90,000 tensors has 9 MB, a tokenizer.json 8 to 20
 SHOWN = 60  # characters of a value in a message
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON spells one
 
 Count = Annotated[int, Field(ge=0, le=2**40)]
 TokenId = Annotated[int, Field(ge=0, le=2**24)]
@@ -35,28 +37,37 @@ class Structure(BaseModel):
 S = TypeVar("S", bound=BaseModel)
 
 
-def read_bytes(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> bytes:
-    """The content of a regular file, or of what a link to one leads to.
+def open_regular(path: Path, error: type[InputError] = InputError) -> tuple[BinaryIO, int]:
+    """A regular file, or what a link to one leads to, open for reading, and its size.
 
     Raises:
-        error: it is absent, no regular file (a pipe would wait for ever), too large, or cannot be read.
+        error: it is absent, no regular file (a pipe would wait for ever), or cannot be read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
         raise error(f"{path}: {getattr(reason, 'strerror', None) or reason}") from None
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise error(f"{path} is not a regular file")
-        if found.st_size > limit:
-            raise error(f"{path} has {found.st_size:,} bytes; such a file has at most {limit:,}")
-        with open(handle, "rb", closefd=False) as file:
-            return file.read(limit)
-    except OSError as reason:
-        raise error(f"{path}: {reason.strerror}") from None
-    finally:
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
         os.close(handle)
+        raise error(f"{path} is not a regular file")
+    return open(handle, "rb"), found.st_size
+
+
+def read_bytes(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> bytes:
+    """The content of a regular file, or of what a link to one leads to.
+
+    Raises:
+        error: as `open_regular`, or it is too large.
+    """
+    file, size = open_regular(path, error)
+    with file:
+        if size > limit:
+            raise error(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
+        try:
+            return file.read(size)
+        except OSError as reason:
+            raise error(f"{path}: {reason.strerror}") from None
 
 
 def read_text(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> str:
@@ -75,21 +86,38 @@ def read_json(path: Path, error: type[InputError] = InputError, limit: int = LAR
     """The JSON object in a file.
 
     Raises:
-        error: as `read_text`; not a JSON object, too deep, or it holds numbers that are none.
+        error: as `read_bytes`; not UTF-8, not a JSON object, too deep, or it holds numbers that are none.
     """
-    return parse_json(read_text(path, error, limit), str(path), error)
+    return parse_json(read_bytes(path, error, limit), str(path), error)
+
+
+def read_optional_json(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> dict[str, Any]:
+    """The JSON object in a file; {} where nothing has that name. A link that leads nowhere is something.
+
+    Raises:
+        error: as `read_json`.
+    """
+    return read_json(path, error, limit) if os.path.lexists(path) else {}
 
 
 def parse_json(text: str | bytes, where: str, error: type[InputError] = InputError) -> dict[str, Any]:
-    """The JSON object in a text, no key twice.
+    """The JSON object in a text, no key twice, its strings Unicode.
 
     Raises:
         error: as `read_json`.
     """
     try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
         value = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_once)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise error(f"{where} is not valid JSON that can be read: too many brackets within brackets") from None
+    except UnicodeDecodeError as reason:
+        raise error(f"{where} is not valid JSON: it is not UTF-8 at byte {reason.start}") from None
+    except UnicodeEncodeError:
+        raise error(f"{where} is not valid JSON: it holds half a surrogate pair") from None
     except ValueError as reason:
         raise error(f"{where} is not valid JSON ({shorten(str(reason))})") from None
     if not isinstance(value, dict):
@@ -103,14 +131,21 @@ def read_toml(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     Raises:
         error: as `read_text`, or the file is not TOML.
     """
+    return parse_toml(read_text(path, error), str(path), error)
+
+
+def parse_toml(text: str, where: str, error: type[InputError] = InputError) -> dict[str, Any]:
+    """The tables in a TOML text.
+
+    Raises:
+        error: it is not TOML.
+    """
     try:
-        return tomllib.loads(read_text(path, error))
+        return tomllib.loads(text)
     except RecursionError:
-        raise error(f"{path} is not TOML that can be read: too many brackets within brackets") from None
+        raise error(f"{where} is not TOML that can be read: too many brackets within brackets") from None
     except ValueError as reason:
-        if isinstance(reason, InputError):
-            raise
-        raise error(f"{path}: {shorten(str(reason), 200)}") from None
+        raise error(f"{where}: {shorten(str(reason), 200)}") from None
 
 
 def checked(structure: type[S], value: Mapping[str, Any], where: str, error: type[InputError] = InputError) -> S:
@@ -130,6 +165,37 @@ def checked(structure: type[S], value: Mapping[str, Any], where: str, error: typ
             raise error(f"{where} has no key {key!r}") from None
         rule = found["msg"].removeprefix("Value error, ").replace("Input should", "should")
         raise error(f"{where}: {shorten(key)} = {shorten(repr(found['input']))} {rule}") from None
+
+
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")  # what is read of a model's folder
+FOLLOW = "allow_links=True, or --allow-links, reads what it leads to"
+
+
+def leaves(path: Path, folder: Path) -> Path | None:
+    """Where a file below `folder` really is, if links lead it out of there; else None.
+
+    It stays within the folder as that resolves (a Kubernetes volume's `..data`), or, where the folder is a snapshot in
+    a Hub cache, within the repository's blobs, wherever these are.
+    """
+    home, target = folder.resolve(), path.resolve()
+    snapshots = [place for place in (home, folder.absolute()) if place.parent.name == "snapshots"]
+    homes = [home, *((place.parent.parent / "blobs").resolve() for place in snapshots)]
+    return None if any(target.is_relative_to(place) for place in homes) else target
+
+
+def check_links(folder: Path, error: type[InputError] = InputError, mend: str = FOLLOW) -> None:
+    """None of the files that are read of a model's folder is a link out of it: its content would reach any client.
+
+    Raises:
+        error: one is; the message names it and says how to allow it.
+    """
+    try:
+        entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_symlink())
+    except OSError as reason:
+        raise error(f"{folder}: {reason.strerror}") from None
+    for name in entries:
+        if name.endswith(MODEL_FILES) and (target := leaves(folder / name, folder)) is not None:
+            raise error(f"{folder / name} is a link to {target}, which leaves its folder; {mend}")
 
 
 def shorten(text: str, most: int = SHOWN) -> str:

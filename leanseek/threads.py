@@ -29,7 +29,7 @@ def threads() -> int:
 
 def quota() -> float:
     """CPU time per time that the control groups of this process allow (`docker --cpus`); infinity without a limit."""
-    return min((share for folder in _groups() if (share := _share(folder))), default=math.inf)
+    return min((share for folder in groups("cpu") if (share := _share(folder))), default=math.inf)
 
 
 def set_openmp(environment: MutableMapping[str, str]) -> None:
@@ -62,25 +62,28 @@ def _allowed() -> set[int]:
 def _siblings(cpu: int) -> str:
     """The CPUs on the core of this one, as Linux writes them: "0,16"."""
     try:
-        return (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text()
+        return (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
     except OSError:
         return str(cpu)
 
 
-def _groups() -> Iterator[Path]:
-    """The folders of the control groups that this process is in, of both versions, each with those above it."""
+def groups(controller: str) -> Iterator[Path]:
+    """The folders of the control groups that this process is in, of both versions, each with those above it.
+
+    controller: what they divide, "cpu" or "memory"
+    """
     try:
-        own = [line.split(":", 2) for line in (_PROC / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (_PROC / "mountinfo").read_text().splitlines()]
+        own = [line.split(":", 2) for line in (_PROC / "cgroup").read_text(encoding="ascii").splitlines()]
+        mounts = [line.split() for line in (_PROC / "mountinfo").read_text(encoding="ascii").splitlines()]
     except OSError:  # not Linux, or no /proc
         return
     for mount in mounts:
         # number, parent, device, root, mount point, options, ..., "-", kind, source, options of the kind
         kind, _, options = mount[mount.index("-") + 1 :][:3]
-        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and "cpu" not in options.split(",")):
+        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and controller not in options.split(",")):
             continue
         for _, controllers, path in own:
-            if controllers == "" if kind == "cgroup2" else "cpu" in controllers.split(","):
+            if controllers == "" if kind == "cgroup2" else controller in controllers.split(","):
                 # inside a container the path may be the host's: then the mount's root is the container's own group
                 inside = os.path.relpath(path, mount[3]) if Path(path).is_relative_to(mount[3]) else "."
                 folder = Path(mount[4], inside)
@@ -91,9 +94,9 @@ def _share(folder: Path) -> float | None:
     """The quota of one control group, in CPUs; None without one."""
     try:
         if (limit := folder / "cpu.max").is_file():  # version 2
-            used, period = limit.read_text().split()
+            used, period = limit.read_text(encoding="ascii").split()
         else:
-            used, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            used, period = ((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period"))
         return int(used) / int(period) if int(used) > 0 else None
     except (OSError, ValueError):  # no such files, or "max"
         return None

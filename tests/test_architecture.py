@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def imports(path: Path) -> set[str]:
     """Dotted names a file imports, at any depth."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -56,12 +57,52 @@ def test_rooms_import_only_what_they_may(path: Path) -> None:
 def test_no_pickle_and_no_transformers_in_the_package(path: Path) -> None:
     used = {name.split(".")[0] for name in imports(path)}
     assert not used & {"transformers", "pickle", "dill", "joblib"}
-    assert "torch.load(" not in path.read_text()
+    assert "torch.load(" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_is_longer_than_500_lines(path: Path) -> None:
-    assert path.read_text().count("\n") <= 500
+    assert path.read_text(encoding="utf-8").count("\n") <= 500
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_text_has_an_encoding(path: Path) -> None:
+    """Else it is the locale's, and a folder written here cannot be read there."""
+    source = path.read_text(encoding="utf-8")
+    assert not list(_without_encoding(ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["open(p)", "open(p, 'w')", "p.open()", "p.open('a')", "p.read_text()", "p.write_text('x')", "open(p, mode='r')"],
+)
+def test_calls_without_an_encoding_are_seen(call: str) -> None:
+    assert list(_without_encoding(ast.parse(call)))
+    assert not list(_without_encoding(ast.parse(call[:-1] + ("" if call[-2] == "(" else ", ") + "encoding='utf-8')")))
+    assert not list(_without_encoding(ast.parse("open(p, 'rb'); p.open('wb'); read_text(p); os.open(p, 0)")))
+
+
+def _without_encoding(tree: ast.AST) -> Iterator[int]:
+    """Lines of calls that read or write text in the encoding of the locale."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if method else getattr(node.func, "id", "")
+        if method and name in ("read_text", "write_text"):
+            yield node.lineno
+        if name != "open":
+            continue
+        place = 0 if method else 1
+        mode = (
+            node.args[place]
+            if len(node.args) > place
+            else next((k.value for k in node.keywords if k.arg == "mode"), None)
+        )
+        if mode is None and not (method and node.args):
+            yield node.lineno
+        if isinstance(mode, ast.Constant) and isinstance(mode.value, str) and "b" not in mode.value:
+            yield node.lineno
 
 
 def test_every_room_of_the_package_is_known() -> None:
@@ -72,7 +113,7 @@ def test_every_room_of_the_package_is_known() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     """Command modules import their rooms inside their functions."""
     for path in (PACKAGE / "cli").glob("*.py"):
-        top = {n for node in ast.parse(path.read_text()).body for n in _names(node)}
+        top = {n for node in ast.parse(path.read_text(encoding="utf-8")).body for n in _names(node)}
         assert not any(n.split(".")[0] in ("torch", "numpy") for n in top), path
 
 

@@ -63,7 +63,7 @@ def random_model(preset: str, format: Literal["fp8", "bf16", "fp32"], root: Path
 def _locked(root: Path, name: str) -> Iterator[None]:
     """One process at a time; the system lets go of the lock when its holder dies."""
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / f".{name}.lock", "w") as file:
+    with open(root / f".{name}.lock", "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

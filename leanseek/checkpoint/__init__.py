@@ -3,7 +3,7 @@
 from leanseek.checkpoint.convert import convert
 from leanseek.checkpoint.files import CheckpointError
 from leanseek.checkpoint.gguf import export_gguf
-from leanseek.checkpoint.hf import load, read_config, resolve, save, write_model
+from leanseek.checkpoint.hf import load, open_checkpoint, read_config, resolve, save, write_model
 from leanseek.checkpoint.names import iter_hf_tensors
 from leanseek.checkpoint.packed import PackedCopy
 from leanseek.checkpoint.tokenizer import find_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "iter_hf_tensors",
     "load",
     "load_ema",
+    "open_checkpoint",
     "read_config",
     "resolve",
     "save",

@@ -6,19 +6,22 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from leanseek.reading import leaves
+
 _FOLDERS = ("additional_chat_templates",)  # read by transformers; other folders hold no part of the model
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OURS = ("config.json", "state.json")  # written anew; of a training checkpoint
 
 
-def copy_beside(source: Path, out: Path) -> list[str]:
+def copy_beside(source: Path, out: Path, allow_links: bool = False) -> list[str]:
     """Copy what is neither weights nor config.json from the model folder `source`; returns a line for each file left.
 
-    Code (*.py) is copied, never run: an `auto_map` finds it where it was.
+    A link out of the folder is left, unless `allow_links`. Code (*.py) is copied, never run: an `auto_map` finds it
+    where it was.
     """
     left = []
-    for path, reason in _beside(source):
+    for path, reason in _beside(source, allow_links):
         name = path.relative_to(source)
         if reason:
             left.append(f"{name} ({reason})")
@@ -28,24 +31,23 @@ def copy_beside(source: Path, out: Path) -> list[str]:
     return left
 
 
-def _beside(source: Path) -> Iterator[tuple[Path, str]]:
+def _beside(source: Path, allow_links: bool) -> Iterator[tuple[Path, str]]:
     """Files, and why one is not to be copied."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in _OURS or path.name.endswith(_WEIGHTS):
             continue
         if path.is_dir() and path.name in _FOLDERS:
-            yield from ((inner, _reason(source, inner)) for inner in sorted(path.iterdir()))
+            yield from ((inner, _reason(source, inner, allow_links)) for inner in sorted(path.iterdir()))
         else:
-            yield path, _reason(source, path)
+            yield path, _reason(source, path, allow_links)
 
 
-def _reason(source: Path, path: Path) -> str:
+def _reason(source: Path, path: Path, allow_links: bool) -> str:
     if path.is_dir():
         return "a folder"
     if path.name.endswith(_PICKLES):
         return "pickled"
     if not path.is_file():
         return "not a file"
-    home, target = source.resolve(), path.resolve()
-    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-    return "" if any(target.is_relative_to(h) for h in homes) else f"a link to {target}, which leaves the folder"
+    target = None if allow_links else leaves(path, source)
+    return f"a link to {target}, which leaves the folder" if target else ""

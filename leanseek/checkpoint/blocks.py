@@ -14,6 +14,7 @@ from leanseek.checkpoint.files import CheckpointError, Lazy
 from leanseek.checkpoint.names import is_quantized
 from leanseek.fp8 import quantize_blocks
 from leanseek.ops.linear import BLOCK
+from leanseek.reading import Structure, checked, shorten
 
 FP8 = torch.float8_e4m3fn
 SCALE = "_scale_inv"  # X.weight has its scales in X.weight_scale_inv
@@ -83,21 +84,32 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+class _Scheme(Structure):
+    quant_method: str | None = None
+    weight_block_size: list[int] | None = None
+    fmt: str | None = None
+
+
+class _Quantized(Structure):
+    quantization_config: _Scheme
+
+
 def check_quantization(config: dict[str, Any]) -> None:
     """The `quantization_config` of a config.json is none or FP8 in 128×128 blocks.
 
     Raises:
         CheckpointError: it is something else.
     """
-    found = config.get("quantization_config")
-    if not found:
+    if config.get("quantization_config") in (None, {}):
         return
-    method, block = found.get("quant_method"), found.get("weight_block_size")
-    if method != "fp8" or list(block or ()) != [BLOCK, BLOCK]:
+    found = checked(_Quantized, config, "config.json", CheckpointError).quantization_config
+    if found.quant_method != "fp8" or found.weight_block_size != [BLOCK, BLOCK]:
         raise CheckpointError(
-            f"quantization_config has quant_method {method!r} with weight_block_size {block}; only fp8 in "
-            f"[{BLOCK}, {BLOCK}] blocks is supported"
+            f"quantization_config has quant_method {shorten(repr(found.quant_method))} with weight_block_size "
+            f"{shorten(str(found.weight_block_size))}; only fp8 in [{BLOCK}, {BLOCK}] blocks is supported"
         )
+    if found.fmt not in (None, "e4m3"):
+        raise CheckpointError(f"quantization_config has fmt {shorten(repr(found.fmt))}; only e4m3 is supported")
 
 
 def dequantized(source: Mapping[str, Lazy]) -> Iterator[Lazy]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from leanseek.checkpoint import blocks
 from leanseek.checkpoint.beside import copy_beside
 from leanseek.checkpoint.files import CheckpointError, Lazy, atomic_folder, read_json, write_json
+from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.hf import described, open_checkpoint, resolve, write_weights
 
 _FORMATS = {"bf16": blocks.as_bf16, "fp8": blocks.as_fp8}
@@ -22,6 +23,8 @@ def convert(
     to: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
     max_shard_bytes: int = 5 * 10**9,
+    allow_links: bool = False,
+    allow_nonfinite: bool = False,
 ) -> list[str]:
     """Write the checkpoint `source` (a folder or a run) to `out`; `to` is bf16, or fp8: 128×128 blocks and BF16.
 
@@ -30,14 +33,17 @@ def convert(
     was left out.
 
     Raises:
-        CheckpointError: `source` is broken (as `load`), `out` is not empty or cannot be written, no such format.
+        CheckpointError: `source` is broken (as `load`) or holds NaN or infinity (unless `allow_nonfinite`), `out` is
+            not empty or cannot be written, no such format.
         RunError: the disk is full.
     """
     if to not in _FORMATS:
         raise CheckpointError(f"--to {to!r} is not one of {', '.join(_FORMATS)}")
-    folder = resolve(source)
+    folder = resolve(source, allow_links)
     model, stored = open_checkpoint(folder)
-    tensors = list(_FORMATS[to]({n: Lazy(n, s.dtype, s.shape, s.read) for n, s in stored.items()}))
+    census = Census()
+    source_tensors = {n: census.watched(Lazy(n, s.dtype, s.shape, s.read)) for n, s in stored.items()}
+    tensors = list(_FORMATS[to](source_tensors))
     total, done = sum(lazy.nbytes for lazy in tensors), 0
 
     def counted(lazy: Lazy) -> Tensor:
@@ -54,7 +60,8 @@ def convert(
         if quantization and "quantization_config" in about:  # FP8 passes through, whatever else is said of it too
             about["quantization_config"] = quantization
         write_json(partial / "config.json", values | about)
-        left = copy_beside(folder, partial)
+        left = copy_beside(folder, partial, allow_links)
         watched = [lazy._replace(make=functools.partial(counted, lazy)) for lazy in tensors]
         write_weights(partial, watched, model.config, max_shard_bytes)
+        census.judge(allow_nonfinite)
     return left

@@ -11,17 +11,22 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from leanseek import reading
 from leanseek.errors import InputError, RunError
+from leanseek.reading import open_regular, parse_json, shorten
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MTP_FILE = "mtp.safetensors"  # MTP layers of a folder whose index may not name them, see `hf.save`
+LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+MOST_DIMENSIONS = 8
 CHUNK = 8 * 2**20  # values converted at a time: no more than these are in memory beside the weights
 
 
@@ -44,6 +49,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)((?:_scale_inv)?)")
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -54,6 +60,10 @@ class Stored(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # byte offset in the file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
         """A copy in memory."""
@@ -96,41 +106,54 @@ class Stored(NamedTuple):
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, none of them read yet.
+    """The tensors of one safetensors file, none of them read yet. They tile the file: no gap, nothing shared.
 
     Raises:
         CheckpointError: the file is absent, truncated or corrupt, or holds a dtype we do not know.
     """
+    file, size = open_regular(path, CheckpointError)  # closed with the last tensor in it
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > size - 8:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: its header does not fit in {size} bytes")
+    if length > LARGEST_HEADER:
+        raise CheckpointError(f"{path} has a header of {length:,} bytes; one has at most {LARGEST_HEADER:,}")
+    header = parse_json(file.read(length), f"{path} is corrupt: its safetensors header", CheckpointError)
+    header.pop("__metadata__", None)
+    tensors = {name: _stored(path, name, entry, file, 8 + length, size) for name, entry in header.items()}
+    at = 0
+    for name, (start, stop) in sorted(((n, entry["data_offsets"]) for n, entry in header.items()), key=itemgetter(1)):
+        if start != at:
+            how = "shares bytes with" if start < at else "leaves a gap behind"
+            raise CheckpointError(f"{path} is corrupt: {shorten(name)} {how} the tensor before it")
+        at = stop
+    if 8 + length + at != size:
+        raise CheckpointError(f"{path} is corrupt: {size - 8 - length - at} bytes at its end belong to no tensor")
+    return tensors
+
+
+def _stored(path: Path, name: str, entry: Any, file: BinaryIO, data: int, size: int) -> Stored:
     try:
-        size = path.stat().st_size
-        file = open(path, "rb")  # noqa: SIM115  closed with the last tensor in it
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > size - 8:
-            raise CheckpointError(
-                f"{path} is truncated or no safetensors file: its header does not fit in {size} bytes"
-            )
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {name: _stored(path, name, entry, file, 8 + length, size) for name, entry in header.items()}
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise CheckpointError(f"{path} is corrupt: its safetensors header cannot be read") from None
-
-
-def _stored(path: Path, name: str, entry: dict[str, Any], file: BinaryIO, data: int, size: int) -> Stored:
-    if entry["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    start, stop = (int(n) for n in entry["data_offsets"])
-    if min(start, *shape, 0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{path} is corrupt: {name} has offsets that do not fit its shape")
+        code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sizes = (start, stop, *shape)
+        sound = (
+            {*map(type, sizes)} == {int} and min(sizes) >= 0 and max(sizes) < 2**48 and len(shape) <= MOST_DIMENSIONS
+        )
+        dtype = _DTYPES.get(code)
+    except (ValueError, TypeError, KeyError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"{path} is corrupt: {shorten(name)} in its header is {shorten(str(entry))}, not dtype, shape and "
+            "data_offsets in whole numbers"
+        )
+    if dtype is None:
+        raise CheckpointError(f"{path}: {shorten(name)} has dtype {shorten(str(code))}, which is not supported")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{path} is corrupt: {shorten(name)} has offsets that do not fit its shape")
     if data + stop > size:
         raise CheckpointError(
-            f"{path} is truncated: {name} ends at byte {data + stop}, the file has {size}; copy it again"
+            f"{path} is truncated: {shorten(name)} ends at byte {data + stop}, the file has {size}; copy it again"
         )
     return Stored(file, dtype, shape, data + start)
 
@@ -139,17 +162,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: no such file, or not a JSON object.
+        CheckpointError: no such file, or not a JSON object; see `leanseek.reading`.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise CheckpointError(f"{path} is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
+    return reading.read_json(path, CheckpointError)
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
@@ -158,56 +173,66 @@ def open_folder(folder: Path) -> dict[str, Stored]:
     Experts that transformers 5 may write fused (`mlp.experts.gate_up_proj`, 3-D) appear one by one, as published.
 
     Raises:
-        CheckpointError: there are no safetensors, a shard is absent, broken or outside of the folder.
+        CheckpointError: there are no safetensors, a shard is absent or broken.
     """
     tensors: dict[str, Stored] = {}
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to file names")
-        shards = {file: open_file(_inside(folder, file)) for file in sorted(set(weight_map.values()))}
+        weight_map = _weight_map(folder / INDEX)
+        shards = {file: open_file(_beside_index(folder, file)) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in shards[file]:
-                raise CheckpointError(f"{folder / INDEX} says that {name} is in {file}, but it is not")
+                raise CheckpointError(
+                    f"{folder / INDEX} says that {shorten(name, 200)} is in {shorten(file)}, but it is not"
+                )
             tensors[name] = shards[file][name]
     elif (folder / SINGLE).is_file():
-        tensors = open_file(_inside(folder, SINGLE))
+        tensors = open_file(folder / SINGLE)
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(f"{folder} has pickled weights only, which are never loaded; convert them to safetensors")
     else:
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
     if (folder / MTP_FILE).is_file():
-        tensors |= open_file(_inside(folder, MTP_FILE))
+        more = open_file(folder / MTP_FILE)
+        if twice := tensors.keys() & more.keys():
+            raise CheckpointError(f"{folder / MTP_FILE} holds {min(twice)} once more; it may only add to the others")
+        tensors |= more
     return _unfused(tensors)
 
 
-def _inside(folder: Path, file: str) -> Path:
-    """The shard's path. A link may leave the folder only as the hub's cache does, from snapshots/X to blobs."""
-    path = folder / file
-    if Path(file).name != file:
-        raise CheckpointError(f"{folder / INDEX} names {file!r}, which leaves its folder")
-    if not path.is_file():
-        raise CheckpointError(f"{folder / INDEX} names {file}, which is not in the folder")
-    target, home = path.resolve(), folder.resolve()
-    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-    if target.parent not in allowed:
-        raise CheckpointError(f"{path} is a link to {target}, which leaves its folder")
-    return path
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map of tensor names to file names")
+    return weight_map
+
+
+def _beside_index(folder: Path, file: str) -> Path:
+    if Path(file).name != file or not file.endswith(".safetensors"):
+        what = "leaves its folder" if "/" in file else "is no safetensors file"
+        raise CheckpointError(f"{folder / INDEX} names {shorten(repr(file))}, which {what}")
+    if not (folder / file).is_file():
+        raise CheckpointError(f"{folder / INDEX} names {shorten(file, 200)}, which is not in the folder")
+    return folder / file
 
 
 def _unfused(tensors: dict[str, Stored]) -> dict[str, Stored]:
     out: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        fused = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)((?:_scale_inv)?)", name)
-        if fused is None or len(stored.shape) != 3:
+        fused = _FUSED.fullmatch(name) if len(stored.shape) == 3 else None
+        if fused is None:
             out[name] = stored
             continue
         base, kind, scale = fused.groups()
         matrices = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        if not stored.nbytes or stored.shape[1] % len(matrices):
+            raise CheckpointError(f"{shorten(name, 200)} has shape {list(stored.shape)}, which no stack of experts has")
         for e, expert in enumerate(stored.chunk(stored.shape[0])):
             parts = expert._replace(shape=expert.shape[1:]).chunk(len(matrices))
             for matrix, part in zip(matrices, parts, strict=True):
-                out[f"{base}.{e}.{matrix}.weight{scale}"] = part
+                one = f"{base}.{e}.{matrix}.weight{scale}"
+                if one in tensors:
+                    raise CheckpointError(f"{shorten(one, 200)} is there by itself and in {shorten(name, 200)}")
+                out[one] = part
     return out
 
 

@@ -14,13 +14,17 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
+from pydantic import Field
 from torch import Tensor
 
 from leanseek.checkpoint import blocks
-from leanseek.checkpoint.files import CheckpointError, Lazy, read_json, writing
+from leanseek.checkpoint.files import CheckpointError, Lazy, writing
+from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.hf import open_checkpoint, resolve
 from leanseek.checkpoint.tokenizer import tokenizer_json
 from leanseek.config import ModelConfig
+from leanseek.reading import Structure, TokenId, checked, read_optional_json
+from leanseek.tokens import open_tokenizer
 
 _TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 _TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -33,7 +37,12 @@ _FILE_TYPES = {
 
 
 def export_gguf(
-    source: str | Path, out: str | Path, dtype: str = "auto", tokenizer_from: str | Path | None = None
+    source: str | Path,
+    out: str | Path,
+    dtype: str = "auto",
+    tokenizer_from: str | Path | None = None,
+    allow_links: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write the checkpoint `source` (a folder or a run) as one GGUF file, a matrix at a time, no model built.
 
@@ -45,7 +54,7 @@ def export_gguf(
             something else.
         RunError: the disk is full.
     """
-    folder, out = resolve(source), Path(out)
+    folder, out = resolve(source, allow_links), Path(out)
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another path or remove it")
     if dtype not in (*_TYPES, "auto"):
@@ -53,7 +62,8 @@ def export_gguf(
     model, stored = open_checkpoint(folder)
     if reason := unsupported_by_llama_cpp(model.config):
         raise CheckpointError(f"llama.cpp's deepseek2 cannot compute this network: {reason}")
-    wanted = {name: Lazy(name, s.dtype, s.shape, s.read) for name, s in stored.items()}
+    census = Census()
+    wanted = {name: census.watched(Lazy(name, s.dtype, s.shape, s.read)) for name, s in stored.items()}
     tensors = {lazy.name: lazy for lazy in blocks.dequantized(wanted)}
     if dtype == "auto":
         common = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -67,6 +77,7 @@ def export_gguf(
             _add_sampling(writer, folder)
             _add_tokenizer(writer, model.config, Path(tokenizer_from) if tokenizer_from else folder, folder)
             _write(writer, list(_matrices(tensors, model.config, _TYPES[dtype])))
+            census.judge(allow_nonfinite)
             partial.replace(out)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -229,13 +240,49 @@ def _encode(tensor: Tensor, kind: Type) -> np.ndarray[Any, Any]:
 # ---- tokenizer ----
 
 
+class _Model(Structure):
+    type: str
+    vocab: dict[str, TokenId] = Field(default_factory=dict)
+
+
+class _Added(Structure):
+    id: TokenId
+    content: str
+    special: bool
+
+
+class _Step(Structure):
+    type: str
+    pattern: dict[str, str] | None = None
+    behavior: str | None = None
+    invert: bool | None = None
+
+
+class _Splitting(_Step):
+    pretokenizers: list[_Step] | None = None
+
+
+class _Normalizer(Structure):
+    type: str
+
+
+class _Spec(Structure):
+    """What is read of a tokenizer.json."""
+
+    model: _Model
+    added_tokens: list[_Added]
+    normalizer: _Normalizer | None = None
+    pre_tokenizer: _Splitting | None = None
+
+
 def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder: Path) -> None:
     """The byte-level BPE of `source`'s tokenizer.json, as llama.cpp's `gpt2` model; end tokens also from `folder`."""
     path = tokenizer_json(source)
     if path is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec = json.loads(open_tokenizer(path).to_str())
+    checked(_Spec, spec, str(path), CheckpointError)
     if spec["model"]["type"] != "BPE":
         raise CheckpointError(f"{path} is no byte-level BPE; llama.cpp's gpt2 tokenizer is")
     tokens = [f"[PAD{i}]" for i in range(c.vocab_size)]  # embeddings padded beyond the vocabulary
@@ -271,8 +318,7 @@ def _ends(first: int | None, c: ModelConfig, folder: Path) -> dict[str, int]:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_optional_json(folder / "generation_config.json", CheckpointError)
 
 
 def _add_sampling(writer: gguf.GGUFWriter, folder: Path) -> None:

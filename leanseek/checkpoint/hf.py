@@ -29,23 +29,31 @@ from leanseek.checkpoint.files import (
     write_json,
     write_shards,
 )
+from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.names import hf_parts, iter_hf_tensors
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.model import Transformer
-from leanseek.ops.machine import empty
+from leanseek.ops.machine import empty, memory
+from leanseek.reading import check_links
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OWN_CONFIG = "leanseek_model"  # key of config.json under which a baseline, which no Hugging Face class holds, is kept
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, allow_links: bool = False) -> Path:
     """The checkpoint folder a path means: itself, or the newest `checkpoints/step-N` of a run.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or one of its files is a link out of it and `allow_links` is not set.
     """
-    path = Path(path)
+    folder = _resolve(Path(path))
+    if not allow_links:
+        check_links(folder, CheckpointError)
+    return folder
+
+
+def _resolve(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
     steps = {
@@ -90,8 +98,9 @@ def open_checkpoint(folder: Path) -> tuple[Transformer, dict[str, Stored]]:
     if config.num_nextn_predict_layers and not any(_layer(name) >= config.num_hidden_layers for name in tensors):
         warnings.warn(f"{folder} promises MTP modules but has none; going on without them", stacklevel=3)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    model = Transformer(config, device="meta")
     try:
+        _check_sizes(config, tensors)
+        model = Transformer(config, device="meta")
         _check(model, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
@@ -103,6 +112,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "auto",
     keep_fp8: bool = False,
+    allow_links: bool = False,
 ) -> Transformer:
     """The model of a Hugging Face folder or of a run's newest checkpoint.
 
@@ -110,15 +120,18 @@ def load(
     "auto" keeps what is stored, FP8 blocks becoming BF16, float64 float32, and float16 float32 where other weights are
     no float16; `e_score_correction_bias` is float32 always. `keep_fp8` leaves FP8 weights as they are, with their
     scales, for inference (experts if 128 divides moe_intermediate_size, and where all that is read together is FP8).
-    MTP modules that the config promises but the folder lacks are left out with a warning.
+    MTP modules that the config promises but the folder lacks are left out with a warning. `allow_links` follows links
+    out of the folder.
 
     Raises:
-        CheckpointError: the checkpoint is broken or not supported; one line names the file or tensor.
+        CheckpointError: the checkpoint is broken or not supported, or larger than the device's memory; one line names
+            the file or tensor.
     """
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     wanted = _DTYPES[dtype] if isinstance(dtype, str) else dtype
-    model, tensors = open_checkpoint(resolve(path))
+    folder = resolve(path, allow_links)
+    model, tensors = open_checkpoint(folder)
     config = model.config
     state: dict[str, Tensor] = {}
     stored = {
@@ -130,11 +143,14 @@ def load(
         part.dtype not in (torch.float16, blocks.FP8) for name, parts in stored.items() for part in parts
         if not name.endswith(_BIAS)
     )  # fmt: skip
+    kinds: dict[str, torch.dtype] = {}
+    for name in stored:
+        together = [part for other in ({name} | _read_with(name)) & stored.keys() for part in stored[other]]
+        kinds[name] = blocks.FP8 if name in kept else _dtype(name, together, wanted, exact)
+    _check_memory(folder, sum(meta.numel() * kinds[name].itemsize for name, meta in model.state_dict().items()), device)
     for name, meta in model.state_dict().items():
         keep = name in kept
-        together = [part for other in ({name} | _read_with(name)) & stored.keys() for part in stored[other]]
-        kind = blocks.FP8 if keep else _dtype(name, together, wanted, exact)
-        state[name] = _fill(empty(meta.shape, kind, device), name, tensors, config, keep)
+        state[name] = _fill(empty(meta.shape, kinds[name], device), name, tensors, config, keep)
         if keep:
             scale = torch.empty(blocks.scale_shape(tuple(meta.shape)), dtype=torch.float32, device=device)
             state[name + blocks.SCALE] = _fill(scale, name + blocks.SCALE, tensors, config)
@@ -151,6 +167,44 @@ def _layer(name: str) -> int:
     """The block a published tensor belongs to, -1 for none."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     return int(found[1]) if found else -1
+
+
+_PLACE = re.compile(r"model\.layers\.(\d{1,9})\.(?:mlp\.experts\.(\d{1,9})\.|(enorm|hnorm|eh_proj|shared_head)\.)?")
+
+
+def _check_sizes(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
+    """The folder has as many layers and experts as the config says: before a network of the config's size is built."""
+    experts: dict[int, int] = {}  # of each layer
+    mtp: set[int] = set()
+    for name in tensors:
+        if found := _PLACE.match(name):
+            layer = int(found[1])
+            experts[layer] = max(experts.get(layer, 0), int(found[2] or -1) + 1)
+            if found[3]:
+                mtp.add(layer)
+    layers, asked = experts.keys() - mtp, config.num_hidden_layers
+    if len(layers) != asked or max(layers, default=-1) != asked - 1 or any(layer < asked for layer in mtp):
+        plain = f"{len(layers)} layers, the last {max(layers)}," if layers else "no layers"
+        raise CheckpointError(
+            f"config.json says num_hidden_layers = {asked}, but the weights hold {plain} beside MTP's"
+        )
+    for layer, count in sorted(experts.items()):
+        if layer < asked + config.num_nextn_predict_layers:
+            want = config.n_routed_experts if config.is_moe_layer(layer) else 0
+            if count != want:
+                what = f"n_routed_experts = {want}" if want else "that it has none"
+                raise CheckpointError(
+                    f"layer {layer} has {count} routed experts in the weights; config.json says {what}"
+                )
+
+
+def _check_memory(folder: Path, need: int, device: torch.device | str) -> None:
+    if need > (have := memory(device)):
+        raise CheckpointError(
+            f"{folder}: its weights take {need / 2**30:,.1f} GiB here, but this process may have "
+            f"{have / 2**30:,.1f} GiB of memory on {torch.device(device).type}; take a larger machine, or a "
+            "smaller dtype (FP8: `leanseek convert --to fp8`)"
+        )
 
 
 def _check(model: Transformer, tensors: Mapping[str, Stored]) -> None:
@@ -254,6 +308,8 @@ def save(
     tokenizer_from: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
     beside: str | Path | None = None,
+    allow_links: bool = False,
+    allow_nonfinite: bool = False,
 ) -> list[str]:
     """A folder that transformers and vLLM load with nothing missing and nothing unexpected.
 
@@ -263,13 +319,15 @@ def save(
 
     Raises:
         ConfigError: no Hugging Face class computes this network (a baseline).
-        CheckpointError: `path` exists and is not empty or cannot be written, or `tokenizer_from` has no tokenizer.
+        CheckpointError: `path` exists and is not empty or cannot be written, `tokenizer_from` has no tokenizer, a
+            link leaves it (unless `allow_links`), or a weight is NaN or infinity (unless `allow_nonfinite`).
         RunError: the disk is full.
     """
     config = model.config
     if reason := unsupported_by_hf(config):
         raise ConfigError(f"no Hugging Face class computes this network: {reason}")
-    source = _lazies(model)
+    census = Census()
+    source = {name: census.watched(lazy) for name, lazy in _lazies(model).items()}
     if format == "hf":
         tensors = list(blocks.dequantized(source))
     elif format == "hf-fp8":
@@ -279,12 +337,13 @@ def save(
     tensors += _mtp_copies({lazy.name: lazy for lazy in tensors}, config)
     with atomic_folder(Path(path)) as folder:
         write_json(folder / "config.json", config.to_hf() | described(tensors))
-        left = copy_beside(Path(beside), folder) if beside is not None else []
+        left = copy_beside(Path(beside), folder, allow_links) if beside is not None else []
         if not (folder / "generation_config.json").is_file():
             write_json(folder / "generation_config.json", _generation_config(config))
         if tokenizer_from is not None:
-            copy_tokenizer(Path(tokenizer_from), folder, config)
+            copy_tokenizer(Path(tokenizer_from), folder, config, allow_links)
         write_weights(folder, tensors, config, max_shard_bytes)
+        census.judge(allow_nonfinite)
     return left
 
 

@@ -58,6 +58,8 @@ class PackedCopy:
         model = Transformer(config, device="meta")
         state = _mapped(self.path, stored)
         if (head := state.get("lm_head.weight")) is not None and head.dtype == torch.uint8:
+            if "lm_head.weight" + SCALE not in state:
+                return None
             model.set_head(head, state["lm_head.weight" + SCALE])
         for name in state:
             if name.endswith(SCALE):
@@ -91,7 +93,7 @@ class PackedCopy:
             self._folder.mkdir(exist_ok=True)
             if self._folder.is_symlink():
                 return
-            with open(os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)) as lock:
+            with open(os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600), "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else another start writes it
                 partial = self._folder / "partial"
                 partial.unlink(missing_ok=True)  # of a start that was killed while it wrote

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from leanseek.checkpoint.files import CheckpointError, write_json
 from leanseek.config import ModelConfig
+from leanseek.reading import check_links
 from leanseek.tokens import open_tokenizer
 
 TOKENIZER_FILES = (
@@ -19,16 +20,18 @@ TOKENIZER_FILES = (
 )
 
 
-def copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
+def copy_tokenizer(source: Path, folder: Path, config: ModelConfig, allow_links: bool = True) -> None:
     """Copy the tokenizer of `source` (a folder, or a tokenizer.json, with the files beside it) into `folder`.
 
     A lone tokenizer.json gets a `tokenizer_config.json`, or transformers would take it for a Llama tokenizer.
 
     Raises:
-        CheckpointError: there is no tokenizer in `source`.
+        CheckpointError: there is no tokenizer in `source`, or, unless `allow_links`, a file of it is a link out of it.
     """
     if source.is_file() and source.name == "tokenizer.json":
         source = source.parent
+    if source.is_dir() and not allow_links:
+        check_links(source, CheckpointError)
     if source.is_file():
         shutil.copyfile(source, folder / "tokenizer.json")
     elif not any((source / name).is_file() for name in TOKENIZER_FILES):
@@ -51,10 +54,17 @@ def copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
         write_json(folder / "tokenizer_config.json", values)
 
 
-def find_tokenizer(checkpoint: Path) -> Path | None:
-    """The folder that has the tokenizer of a checkpoint folder: itself, or the run it belongs to."""
+def find_tokenizer(checkpoint: Path, allow_links: bool = False) -> Path | None:
+    """The folder that has the tokenizer of a checkpoint folder: itself, or the run it belongs to.
+
+    Raises:
+        CheckpointError: a file there is a link out of it, and `allow_links` is not set.
+    """
     run = [checkpoint.parent.parent] if checkpoint.parent.name == "checkpoints" else []
-    return next((folder for folder in (checkpoint, *run) if tokenizer_json(folder)), None)
+    found = next((folder for folder in (checkpoint, *run) if tokenizer_json(folder)), None)
+    if found and not allow_links:
+        check_links(found, CheckpointError)
+    return found
 
 
 def tokenizer_json(source: Path) -> Path | None:

@@ -12,18 +12,43 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from pydantic import Field
 from torch import Tensor
 
+from leanseek import reading
 from leanseek.checkpoint.files import CheckpointError, Lazy, open_file, write_file
 from leanseek.checkpoint.hf import write_model
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.model import Transformer
+from leanseek.reading import Count, Structure, checked
 
 STATE = "state.json"  # written last
+
+
+class _Guard(Structure):
+    losses: list[float]
+    in_a_row: Count
+
+
+Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class _State(Structure):
+    """state.json; checkpoints of older versions lack what has a default here."""
+
+    step: Count
+    checksum: int
+    files: dict[Annotated[str, Field(pattern="^[^/]+$")], Size]  # [bytes, crc32]
+    samples: Count | None = None
+    tokens: Count | None = None
+    skipped: Count = 0
+    config: str | None = None
+    without_moments: list[str] | None = None
+    data: Size | None = None  # documents, tokens
+    guard: _Guard | None = None
 
 
 class Resumed(NamedTuple):
@@ -119,7 +144,8 @@ def read_checkpoint(folder: Path) -> Resumed:
         CheckpointError: a file is missing, truncated or corrupt.
     """
     state = check(folder)
-    return Resumed(folder, state["step"], state, load_file(folder / "state.safetensors"))
+    tensors = {name: stored.read() for name, stored in open_file(folder / "state.safetensors").items()}
+    return Resumed(folder, state["step"], state, tensors)
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -129,12 +155,12 @@ def check(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is missing, truncated or corrupt.
     """
     try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        whole = state.pop("checksum") == _checksum(state)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{folder / STATE} is missing or corrupt")
+        state = reading.read_json(folder / STATE, CheckpointError)
+        checked(_State, state, str(folder / STATE), CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / STATE} is missing or corrupt ({error})") from None
+    if state.pop("checksum") != _checksum(state):
+        raise CheckpointError(f"{folder / STATE} is missing or corrupt (checksum)")
     for name, (size, crc) in state["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size or _crc(path) != crc:

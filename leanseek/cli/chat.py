@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leanseek.cli.generate import Threads, sampling_params
+from leanseek.cli.generate import AllowLinks, Threads, sampling_params
 from leanseek.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,12 +25,14 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy  [default: the model's, else 0.8]")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed and words give the same answers")] = None,
     threads: Threads = None,
+    allow_links: AllowLinks = False,
     chat_template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a Jinja chat template instead of the model's")
     ] = None,
 ) -> None:
     """Chat in the terminal, with history; /system, /reset and /exit."""
-    import readline  # noqa: F401  (gives input() its line editing and history)
+    with contextlib.suppress(ImportError):  # some Pythons are built without it
+        import readline  # noqa: F401  (gives input() its line editing and history)
 
     from rich.console import Console
 
@@ -39,7 +41,7 @@ def chat(
     from leanseek.server.templates import template_of
 
     use_threads(threads)
-    llm = LLM(model)
+    llm = LLM(model, allow_links=allow_links)
     if llm.tokenizer is None:
         raise EngineError(f"{model} has no tokenizer.json")
     template = template_of(llm.tokenizer, llm.engine.config, chat_template)
@@ -84,7 +86,8 @@ def _answer(
 ) -> tuple[str, str]:
     """Stream the model's answer to the terminal; its text and its figures."""
     assert llm.tokenizer is not None
-    prompt = llm.tokenizer.encode(template.render(messages), add_special_tokens=False)
+    most = llm.engine.max_model_len
+    prompt = llm.tokenizer.encode(template.render(messages), add_special_tokens=False, most=most)
     text, tokens, start, first = "", 0, time.monotonic(), None
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(llm.stream(prompt, params)) as deltas:
         for delta in deltas:

@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from leanseek.cli.generate import AllowLinks, AllowNonfinite
+
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A Hugging Face folder or a run.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="bf16, or fp8: 128×128 blocks as DeepSeek publishes.")],
+    allow_links: AllowLinks = False,
+    allow_nonfinite: AllowNonfinite = False,
 ) -> None:
     """Rewrite a checkpoint's weights in BF16 or FP8, a tensor at a time."""
     from rich.console import Console
@@ -23,7 +27,14 @@ def convert(
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("")
-        left = checkpoint.convert(source, out, to, lambda done, total: bar.update(task, completed=done, total=total))
+        left = checkpoint.convert(
+            source,
+            out,
+            to,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            allow_links=allow_links,
+            allow_nonfinite=allow_nonfinite,
+        )
     console.print(f"wrote {out}", markup=False, soft_wrap=True)
     for line in left:
         console.print(f"left out: {line}", markup=False, soft_wrap=True)

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from leanseek.cli.generate import AllowLinks
+from leanseek.errors import InputError
+
 KINDS = ("float32", "bfloat16", "fp8 weights")
 # what it means where no kernel computes them
 NO_KERNEL = {
@@ -66,8 +69,36 @@ def examine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
-    """What this machine has, which path each op takes, and why."""
+def examine_weights(model: str, allow_links: bool) -> dict[str, Any]:
+    """How many tensors a model's folder holds, and, by name, how many values of them are NaN or infinity."""
+    from leanseek import checkpoint
+    from leanseek.checkpoint.finite import Census
+
+    stored = checkpoint.open_checkpoint(checkpoint.resolve(model, allow_links))[1]
+    return {"model": model, "tensors": len(stored), "nonfinite": Census().count(stored)}
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="a Hugging Face folder or a run, to look at its weights"),
+    ] = None,
+    allow_links: AllowLinks = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """What this machine has, which path each op takes, and why; or which of a model's weights are NaN or infinity."""
+    if model is not None:
+        weights = examine_weights(model, allow_links)
+        if as_json:
+            print(json.dumps(weights))
+        else:
+            for name, count in weights["nonfinite"].items():
+                print(f"{name}: {count:,} values are NaN or infinity")
+        if bad := len(weights["nonfinite"]):
+            raise InputError(f"{model}: {bad:,} of {weights['tensors']:,} tensors hold NaN or infinity")
+        if not as_json:
+            print(f"{model}: {weights['tensors']:,} tensors, all of them finite")
+        return
     found = examine()
     if as_json:
         print(json.dumps(found))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from leanseek.cli.generate import AllowLinks
 from leanseek.errors import InputError
 
 
@@ -23,6 +24,7 @@ def evaluate(
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="let human_eval run what the model writes")
     ] = False,
+    allow_links: AllowLinks = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Evaluate a model on tasks, through the engine in this process."""
@@ -37,7 +39,7 @@ def evaluate(
     harness = _harness() if others else None
     if "human_eval" in names and not allow_code_execution:
         raise InputError("human_eval runs what the model writes on this machine; allow it with --allow-code-execution")
-    scorer = Scorer(LLM(model))
+    scorer = Scorer(LLM(model, allow_links=allow_links))
     results: dict[str, Any] = {name: local.TASKS[name](scorer, limit) for name in names if name in local.TASKS}
     if harness:
         results |= harness.evaluate(scorer, others, limit, num_fewshot, include_path)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from leanseek.cli.generate import AllowLinks, AllowNonfinite
 
 
 def export(
@@ -22,6 +24,8 @@ def export(
     ema: Annotated[
         bool, typer.Option("--ema", help="the averaged weights that a run with optimizer.ema keeps.")
     ] = False,
+    allow_links: AllowLinks = False,
+    allow_nonfinite: AllowNonfinite = False,
 ) -> None:
     """Write a checkpoint for transformers and vLLM (hf, hf-fp8) or for llama.cpp (gguf)."""
     from rich.console import Console
@@ -32,22 +36,23 @@ def export(
 
     if format not in ("hf", "hf-fp8", "gguf"):
         raise checkpoint.CheckpointError(f"--format {format!r} is not one of hf, hf-fp8, gguf")
-    folder = checkpoint.resolve(source)
-    tokenizer = tokenizer or checkpoint.find_tokenizer(folder)
+    folder = checkpoint.resolve(source, allow_links)
+    tokenizer = tokenizer or checkpoint.find_tokenizer(folder, allow_links)
+    allowed: dict[str, Any] = {"allow_links": allow_links, "allow_nonfinite": allow_nonfinite}
     console, left = Console(stderr=True), list[str]()
     with console.status(f"reading {escape(str(source))}, writing {escape(str(out))}"):
         if format != "gguf":
-            model = checkpoint.load(folder, dtype=dtype)
+            model = checkpoint.load(folder, dtype=dtype, allow_links=allow_links)
             if ema:
                 checkpoint.load_ema(model, folder)
-            left = checkpoint.save(model, out, format, tokenizer, beside=folder)
+            left = checkpoint.save(model, out, format, tokenizer, beside=folder, **allowed)
         elif ema:
             with writing(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.ema-") as averaged:
-                model = checkpoint.load_ema(checkpoint.load(folder), folder)
-                checkpoint.save(model, Path(averaged) / folder.name, beside=folder)
-                checkpoint.export_gguf(Path(averaged) / folder.name, out, dtype, tokenizer)
+                model = checkpoint.load_ema(checkpoint.load(folder, allow_links=allow_links), folder)
+                checkpoint.save(model, Path(averaged) / folder.name, beside=folder, **allowed)
+                checkpoint.export_gguf(Path(averaged) / folder.name, out, dtype, tokenizer, **allowed)
         else:
-            checkpoint.export_gguf(folder, out, dtype, tokenizer)
+            checkpoint.export_gguf(folder, out, dtype, tokenizer, **allowed)
     nothing = "" if tokenizer else "; there was no tokenizer to write beside it"
     console.print(f"wrote {out}{nothing}", markup=False, soft_wrap=True)
     for line in left:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from leanseek.engine import Engine
 
 DEFAULT_TEMPERATURE = 0.8  # where neither the caller nor the model says
+AllowLinks = Annotated[bool, typer.Option("--allow-links", help="read what links out of the model's folder lead to")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="write weights that hold NaN or infinity too, and name them")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads  [default: one a physical core]")]
 
 
@@ -27,6 +31,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     threads: Threads = None,
+    allow_links: AllowLinks = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
 ) -> None:
     """Continue a text, streaming it to standard output."""
@@ -34,7 +39,7 @@ def generate(
     from leanseek.ops.machine import use_threads
 
     use_threads(threads)
-    llm = LLM(model)
+    llm = LLM(model, allow_links=allow_links)
     text = sys.stdin.read() if prompt == "-" else prompt
     params = sampling_params(llm.engine.defaults, max_tokens=max_tokens, temperature=temperature, seed=seed)
     if as_json:

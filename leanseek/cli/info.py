@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from leanseek.cli.generate import AllowLinks
 from leanseek.config import ConfigError, ModelConfig
+from leanseek.reading import read_toml, shorten
 
 
-def find_config(name: str) -> ModelConfig:
+def find_config(name: str, allow_links: bool = False) -> ModelConfig:
     """The network of a preset, a TOML file, a Hugging Face folder or a run. Raises InputError for anything else."""
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
-        try:
-            table = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        table = read_toml(path, ConfigError)
         if "preset" in table:
-            return ModelConfig.preset(table["preset"])
-        return ModelConfig.from_dict(table.get("model", {}))
+            return ModelConfig.preset(str(table["preset"]))
+        if not isinstance(model := table.get("model", {}), dict):
+            raise ConfigError(f"{path}: model = {shorten(repr(model))} is not a table")
+        return ModelConfig.from_dict(model)
     if path.is_dir():
         from leanseek.checkpoint import read_config, resolve
 
-        return read_config(resolve(path))
+        return read_config(resolve(path, allow_links))
     return ModelConfig.preset(name)
 
 
@@ -51,10 +51,11 @@ def info(
         str, typer.Argument(metavar="PRESET_OR_MODEL", help="preset, TOML file, checkpoint folder or run")
     ],
     seq_len: Annotated[int, typer.Option(help="sequence length that training FLOPs are counted at")] = 4096,
+    allow_links: AllowLinks = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Parameters, cache and training cost of a network, without allocating it."""
-    config = find_config(model)
+    config = find_config(model, allow_links)
     figures = describe(config, seq_len)
     if as_json:
         print(json.dumps(figures))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from leanseek.cli.generate import Threads
+from leanseek.cli.generate import AllowLinks, Threads
 
 
 def serve(
@@ -30,6 +30,7 @@ def serve(
         str | None, typer.Option(help="cpu, cuda or cuda:N  [default: a GPU where there is one, else the CPU]")
     ] = None,
     threads: Threads = None,
+    allow_links: AllowLinks = False,
     int8_head: Annotated[
         bool, typer.Option("--int8-head", help="hold the output head in 8 bits, a scale a row")
     ] = False,
@@ -57,5 +58,5 @@ def serve(
     access = Access(api_key, allowed_origin or (), root_path)
     limits = Limits(keep_alive_s=keep_alive_timeout, shutdown_s=shutdown_timeout)
     options = {"max_model_len": max_model_len, "cache_gib": cache_gib, "max_queue": max_queue, "device": device}
-    options |= {"int8_head": int8_head, "packed_copy": packed_copy}
+    options |= {"int8_head": int8_head, "packed_copy": packed_copy, "allow_links": allow_links}
     run(model, host, port, served_model_name, access, limits, chat_template, **options)

@@ -26,10 +26,8 @@ from tokenizers import Tokenizer
 import leanseek
 from leanseek.data.formats import DataError
 from leanseek.errors import RunError
-from leanseek.tokens import library_error, open_tokenizer, special_tokens
-
-_LONG = 1 << 18  # characters encoded at a time: the library keeps some 500 bytes a token
-_AROUND = 512  # characters on each side of a cut that show whether it changes the tokens
+from leanseek.reading import shorten
+from leanseek.tokens import TokenizerError, encode, open_tokenizer, special_tokens
 
 _CHILD = """
 import importlib.util, sys
@@ -189,29 +187,8 @@ class Encoder:
             DataError: the tokenizer cannot take the text.
         """
         try:
-            parts = [np.array(self._ids(text[a:b]), np.uint32) for a, b in self._parts(text)]
-        except BaseException as error:
-            raise DataError(f"the tokenizer fails at a document ({library_error(error)}): {text[:60]!r}...") from None
+            parts = [np.array(part, np.uint32) for part in encode(self.tokenizer, text)]
+        except TokenizerError as error:
+            raise DataError(f"{error}: {shorten(text)!r}") from None
         leading, end = np.array(self.special.leading, np.uint32), np.array(self.special.eos[:1], np.uint32)
         return np.concatenate([leading, *parts, end])
-
-    def _ids(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return found
-
-    def _parts(self, text: str) -> list[tuple[int, int]]:
-        """Where a long text is cut to be encoded: where its surroundings, cut, have the same tokens as whole."""
-        parts, start, least = [], 0, _LONG
-        while least < len(text):
-            after = (text.find(mark, least, least + _LONG // 2) for mark in ("\n", " "))
-            places = (place for found in after if found >= 0 for place in (found, found + 1))
-            cut = next((place for place in (*places, least) if self._separable(text, place)), None)
-            if cut is not None:
-                parts.append((start, cut))
-                start = cut
-            least = (cut or least) + _LONG
-        return [*parts, (start, len(text))]
-
-    def _separable(self, text: str, place: int) -> bool:
-        before, after = text[max(0, place - _AROUND) : place], text[place : place + _AROUND]
-        return bool(before and after) and self._ids(before + after) == self._ids(before) + self._ids(after)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from leanseek import reading
 from leanseek.data.encode import Encoded, Encoders, digest, is_validation
 from leanseek.data.files import find_inputs
 from leanseek.data.formats import MAX_DOCUMENT, DataError, read
@@ -102,7 +102,8 @@ def prepare(
 
     tokenizer: a tokenizer.json, or its folder; or train_vocab: the size of one to train on the training documents.
     workers: processes that encode; one for each CPU that may be used when None. They do not change the result.
-    follow_links: read what links below a folder point to. max_document: the most a document may have, in MiB.
+    follow_links: read what links below a folder, or in the tokenizer's, point to.
+    max_document: the most a document may have, in MiB.
 
     Raises:
         DataError: unreadable input, an unusable `out`, or one that was prepared with other settings.
@@ -119,6 +120,8 @@ def prepare(
         raise DataError(f"workers must lie between 1 and 1024, not {workers}")
     if not 1 <= max_document <= 1 << 11:
         raise DataError(f"the limit of a document must lie between 1 and 2048 MiB, not {max_document}")
+    if tokenizer is not None and tokenizer.is_dir() and not follow_links:
+        reading.check_links(tokenizer, DataError, "--follow-links reads what it leads to")
     found = find_inputs(inputs, follow_links, without=out)
     settings = _Settings(
         [_identity(path) for path in found.files],
@@ -170,10 +173,10 @@ def _claim(out: Path, settings: _Settings) -> None:
         write_atomic(path, to_json(asdict(settings)))
         return
     try:
-        before = json.loads(path.read_bytes())
-        changed = [key for key, value in asdict(settings).items() if before.get(key) != value]
-    except (ValueError, RecursionError, AttributeError):
-        raise DataError(f"{path} is corrupt; delete {out} and run data prepare again") from None
+        before = reading.read_json(path, DataError)
+    except DataError as error:
+        raise DataError(f"{path} is corrupt ({error}); delete {out} and run data prepare again") from None
+    changed = [key for key, value in asdict(settings).items() if before.get(key) != value]
     if not changed:
         return
     mend = "choose another --out or delete that folder"

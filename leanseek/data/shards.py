@@ -17,26 +17,26 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from leanseek import reading
 from leanseek.data.formats import DataError
+from leanseek.reading import Count, S, Structure, checked
 
 SPLITS = ("train", "validation")
 _CHECKED = ("tokenizer.json", "token_bytes.npy")
 _MOST_IDS = 1 << 24  # in a vocabulary
 _BLOCK = 1 << 24  # bytes checked at a time
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 Crc = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class Counts(BaseModel):
+class Counts(Structure):
     """One split of a shard."""
 
-    model_config = ConfigDict(strict=True)
     documents: Count
     tokens: Count
     bytes: Count
@@ -44,21 +44,19 @@ class Counts(BaseModel):
     ends_crc32: Crc
 
 
-class Entry(BaseModel):
+class Entry(Structure):
     """A shard, as in NNNNN.json; `next` is the file and the document after it."""
 
-    model_config = ConfigDict(strict=True)
     dtype: Literal["uint16", "uint32"]
     next: Annotated[list[Count], Field(min_length=2, max_length=2)]
     train: Counts
     validation: Counts
 
 
-class Manifest(BaseModel):
+class Manifest(Structure):
     """manifest.json. Folders of the first version have no `files`."""
 
-    model_config = ConfigDict(strict=True)
-    files: dict[Literal["tokenizer.json", "token_bytes.npy"], Crc] = {}
+    files: dict[Literal["tokenizer.json", "token_bytes.npy"], Crc] = Field(default_factory=dict)
     shards: list[Entry]
 
 
@@ -95,9 +93,6 @@ def verify(folder: Path) -> Prepared:
     return summary(folder)
 
 
-_File = TypeVar("_File", bound=BaseModel)
-
-
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished folder. Raises DataError where it is not one."""
     path = folder / "manifest.json"
@@ -106,16 +101,12 @@ def read_manifest(folder: Path) -> Manifest:
     return read_json(path, Manifest)
 
 
-def read_json(path: Path, kind: type[_File]) -> _File:
+def read_json(path: Path, kind: type[S]) -> S:
     """A JSON file of the folder. Raises DataError where it is not what was written."""
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "its JSON"
-        raise DataError(
-            f"{path} is corrupt ({place}: {first['msg']}); delete {path.parent} and run data prepare again"
-        ) from None
+        return checked(kind, reading.read_json(path, DataError), str(path), DataError)
+    except DataError as error:
+        raise DataError(f"{path} is corrupt ({error}); delete {path.parent} and run data prepare again") from None
 
 
 def write_manifest(folder: Path, shards: list[Entry]) -> None:
@@ -132,7 +123,7 @@ def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
     """
     for name, crc in files.items():
         path = folder / name
-        if not path.is_file() or zlib.crc32(path.read_bytes()) != crc:
+        if not path.is_file() or zlib.crc32(reading.read_bytes(path, DataError)) != crc:
             raise DataError(f"{path} is missing or corrupt; delete {folder} and prepare it again")
     path = folder / "token_bytes.npy"
     try:

@@ -16,7 +16,7 @@ from leanseek.engine.outputs import (
 from leanseek.engine.params import EngineError, Guide, SamplingParams
 from leanseek.engine.sequence import Request
 from leanseek.engine.spans import Spans
-from leanseek.engine.tokenizer import Tokenizer
+from leanseek.engine.tokenizer import Tokenizer, TooLong
 
 __all__ = [
     "LLM",
@@ -41,6 +41,7 @@ __all__ = [
     "Timing",
     "TokenLogprob",
     "Tokenizer",
+    "TooLong",
     "Usage",
     "load_engine",
 ]

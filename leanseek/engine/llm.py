@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from leanseek import checkpoint, ops
-from leanseek.checkpoint.files import read_json
 from leanseek.engine.engine import Engine
 from leanseek.engine.outputs import CompletionOutput, Delta, RequestOutput, Timing, Usage
 from leanseek.engine.params import EngineError, SamplingParams
@@ -23,6 +22,7 @@ from leanseek.errors import RunError
 from leanseek.model import Transformer
 from leanseek.ops.machine import default_device
 from leanseek.ops.numa import memory_nodes
+from leanseek.reading import Structure, TokenId, checked, read_optional_json
 
 # Keys of generation_config.json that are defaults of a request, and what they are called here.
 _DEFAULTS = {
@@ -62,6 +62,19 @@ _UNSERVED: dict[str, Any] = {
 log = logging.getLogger(__name__)
 
 
+class _Generation(Structure):
+    """What is read of a generation_config.json; SamplingParams bounds the numbers."""
+
+    eos_token_id: TokenId | list[TokenId] | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+
 def load_engine(
     path: str | Path,
     *,
@@ -69,6 +82,7 @@ def load_engine(
     dtype: torch.dtype | str = "auto",
     int8_head: bool = False,
     packed_copy: bool = True,
+    allow_links: bool = False,
     **options: Any,
 ) -> Engine:
     """An engine over a Hugging Face folder or a run.
@@ -76,22 +90,23 @@ def load_engine(
     device: the GPU if there is one, when None. dtype: with "auto" weights stay as they are stored, FP8 included.
     int8_head: the output head in 8 bits with a scale a row, whatever it is stored in.
     packed_copy: on a CPU, weights in the kernels' order are kept in a file beside the model, which the next start maps.
+    allow_links: read what links out of the folder lead to; else they are refused.
 
     Raises:
         InputError: the folder, or an option of the engine, is not right.
     """
     Engine.check_process()  # before anything runs on threads
-    folder = checkpoint.resolve(path)
+    folder = checkpoint.resolve(path, allow_links)
     try:
         device = torch.empty(0, device=device or default_device()).device
     except (RuntimeError, AssertionError) as error:  # before the weights are read
         raise EngineError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
-    model, copying = _frozen(folder, device, dtype, int8_head, packed_copy)
-    found = checkpoint.find_tokenizer(folder)
+    model, copying = _frozen(folder, device, dtype, int8_head, packed_copy, allow_links)
+    found = checkpoint.find_tokenizer(folder, allow_links)
     config = folder / "generation_config.json"
-    generation: dict[str, Any] = dict(read_json(config)) if config.is_file() else {}
-    eos = generation.get("eos_token_id")
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    generation = read_optional_json(config, EngineError)
+    eos = checked(_Generation, generation, str(config), EngineError).eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
     engine = Engine(
         model,
         Tokenizer(found) if found else None,
@@ -123,7 +138,7 @@ def _defaults(file: Path, generation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _frozen(
-    folder: Path, device: torch.device, dtype: torch.dtype | str, int8_head: bool, packed_copy: bool
+    folder: Path, device: torch.device, dtype: torch.dtype | str, int8_head: bool, packed_copy: bool, allow_links: bool
 ) -> tuple[Transformer, threading.Thread | None]:
     """A folder's model for serving, its weights packed where kernels take them so, and what writes a copy of them."""
     # a mapped file's pages are not interleaved over memory nodes
@@ -132,7 +147,9 @@ def _frozen(
     if copy and (model := copy.load()):
         model.freeze(ops.Place.THERE)
         return model, None
-    model = checkpoint.load(folder, device, dtype, keep_fp8=dtype == "auto").requires_grad_(False)
+    model = checkpoint.load(folder, device, dtype, keep_fp8=dtype == "auto", allow_links=allow_links).requires_grad_(
+        False
+    )
     if int8_head:
         model.quantize_head()
     state = model.state_dict() if copy else {}
@@ -202,7 +219,7 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise EngineError("a text prompt needs a tokenizer.json beside the model; give token ids instead")
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode(prompt, most=self.engine.max_model_len)
         self.engine.check(prompt, params)
         number = next(self._numbers)
         return Request(f"request-{number}", list(prompt), params, matcher=self.engine.matcher(params))

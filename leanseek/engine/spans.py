@@ -18,29 +18,34 @@ class Spans:
 
     think: begins reasoning where it is the first that is written; None for an answer without reasoning
     opened: the prompt ends inside the reasoning
-    calls: begin and end of a section of calls; with `call_begin` behind its begin it ends reasoning too
+    section: begin and end of a section of calls
+    call: begin and end of one call. It may stand without a section; a section's begin without a call behind it is a
+        mention, and a call without a section does not end reasoning.
     """
 
     think: str | None = None
     end_think: str = "</think>"
     opened: bool = False
-    calls: tuple[str, str] | None = None
-    call_begin: str = ""
+    section: tuple[str, str] | None = None
+    call: tuple[str, str] = ("", "")
 
 
 class SpanTracker:
     """Follows a text that grows."""
 
-    __slots__ = ("_marks", "_spans", "_tail", "part")
+    __slots__ = ("_marks", "_spans", "_tail", "_unsure", "part")
 
     def __init__(self, spans: Spans):
         self._spans = spans
         self._tail = ""  # the end of the text seen, where a mark may have begun; of "begin" all that is undecided
+        self._unsure = False  # a section began, and it has to show whether a call follows
         self.part: Part = "reasoning" if spans.opened else "begin" if spans.think else "answer"
-        begin, end = map(re.escape, spans.calls or ("", ""))
-        calls = {"reasoning": rf"{begin}\s{{0,8}}{re.escape(spans.call_begin)}", "answer": begin, "calls": end}
-        self._marks = {part: re.compile(mark) for part, mark in calls.items() if spans.calls}
-        reasoning = re.escape(spans.end_think) + (f"|{calls['reasoning']}" if spans.calls else "")
+        reasoning = re.escape(spans.end_think)
+        self._marks: dict[Part, re.Pattern[str]] = {}
+        if spans.section:
+            begin, call = re.escape(spans.section[0]), re.escape(spans.call[0])
+            reasoning += rf"|{begin}\s*{call}"
+            self._marks["answer"] = re.compile(f"{begin}|{call}")
         self._marks["reasoning"] = re.compile(reasoning)
 
     def feed(self, text: str) -> list[tuple[Part, str]]:
@@ -50,6 +55,10 @@ class SpanTracker:
             if self.part == "begin":
                 text = self._begin(text)
                 continue
+            if self._unsure:
+                known.append(("calls", self._section(text)))
+                text = text[len(known[-1][1]) :]
+                continue
             mark = self._marks[self.part].search(self._tail + text) if self.part in self._marks else None
             if not mark:
                 known.append((self.part, text))
@@ -58,7 +67,7 @@ class SpanTracker:
             used = len(self._tail)
             start, end = max(0, mark.start() - used), mark.end() - used
             before = self.part
-            self.part = self._after(mark[0])
+            self._pass(mark[0])
             if before == "answer":  # the mark belongs to the calls
                 known += [(before, text[:start]), (self.part, text[start:end])]
             else:
@@ -80,7 +89,25 @@ class SpanTracker:
         text, self._tail = self._tail, ""
         return text
 
-    def _after(self, mark: str) -> Part:
-        if self.part == "calls" or mark == self._spans.end_think:
-            return "answer"
-        return "calls"
+    def _section(self, text: str) -> str:
+        """Look for the call behind a section's begin; the text that belongs to the section while that is not known."""
+        begin, written = self._spans.call[0], (self._tail + text).lstrip()
+        if begin.startswith(written) and written != begin:
+            self._tail += text
+            return text
+        self._unsure = False
+        if not written.startswith(begin):
+            self.part = "answer"
+        return ""
+
+    def _pass(self, mark: str) -> None:
+        """Go on behind a mark."""
+        spans = self._spans
+        if not spans.section or self.part == "calls" or mark == spans.end_think:
+            self.part = "answer"
+            return
+        alone = mark == spans.call[0]
+        ends = [spans.section[1], *spans.call[1:] * alone]
+        self._marks["calls"] = re.compile("|".join(map(re.escape, ends)))
+        self._unsure = self.part == "answer" and not alone
+        self.part = "calls"

@@ -13,7 +13,21 @@ import tokenizers
 from leanseek.engine.params import EngineError
 from leanseek.engine.spans import Spans, SpanTracker
 from leanseek.errors import InputError
-from leanseek.tokens import open_tokenizer, read_object
+from leanseek.reading import checked
+from leanseek.tokens import (
+    CONFIG,
+    Names,
+    TokenizerError,
+    around,
+    encode,
+    named_token,
+    open_tokenizer,
+    read_object,
+)
+
+
+class TooLong(EngineError):
+    """A text of more tokens than the context holds."""
 
 
 class Tokenizer:
@@ -27,28 +41,47 @@ class Tokenizer:
         self.file = folder / "tokenizer.json"
         try:
             self.inner = open_tokenizer(self.file)
-            config = read_object(folder / "tokenizer_config.json")
+            checked(Names, read_object(folder / CONFIG), str(folder / CONFIG))
+            self._before, self._after = around(self.inner)
+            self.bos_token_id = self._leading_token(folder)
         except InputError as error:
             raise EngineError(str(error)) from None
         if not isinstance(self.inner.decoder, tokenizers.decoders.ByteLevel):
             raise EngineError(f"{self.file} is not byte-level; this family's tokenizers are")
-        self.bos_token_id = self._leading_token(config)
+        if self.inner.normalizer is not None and b"Precompiled" in self.inner.normalizer.__getstate__():
+            raise EngineError(f"{self.file} has a Precompiled normalizer; this family's tokenizers have none")
         self._added = self.inner.get_added_tokens_decoder()
         self.added_ids = sorted(self._added)
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
         self._spelled: dict[int, bytes] = {}  # of tokens there are, and so no larger than the vocabulary
 
-    def _leading_token(self, config: dict[str, object]) -> int | None:
+    def _leading_token(self, folder: Path) -> int | None:
         """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
-        bos = config.get("bos_token")
-        content = bos.get("content") if isinstance(bos, dict) else bos
-        return self.inner.token_to_id(str(content)) if config.get("add_bos_token") and content else None
+        if not read_object(folder / "tokenizer_config.json").get("add_bos_token"):
+            return None
+        return named_token(folder, "bos_token", self.inner)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens spelled in it become themselves."""
-        ids: list[int] = self.inner.encode(text, add_special_tokens=add_special_tokens).ids
-        if add_special_tokens and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Token ids of a text; special tokens spelled in it become themselves. Other threads run meanwhile.
+
+        most: tokens after which a long text is not read to its end.
+
+        Raises:
+            EngineError: the tokenizer cannot take the text.
+            TooLong: it was not read to its end.
+        """
+        ids: list[int] = list(self._before) if add_special_tokens else []
+        try:
+            for part in encode(self.inner, text):
+                if most is not None and len(ids) > most:
+                    raise TooLong(f"the text has more than {len(ids)} tokens; the context is {most}, answer included")
+                ids += part
+        except TokenizerError as error:
+            raise EngineError(str(error)) from None
+        if add_special_tokens:
+            ids += self._after
+            if self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+                ids.insert(0, self.bos_token_id)
         return ids
 
     def least_tokens(self, text: str) -> int:
@@ -91,7 +124,7 @@ class Tokenizer:
         described = json.loads(self.inner.to_str())
         described["added_tokens"] = []
         ordinary = tokenizers.Tokenizer.from_str(json.dumps(described))
-        return lambda text: list(ordinary.encode(text, add_special_tokens=False).ids)
+        return lambda text: [token for part in encode(ordinary, text) for token in part]
 
 
 @cache

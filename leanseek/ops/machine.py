@@ -3,14 +3,17 @@ quoted against."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from leanseek.errors import InputError
 from leanseek.ops import cpu, numa
 from leanseek.ops.cpu.library import kernel
 from leanseek.ops.products import multiplies
-from leanseek.threads import cpus
+from leanseek.threads import cpus, groups
 
 HUGE_PAGE = 2**21  # bytes
 PROBE_SECONDS = 1.0
@@ -51,6 +54,19 @@ def use_threads(count: int | None) -> None:
     if not 1 <= count <= most:
         raise InputError(f"threads must lie between 1 and {most}, four a CPU that may be used here; {count} does not")
     torch.set_num_threads(count)
+
+
+def memory(device: torch.device | str) -> int:
+    """Bytes that this process may have on a device: the machine's, or what a control group or `ulimit -v` leaves."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [psutil.virtual_memory().total]
+    for folder in groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # version 2; 1
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                limits.append(int((folder / name).read_text(encoding="ascii")))
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min(limits + ([space] if space != resource.RLIM_INFINITY else []))
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -34,8 +34,10 @@ def memory_nodes() -> tuple[int, ...]:
     """
     try:
         cpus = os.sched_getaffinity(0)
-        nodes = parse_list((_NODES / "has_memory").read_text())
-        return tuple(n for n in nodes if cpus & {*parse_list((_NODES / f"node{n}" / "cpulist").read_text())})
+        nodes = parse_list((_NODES / "has_memory").read_text(encoding="ascii"))
+        return tuple(
+            n for n in nodes if cpus & {*parse_list((_NODES / f"node{n}" / "cpulist").read_text(encoding="ascii"))}
+        )
     except (OSError, AttributeError, ValueError):  # not Linux, or no /sys
         return ()
 

@@ -209,6 +209,8 @@ def _pages(service: Service, schema: dict[str, Any]) -> dict[str, Callable[[Requ
         return JSONResponse({"object": "list", "data": [_model(service)]})
 
     async def model(request: Request) -> Response:
+        if not request.path_params["name"]:  # the list, with a slash behind
+            return await models(request)
         service.check_model(request.path_params["name"])
         return JSONResponse(_model(service))
 
@@ -226,7 +228,6 @@ def _pages(service: Service, schema: dict[str, Any]) -> dict[str, Callable[[Requ
 
     return {
         "/v1/models": models,
-        "/v1/models/": models,
         "/v1/models/{name:path}": model,
         "/health": health,
         "/metrics": metrics,
@@ -269,7 +270,7 @@ async def _tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any
         prompt = await service.render(request.messages, request.tools, request.chat_template_kwargs, request)
         tokens = await service.encode(prompt, add_special_tokens=False)
     else:
-        tokens = await service.encode(request.prompt or "", request.add_special_tokens)
+        tokens = await service.encode(request.prompt or "", request.add_special_tokens, whole=True)
     return {"count": len(tokens), "max_model_len": service.engine.max_model_len, "tokens": tokens}
 
 

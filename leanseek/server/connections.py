@@ -134,11 +134,8 @@ class Connection(H11Protocol):
         """End a request that has not come whole."""
         if self.cycle is None and not self.conn.trailing_data[0]:  # nothing was asked
             return self.transport.close()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # for the application, which would wait for the rest
-            self.cycle.message_event.set()
-            if self.cycle.response_started:
-                return self.transport.abort()
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            return self.transport.abort()
         self._refuse(status, message, retry_after_s)
 
     def handle_events(self) -> None:
@@ -152,6 +149,9 @@ class Connection(H11Protocol):
 
     def _refuse(self, status: int, message: str, retry_after_s: float | None = None) -> None:
         """Answer outside the application, if nothing has been answered yet, and close."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # for the application, which would wait for the rest or answer too
+            self.cycle.message_event.set()
         error = ApiError(status, message, retry_after_s=retry_after_s)
         body = json.dumps(error.body).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
@@ -190,7 +190,7 @@ class Server(uvicorn.Server):
             http=partial(Connection, limits=limits, notice=self._notice),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
-            log_level="warning",
+            log_level="error",  # its warnings are about what clients send: a line for each bad request
             access_log=False,
             server_header=False,
             backlog=ACCEPTED_AT_ONCE,

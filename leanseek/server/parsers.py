@@ -50,10 +50,6 @@ class Parsed:
 
 
 class Parser(Protocol):
-    @property
-    def in_reasoning(self) -> bool:
-        """Whether what comes next is reasoning, as far as is known."""
-
     def feed(self, text: str, final: bool = False) -> Parsed:
         """Take a piece of text; `final` gives out what was held back."""
 
@@ -138,10 +134,6 @@ class OutputParser:
             reasoning.until_call = tools.form
 
     @property
-    def in_reasoning(self) -> bool:
-        return self._reasoning is not None and self._reasoning.inside
-
-    @property
     def spans(self) -> Spans | None:
         """Where stop strings do not count."""
         if not self._reasoning and not self._tools:
@@ -151,8 +143,8 @@ class OutputParser:
             think=THINK if self._reasoning else None,
             end_think=END_THINK,
             opened=self._reasoning is not None and self._reasoning.opened,
-            calls=(form.section_begin, form.section_end) if form else None,
-            call_begin=form.call_begin if form else "",
+            section=(form.section_begin, form.section_end) if form else None,
+            call=(form.call_begin, form.call_end) if form else ("", ""),
         )
 
     def feed(self, text: str, final: bool = False) -> Parsed:
@@ -178,10 +170,6 @@ class ReasoningSplitter:
         self._buffer = ""
         self.until_call: ToolFormat | None = None  # a call of this form ends the reasoning and begins the answer
         self.ended_by_call = False
-
-    @property
-    def inside(self) -> bool:
-        return self._step in (self._inside_begin, self._inside) or (self.opened and self._step == self._begin)
 
     def feed(self, text: str, final: bool = False) -> Parsed:
         self._buffer += text
@@ -343,8 +331,6 @@ class ForcedCallParser:
     For one function the text is its arguments, told as they come; for several it is {"name": ..., "arguments": ...},
     told when complete. If max_tokens cut it, the one's arguments stay a beginning, and the other text is content.
     """
-
-    in_reasoning = False
 
     def __init__(self, names: Sequence[str]):
         self._names = names

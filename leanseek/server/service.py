@@ -19,6 +19,7 @@ from leanseek.engine import (
     Stream,
     Tokenizer,
     TokenLogprob,
+    TooLong,
 )
 from leanseek.engine.confined import LANES
 from leanseek.server.errors import ApiError
@@ -88,19 +89,22 @@ class Service:
             message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def encode(self, text: str, add_special_tokens: bool, whole: bool = False) -> list[int]:
         """Token ids; in a thread, because a long text takes long.
 
+        whole: read the text to its end, even when its tokens exceed the context
+
         Raises:
-            ApiError: the text is so long that it could not fit whatever its tokens; splitting 16 MB takes seconds.
+            EngineError: the tokenizer cannot take the text.
+            ApiError: it is much longer than the context; splitting 16 MB takes seconds.
         """
-        least = self.tokenizer.least_tokens(text)
-        if least >= self.engine.max_model_len:
-            message = (
-                f"the text has at least {least} tokens; the context is {self.engine.max_model_len}, answer included"
-            )
-            raise ApiError(400, message, code="context_length_exceeded")
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        most = self.engine.max_model_len
+        try:
+            if (least := self.tokenizer.least_tokens(text)) >= most:
+                raise TooLong(f"the text has at least {least} tokens; the context is {most}, answer included")
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens, None if whole else most)
+        except TooLong as error:
+            raise ApiError(400, str(error), code="context_length_exceeded") from None
 
     async def render(
         self,
@@ -149,8 +153,10 @@ class Service:
             values["max_tokens"] = min(values["max_tokens"], room)
         return SamplingParams(**values)
 
-    async def generate(self, requests: Sequence[tuple[list[int], SamplingParams]], priority: int) -> Generation:
-        """Submit requests, all or none.
+    async def generate(
+        self, requests: Sequence[tuple[list[int], SamplingParams]], priority: int, told: bool = True
+    ) -> Generation:
+        """Submit requests, all or none. told: whether the client gets the tokens that are made.
 
         Raises:
             EngineError, QueueFull, EngineStopped: as the engine's `submit`.
@@ -170,14 +176,15 @@ class Service:
             for stream in streams:
                 stream.close()
             raise
-        return Generation(streams, self.metrics, sum(len(prompt) for prompt, _ in requests))
+        return Generation(streams, self.metrics, sum(len(prompt) for prompt, _ in requests), told)
 
 
 class Generation:
     """The deltas of requests that belong to one answer, and their count. Iterate once; `close` ends what still runs."""
 
-    def __init__(self, streams: Sequence[Stream], metrics: Metrics, prompt_tokens: int):
+    def __init__(self, streams: Sequence[Stream], metrics: Metrics, prompt_tokens: int, told: bool):
         self._streams = streams
+        self._told = told
         self._metrics = metrics
         self._prompt_tokens = prompt_tokens
         self._cached = self._completion = self._drafts = self._accepted = 0
@@ -194,7 +201,7 @@ class Generation:
                 async for delta in stream:
                     if delta.finish_reason == "abort":
                         raise EngineStopped("the server is stopping")
-                    self._completion += len(delta.token_ids)
+                    self._completion += len(delta.token_ids) * self._told
                     self.reasoning_tokens += delta.reasoning_tokens
                     if delta.usage:
                         self._drafts += delta.usage.draft_tokens

@@ -8,18 +8,22 @@ with bounded time, memory and output.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from pydantic import Field
 
 from leanseek.config import ModelConfig
 from leanseek.engine import Confined, Overtaxed, Tokenizer
 from leanseek.errors import InputError
+from leanseek.reading import Structure, checked, read_optional_json, read_text
 from leanseek.server import jinja_worker
 from leanseek.server.parsers import DEEPSEEK_V3_TOOLS, DEEPSEEK_V31_TOOLS, KIMI_K2_TOOLS, THINK, ToolFormat
+from leanseek.tokens import Added, Names, named
 
 RENDER_TIMEOUT_S = 5.0
 MAX_TEMPLATE = 1_000_000  # characters
@@ -30,6 +34,12 @@ Message = Mapping[str, Any]
 
 class TemplateError(InputError):
     """A chat template that does not work, or messages it refuses."""
+
+
+class _Spec(Structure):
+    """What is read of a tokenizer.json beside what the tokenizers library reads."""
+
+    added_tokens: list[Added] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -228,12 +238,16 @@ def load_chat_template(source: Path | Mapping[str, Any], bos_token: str = "", fi
     tokens: set[str] = set()
     text: str | None = None
     if isinstance(source, Path):
-        config = _read_json(source / "tokenizer_config.json")
-        tokens = {token["content"] for token in _read_json(source / "tokenizer.json").get("added_tokens", [])}
+        config = read_optional_json(source / "tokenizer_config.json", TemplateError)
+        spec, where = read_optional_json(source / "tokenizer.json", TemplateError), str(source / "tokenizer.json")
+        tokens = {token.content for token in checked(_Spec, spec, where, TemplateError).added_tokens}
         own = source / "chat_template.jinja"
-        text = own.read_text(encoding="utf-8") if own.is_file() else None
+        text = read_text(own, TemplateError, 4 * MAX_TEMPLATE) if os.path.lexists(own) else None
     else:
         config = dict(source)
+    checked(
+        Names, config, f"{source}/tokenizer_config.json" if isinstance(source, Path) else "the tokenizer_config.json"
+    )
     tokens |= {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
     if file is not None:
         text = _read_template(file)
@@ -262,29 +276,17 @@ def template_of(tokenizer: Tokenizer, config: ModelConfig, file: Path | None = N
 
 
 def _read_template(file: Path) -> str:
-    try:
-        if not file.is_file():
-            raise TemplateError(f"{file} is not a file; --chat-template takes a Jinja template")
-        with file.open(encoding="utf-8") as opened:
-            return opened.read(MAX_TEMPLATE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TemplateError(f"{file} cannot be read as a chat template ({error})") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError as error:
-        raise TemplateError(f"{path} is not JSON ({error})") from None
+    if not file.is_file():
+        raise TemplateError(f"{file} is not a file; --chat-template takes a Jinja template")
+    return read_text(file, TemplateError, 4 * MAX_TEMPLATE)
 
 
 def _token(config: Mapping[str, Any], name: str) -> str:
-    token = config.get(name)
-    return str(token.get("content", "") if isinstance(token, dict) else token or "")
+    return named(config.get(name)) or ""
 
 
 def _default_template(value: Any) -> str | None:
     """`chat_template` of a tokenizer_config.json: a template, or a list of named ones."""
     if isinstance(value, list):
-        return next((item["template"] for item in value if item.get("name") == "default"), None)
+        return next((item["template"] for item in value if item["name"] == "default"), None)
     return value

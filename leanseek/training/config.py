@@ -15,6 +15,7 @@ import tomli_w
 
 from leanseek.config import ConfigError, ModelConfig, preset_path
 from leanseek.fp8 import PRECISIONS
+from leanseek.reading import read_toml
 
 
 @dataclass(frozen=True)
@@ -303,16 +304,9 @@ _SECTIONS: dict[str, type] = {
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is not a file")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not TOML
-        raise ConfigError(f"{path}: {error}") from None
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist")
+    return read_toml(path, ConfigError)
 
 
 def _layers(table: dict[str, Any]) -> list[dict[str, Any]]:

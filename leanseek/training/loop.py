@@ -11,7 +11,6 @@ import fcntl
 import math
 import signal
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -20,14 +19,23 @@ from typing import Any, NamedTuple
 import torch
 
 from leanseek import planning
-from leanseek.checkpoint import load
+from leanseek.checkpoint import CheckpointError, load
 from leanseek.checkpoint.files import writing
-from leanseek.checkpoint.training import Resumed, newest_checkpoint, newest_whole, prune, set_aside, write_checkpoint
+from leanseek.checkpoint.training import (
+    STATE,
+    Resumed,
+    newest_checkpoint,
+    newest_whole,
+    prune,
+    set_aside,
+    write_checkpoint,
+)
 from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
 from leanseek.errors import Interrupted, RunError
 from leanseek.model import Transformer
 from leanseek.ops.machine import gemm_rate
+from leanseek.reading import parse_toml
 from leanseek.training.config import RunConfig
 from leanseek.training.metrics import Metrics, replace_text
 from leanseek.training.resume import Position, changes, check_data, position, size
@@ -187,13 +195,17 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
     set_aside(folder, found.step)
     replace_text(folder / "config.toml", run.to_toml())
     lines = (*changes(then, run, found.step), *moved)
-    return _Start(trainer, found.step, where, int(found.state["skipped"]), tuple(broken), lines)
+    return _Start(trainer, found.step, where, int(found.state.get("skipped", 0)), tuple(broken), lines)
 
 
 def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
     """The configuration that a checkpoint was trained with; config.toml's where it does not hold its own."""
     stored = found.state.get("config")
-    return before if stored is None else RunConfig.from_dict(tomllib.loads(stored))
+    return (
+        before
+        if stored is None
+        else RunConfig.from_dict(parse_toml(stored, f"{found.folder / STATE}: config", CheckpointError))
+    )
 
 
 def _restored(run: RunConfig, found: Resumed) -> Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,20 +11,44 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from leanseek.errors import InputError
+from leanseek.reading import Count, Structure, checked, parse_json, read_bytes
+
+_LARGEST = 2**31  # bytes: a row has some 1000
 _SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
 
 
+class _Row(Structure):
+    """What is read of a row: its step, and numbers by name, maybe in lists."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | str | list[Any] | dict[str, Any] | bool | None]
+    step: Count
+    event: str | None = None
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out.
+
+    Raises:
+        InputError: another line is not a row; the message names it.
+    """
+    if not os.path.lexists(path):
+        return []
+    *lines, rest = read_bytes(path, limit=_LARGEST).split(b"\n")
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        rows.append(parse_json(line, where))
+        checked(_Row, rows[-1], where)
+    with contextlib.suppress(InputError):  # cut off before its end, or all there but for that
+        row = parse_json(rest, str(path))
+        checked(_Row, row, str(path))
+        rows.append(row)
     return rows
 
 

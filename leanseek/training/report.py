@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 
 from leanseek import planning
 from leanseek.config import ModelConfig
+from leanseek.reading import read_text, read_toml
 from leanseek.training.metrics import read_rows
 
 Rows = list[dict[str, Any]]
@@ -60,7 +60,7 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
 <h1>{html.escape(run.name)}</h1><p>{html.escape(_sentence(model, trained))}</p>
 <div class="figures">{"".join(_figure(*f) for f in _figures(model, rows, trained))}</div>
 <div class="charts">{"".join(charts)}</div><br>{_cache_table(model)}
-<section><h2>Configuration</h2><pre>{html.escape((run / "config.toml").read_text())}</pre></section></body></html>
+<section><h2>Configuration</h2><pre>{html.escape(read_text(run / "config.toml"))}</pre></section></body></html>
 """
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -85,7 +85,7 @@ def write_picture(run: Path, out: Path, compare: Path | None = None) -> Path:
 
 
 def _read(run: Path) -> tuple[dict[str, Any], Rows]:
-    return tomllib.loads((run / "config.toml").read_text()), read_rows(run / "metrics.jsonl")
+    return read_toml(run / "config.toml"), read_rows(run / "metrics.jsonl")
 
 
 # ---- words and figures ----

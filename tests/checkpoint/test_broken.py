@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from leanseek.checkpoint import CheckpointError, load, save
+from leanseek.checkpoint import CheckpointError, convert, load, save
+from leanseek.checkpoint.finite import nonfinite
 from leanseek.errors import InputError
 
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
@@ -204,3 +206,140 @@ def test_fp8_without_or_with_wrong_scales(network, tmp_path):
 def test_an_unknown_dtype_is_refused(single):
     with pytest.raises(CheckpointError, match="dtype 'int4' is not one of auto, float32"):
         load(single, dtype="int4")
+
+
+# ---- sizes, before anything is built ----
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 2}, "num_hidden_layers = 2"), ({"num_hidden_layers": 1}, "num_hidden_layers = 1"),
+        ({"num_hidden_layers": 4096}, "num_hidden_layers = 4096"), ({"n_routed_experts": 65536}, "n_routed_experts = 65536"),
+        ({"n_routed_experts": 16}, "n_routed_experts = 16"), ({"first_k_dense_replace": 3}, "has 8 routed experts"),
+    ],
+)  # fmt: skip
+def test_a_config_of_another_size_is_refused(single, change, says):
+    change_json(single / "config.json", lambda value: value.update(change))
+    refused(single, says)
+
+
+def test_mtp_may_only_add(network, tmp_path):
+    save(network(num_nextn_predict_layers=1), tmp_path / "out")
+    tensors = load_file(tmp_path / "out/mtp.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.zeros(64)}, tmp_path / "out/mtp.safetensors")
+    refused(tmp_path / "out", "mtp.safetensors", "model.norm.weight", "may only add")
+
+
+def raw(path, header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def tensor(shape, *offsets, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ({"a": tensor([4], 0, 16), "b": tensor([4], 0, 16)}, "shares bytes"),
+        ({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, "shares bytes"),
+        ({"a": tensor([1], 0, 4), "b": tensor([2], 8, 16)}, "gap"), ({"a": tensor([3], 4, 16)}, "gap"),
+        ({"a": tensor([3], 0, 12)}, "belong to no tensor"), ({"a": tensor([4.0], 0, 16)}, "whole numbers"),
+        ({"a": tensor([True], 0, 4)}, "whole numbers"), ({"a": tensor("4", 0, 16)}, "whole numbers"),
+        ({"a": tensor([1] * 9, 0, 4)}, "whole numbers"), ({"a": tensor([2**60], 0, 16)}, "whole numbers"),
+        (b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 16]}}', "Infinity"),
+        (b'{"a": 1, "a": 2}', "stands twice"), (b'{"a":' * 100_000, "brackets"),
+    ],
+)  # fmt: skip
+def test_headers_that_no_file_has(single, header, says):
+    raw(single / "model.safetensors", header, bytes(16))
+    refused(single, "model.safetensors", says)
+
+
+@pytest.mark.parametrize("shape", [[0, 2, 4], [2, 0, 4], [2**40, 0, 4], [2, 3, 4]])
+def test_stacks_of_no_experts(single, shape):
+    size = 4 * shape[0] * shape[1] * shape[2]
+    raw(single / "model.safetensors", {"model.layers.1.mlp.experts.gate_up_proj": tensor(shape, 0, size)}, bytes(size))
+    refused(single, "gate_up_proj", "no stack of experts")
+
+
+def test_a_header_of_any_length_is_not_read(single):
+    with (single / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 2**33))
+        file.truncate(2**34)  # takes no disk
+    refused(single, "8,589,934,592 bytes")
+
+
+def test_a_model_larger_than_memory_is_refused_with_the_figures(single, monkeypatch):
+    monkeypatch.setattr("leanseek.checkpoint.hf.memory", lambda device: 2**17)
+    refused(single, "its weights take 0.0 GiB", "cpu")
+
+
+# ---- links ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "generation_config.json", "chat_template.jinja", "tokenizer_config.json"],
+)
+def test_no_file_of_a_model_is_a_link_out_of_it(single, tmp_path, name):
+    if not (single / name).exists():
+        (single / name).write_text("{}")
+    (single / name).rename(tmp_path / "elsewhere")
+    (single / name).symlink_to(tmp_path / "elsewhere")
+    refused(single, name, "leaves its folder", "allow_links")
+    assert load(single, allow_links=True)
+
+
+def test_links_of_a_volume_and_of_a_cache_that_was_moved_are_followed(folder, tmp_path):
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    folder.rename(volume / "..2026_01")
+    (volume / "..data").symlink_to("..2026_01")
+    for file in (volume / "..2026_01").iterdir():
+        (volume / file.name).symlink_to(f"..data/{file.name}")
+    assert load(volume)
+    snapshot, blobs = tmp_path / "models--x/snapshots/abc", tmp_path / "other disk"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    (tmp_path / "models--x/blobs").symlink_to(blobs)
+    for file in (volume / "..2026_01").iterdir():
+        (blobs / f"sha-{file.name}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/sha-{file.name}")
+    assert load(snapshot)
+
+
+# ---- numbers that are none ----
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", EXPERT, "model.layers.1.mlp.gate.weight"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_written(single, tmp_path, name, value):
+    change_tensors(single, lambda t: t[name].view(-1)[3:5].fill_(value))
+    for write in (
+        lambda out, **more: convert(single, out, "bf16", **more),
+        lambda out, **more: save(load(single), out, **more),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(f"{name} (2)")):
+            write(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        with pytest.warns(UserWarning, match=re.escape(f"{name} (2)")):
+            write(tmp_path / "out", allow_nonfinite=True)
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "count"),
+    [
+        (torch.tensor([0x7F, 0xFF, 0x7E, 0], dtype=torch.uint8).view(torch.float8_e4m3fn), 2),
+        (torch.tensor([0xFF, 0x7F, 0], dtype=torch.uint8).view(torch.float8_e8m0fnu), 1),
+        (torch.full((1000,), torch.finfo(torch.float32).max), 0), (torch.tensor([-torch.inf]).half(), 1),
+        (torch.tensor([3, 4]), 0), (torch.zeros(0), 0), (torch.full((2, 3), torch.nan, dtype=torch.float64), 6),
+    ],
+)  # fmt: skip
+def test_nonfinite_values_are_counted(tensor, count):
+    assert nonfinite(tensor) == count

@@ -83,7 +83,7 @@ def test_stop_strings_cut_where_they_first_complete(
     assert given_out + stream.take(final=True) == text
 
 
-CALLS = ("[calls]", "[/calls]")
+CALLS = (("[calls]", "[/calls]"), ("{", "}"))  # sections, and calls
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])  # characters a token
@@ -97,11 +97,16 @@ CALLS = ("[calls]", "[/calls]")
         (Spans("<t>", "</t>"), "<to.b", ".", "<to"),
         (Spans("<t>", "</t>"), "<", ".", "<"),
         (Spans("<t>", "</t>", opened=True), "a</t></t>b", "</t>", "a</t>"),  # the mark that ends it is no stop
-        (Spans(calls=CALLS), "a[calls].[/calls]b.c", ".", "a[calls].[/calls]b"),
-        (Spans(calls=CALLS), "a[calls].", ".", "a[calls]."),
-        (Spans(calls=CALLS), "a[c.alls]", ".", "a[c"),
-        (Spans("<t>", "</t>", True, CALLS, "{"), "a[calls]b{.[/calls]c.d", ".", "a[calls]b{.[/calls]c.d"),  # mentioned
-        (Spans("<t>", "</t>", True, CALLS, "{"), "a[calls]{.[/calls]c.d", ".", "a[calls]{.[/calls]c"),
+        (Spans("<t>", "</t>", False, *CALLS), "a[calls]{.}.[/calls]b.c", ".", "a[calls]{.}.[/calls]b"),
+        (Spans("<t>", "</t>", False, *CALLS), "a[calls]\n{.", ".", "a[calls]\n{."),
+        (Spans(None, "</t>", False, *CALLS), "a[c.alls]{", ".", "a[c"),
+        (Spans(None, "</t>", False, *CALLS), "a[calls] b.c", ".", "a[calls] b"),  # mentioned
+        (Spans(None, "</t>", False, *CALLS), "a[calls][calls]{.", ".", "a[calls][calls]{."),
+        (Spans(None, "</t>", False, *CALLS), "a {.}{.} b.c", ".", "a {.}{.} b"),  # calls without a section
+        (Spans(None, "</t>", False, *CALLS), "a{.[/calls] b.c", ".", "a{.[/calls] b"),
+        (Spans("<t>", "</t>", True, *CALLS), "a</t>[calls].{", ".", "a</t>[calls]"),
+        (Spans("<t>", "</t>", True, *CALLS), "a[calls]b{.[/calls]c.d", ".", "a[calls]b{.[/calls]c.d"),  # mentioned
+        (Spans("<t>", "</t>", True, *CALLS), "a[calls]{.[/calls]c.d", ".", "a[calls]{.[/calls]c"),
         (None, "a.b</t>c.d", ".", "a"),
     ],
 )
@@ -129,8 +134,8 @@ def test_stop_strings_count_in_the_answer_alone(
         (Spans("<t>", "</t>"), "<t>ab</t>cd", 9),
         (Spans("<t>", "</t>"), " <", 0),
         (Spans("<t>", "</t>"), "ab<t>", 0),
-        (Spans("<t>", "</t>", True, CALLS, "{"), "ab[calls]{c", 10),
-        (Spans(calls=CALLS), "ab</t>", 0),
+        (Spans("<t>", "</t>", True, *CALLS), "ab[calls]{c", 10),
+        (Spans(None, "</t>", False, *CALLS), "ab</t>", 0),
         (None, "ab</t>", 0),
     ],
 )

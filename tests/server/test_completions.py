@@ -135,9 +135,13 @@ def test_an_id_without_a_token_is_named_by_its_number(serve: Any) -> None:
     assert [token_text(tokenizer, 5000 + place) for place in range(2)] == ["token_id:5000", "token_id:5001"]
 
 
-def test_no_tokens_but_the_prompts(serve: Any) -> None:
+@pytest.mark.parametrize(("prompt", "n"), [("ab", 1), (["ab", "ab"], 1), ("ab", 3)])
+def test_no_tokens_but_the_prompts(serve: Any, prompt: Any, n: int) -> None:
     served = serve("plain")
-    answer = client(served).completions.create(model="test-model", prompt="ab", echo=True, logprobs=0, max_tokens=0)
+    create = client(served).completions.create
+    answer = create(model="test-model", prompt=prompt, echo=True, logprobs=0, max_tokens=0, n=n)
+    assert answer.usage and answer.usage.completion_tokens == 0
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens
     assert answer.choices[0].text == "ab"
     assert answer.choices[0].logprobs.tokens == ["<｜begin▁of▁sentence｜>", "a", "b"]
 

@@ -124,7 +124,8 @@ def test_a_reader_that_takes_nothing_is_ended(serve: Any, stream: bool, monkeypa
         head = POST if stream else POST.replace(b"/v1/completions", b"/detokenize")
         client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(written) + written)
         assert lost.wait(40), "it is still waited for"
-    assert not served.engine.open
+        while served.engine.open:  # its request ends with it
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,28 @@ def test_what_is_no_request_behind_an_answer_closes_quietly(serve: Any, caplog: 
         client.sendall(b"zz\r\n")
         assert heard(client) == b""
     assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        POST,  # no key
+        POST.replace(b"/v1/completions", b"/nowhere"),
+        POST.replace(b"/v1/completions", b"/page/chat.js"),
+        POST.replace(b"Host: x", b"Host: x/y"),
+        POST.replace(b"application/json", b"text/plain") + b"Authorization: Bearer k\r\n",
+    ],
+    ids=["key", "path", "method", "host", "type"],
+)
+def test_what_is_refused_unread_and_is_no_request_is_answered_once(
+    serve: Any, caplog: pytest.LogCaptureFixture, head: bytes
+) -> None:
+    """In one packet: the application answers the head after the body has shown that it is no HTTP."""
+    served = serve("v3", Access(api_key="k"), limits=SHORT)
+    said = talk(served.url, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+    assert status(said) == 400
+    assert said.count(b"HTTP/1.1") == 1
+    assert not caplog.records, "what a client sends is not logged line by line"
 
 
 def test_connections_have_a_cap_and_half_open_ones_make_room(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -253,9 +276,10 @@ def test_half_sent_requests_do_not_keep_the_server(stoppable: Any, sent: bytes) 
 
 def test_who_asks_while_it_stops_is_answered_503(stoppable: Any) -> None:
     engine, url, thread, server = stoppable(dataclasses.replace(Limits(), shutdown_s=20.0))
-    engine.pause_s = 0.1
+    engine.pause_s, engine.reply = 0.5, "x" * 60  # 30 s, unless it is hurried
     got: list[httpx.Response] = []
-    running = threading.Thread(target=lambda: got.append(httpx.post(f"{url}/v1/completions", json={"prompt": "x"})))
+    body = {"prompt": "x", "max_tokens": 60}
+    running = threading.Thread(target=lambda: got.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60)))
     running.start()
     while not engine.open:
         time.sleep(0.01)
@@ -263,9 +287,10 @@ def test_who_asks_while_it_stops_is_answered_503(stoppable: Any) -> None:
     while httpx.get(f"{url}/health").status_code == 200:
         time.sleep(0.01)
     for path in ("/v1/completions", "/v1/chat/completions"):
-        body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
-        refused = httpx.post(f"{url}{path}", json=body)
+        both = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+        refused = httpx.post(f"{url}{path}", json=both)
         assert refused.status_code == 503 and refused.headers["retry-after"], refused.text
+    engine.pause_s = 0.0
     running.join()
     thread.join(5)
     assert not thread.is_alive() and got[0].status_code == 200, "what ran was finished"

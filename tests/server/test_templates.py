@@ -270,7 +270,7 @@ def test_a_broken_template_is_named_when_it_is_loaded() -> None:
 
 def test_a_broken_tokenizer_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TemplateError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(TemplateError, match=r"tokenizer_config\.json is not valid JSON"):
         load_chat_template(tmp_path)
 
 

@@ -149,7 +149,11 @@ def _load(variant: str) -> ctypes.CDLL:
 def _openmp() -> str | None:
     """Path of the OpenMP runtime that torch has loaded, its symbols made global; None if there is none."""
     maps = Path("/proc/self/maps")
-    found = re.search(r"/\S*lib[gi]?omp\S*\.so\S*", maps.read_text()) if maps.exists() else None
+    found = (
+        re.search(r"/\S*lib[gi]?omp\S*\.so\S*", maps.read_text(encoding="utf-8", errors="replace"))
+        if maps.exists()
+        else None
+    )
     if found is None:
         return None
     ctypes.CDLL(found[0], mode=ctypes.RTLD_GLOBAL)
