@@ -83,10 +83,11 @@ def _opaque_backward(
     grad: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.enable_grad():
-        x, weights, gate_up, down = (t.detach().requires_grad_() for t in (x, weights, gate_up, down))
-        out = pick("experts", reference, x, gate_up)(x, indices, weights, gate_up, down)
-        found = torch.autograd.grad(out, (x, weights, gate_up, down), grad)
-    return found[0], found[1], found[2], found[3]
+        # Cast here: inside an operator autograd sees `_Experts`, but no `.to` before it.
+        inputs = [t.detach().requires_grad_() for t in (x, weights, gate_up.to(x.dtype), down.to(x.dtype))]
+        out = pick("experts", reference, inputs[0], inputs[2])(inputs[0], indices, *inputs[1:])
+        found = torch.autograd.grad(out, inputs, grad)
+    return found[0], found[1], found[2].to(gate_up.dtype), found[3].to(down.dtype)
 
 
 @_opaque.register_fake
