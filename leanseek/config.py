@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import Field, create_model
 
 from leanseek.errors import InputError
-from leanseek.reading import Structure, checked, read_toml
+from leanseek.reading import Structure, checked, read_toml, shorten
 
 
 class ConfigError(InputError):
@@ -158,10 +158,16 @@ class ModelConfig(_Checked):
             if value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if self.model_type not in _V3_TYPES + _V2_TYPES:
-            raise ConfigError(f"model_type = {self.model_type!r} is not one of {', '.join(_V3_TYPES + _V2_TYPES)}")
+            raise ConfigError(
+                f"model_type = {shorten(repr(self.model_type))} is not one of {', '.join(_V3_TYPES + _V2_TYPES)}"
+            )
         for token in (self.bos_token_id, *self.eos_token_ids):
             if token is not None and token >= self.vocab_size:
                 raise ConfigError(f"token {token} (bos or eos) is beyond vocab_size = {self.vocab_size}")
+        if self.rope_scaling and self.rope_theta <= 1:
+            raise ConfigError(
+                f"rope_theta = {self.rope_theta} must be above 1 under rope_scaling (YaRN divides by its log)"
+            )
         if self.rope_dim < 2 or self.rope_dim % 2:
             raise ConfigError(f"the rotary dimension must be even and at least 2, not {self.rope_dim}")
         if self.attention == "gqa" and self.num_attention_heads % self.kv_heads:
@@ -265,11 +271,11 @@ class ModelConfig(_Checked):
         if kind == "deepseek_v32":
             raise ConfigError("deepseek_v32 adds a sparse-attention indexer, which is not supported (deepseek_v3 is)")
         if kind not in _V3_TYPES + _V2_TYPES:
-            raise ConfigError(f"model_type {kind!r} is not of the DeepSeek-V2/V3 family")
+            raise ConfigError(f"model_type {shorten(repr(kind))} is not of the DeepSeek-V2/V3 family")
         if published.attention_bias:
             raise ConfigError("attention_bias = true is not part of DeepSeek-V3; this checkpoint is not supported")
         if published.hidden_act not in (None, "silu"):
-            raise ConfigError(f"hidden_act = {published.hidden_act!r}: DeepSeek-V3's experts use silu")
+            raise ConfigError(f"hidden_act = {shorten(published.hidden_act)!r}: DeepSeek-V3's experts use silu")
         v2 = kind in _V2_TYPES
         values: dict[str, Any] = {"model_type": kind, "n_group": 1, "topk_group": 1, "n_shared_experts": 0}
         values |= {"scoring_func": "softmax" if v2 else "sigmoid", "topk_method": "greedy" if v2 else "noaux_tc"}
@@ -404,9 +410,9 @@ def _rope_from_hf(hf: _Published) -> tuple[float, YarnConfig | None]:
     parts = [checked(_Rope, table, name, ConfigError) for name, table in found]
     for part, (name, _) in zip(parts, found, strict=True):
         if part.rope_type and part.type and part.rope_type != part.type:
-            raise ConfigError(f"{name} has rope_type {part.rope_type!r} and type {part.type!r}; keep one")
+            raise ConfigError(f"{name} has another rope_type than type; keep one")
         if (part.kind or "default") not in ("default", "yarn", "deepseek_yarn"):
-            raise ConfigError(f"{name} of type {part.kind!r} is not used by this family (yarn is)")
+            raise ConfigError(f"{name} of type {shorten(repr(part.kind))} is not used by this family (yarn is)")
     scaled = [table for part, (_, table) in zip(parts, found, strict=True) if (part.kind or "default") != "default"]
     if len(scaled) == 2 and _yarn(scaled[0]) != _yarn(scaled[1]):
         raise ConfigError("rope_scaling and rope_parameters contradict each other; keep one")

@@ -142,5 +142,13 @@ def test_yarn_survives_a_default_beside_it(tiny_config) -> None:
             ModelConfig.from_hf(hf | contradiction)
 
 
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+def test_yarn_needs_a_base_above_one(tiny_config, theta: float) -> None:
+    hf = tiny_config().to_hf() | {"rope_parameters": {"rope_type": "yarn", **YARN, "rope_theta": theta}}
+    hf["rope_theta"] = theta
+    with pytest.raises(ConfigError, match="rope_theta"):
+        ModelConfig.from_hf(hf)
+
+
 def test_whole_numbers_become_floats(tiny_config) -> None:
     assert isinstance(tiny_config(rope_theta=50000).rope_theta, float)

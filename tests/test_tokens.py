@@ -109,11 +109,18 @@ def test_a_text_at_which_the_library_fails_is_an_error_and_the_next_is_none(
     assert tokenizer.decode(tokenizer.encode("the end")) == "the end"
 
 
-@pytest.mark.parametrize("config", [{"bos_token": "<nope>"}, {"bos_token": "\ud800"}, {"bos_token": 3}])
-def test_a_token_that_is_not_there_is_named(folder: Callable[..., Path], config: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"bos_token": "<nope>"}, "names bos_token"),
+        ({"bos_token": "\ud800"}, r"tokenizer_config\.json is not valid JSON: it holds half a surrogate pair"),
+        ({"bos_token": 3}, r"tokenizer_config\.json: bos_token\S* = 3 should be a valid string"),
+    ],
+)
+def test_a_token_that_is_not_there_is_named(folder: Callable[..., Path], config: dict[str, Any], says: str) -> None:
     path = folder()
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
-    with pytest.raises(EngineError, match="names bos_token"):
+    with pytest.raises(EngineError, match=says):
         Tokenizer(path)
 
 

@@ -15,7 +15,7 @@ import tomli_w
 
 from leanseek.config import ConfigError, ModelConfig, preset_path
 from leanseek.fp8 import PRECISIONS
-from leanseek.reading import read_toml
+from leanseek.reading import read_toml, shorten
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class RunConfig:
                 section, _, name = key.partition(".")
                 value = getattr(getattr(self, section), name)
                 if not fits(value):
-                    raise ConfigError(f"{key} = {value!r} {rule}")
+                    raise ConfigError(f"{key} = {shorten(repr(value))} {rule}")
         for key, value in _numbers(self):
             if not math.isfinite(value):
-                raise ConfigError(f"{key} = {value!r} must be a finite number")
+                raise ConfigError(f"{key} = {shorten(repr(value))} must be a finite number")
         if self.schedule.warmup_steps < 0:
             warmup = _warmup(self.train.steps, self.schedule.decay_start)
             object.__setattr__(self, "schedule", dataclasses.replace(self.schedule, warmup_steps=warmup))
@@ -153,7 +153,7 @@ class RunConfig:
         for key, value in table.items():
             if key == "name":
                 if not isinstance(value, str):
-                    raise ConfigError(f"name must be a string, not {value!r}")
+                    raise ConfigError(f"name must be a string, not {shorten(repr(value))}")
                 values[key] = value
             elif key == "model" and isinstance(value, dict):
                 values[key] = ModelConfig.from_dict(value)
@@ -161,7 +161,8 @@ class RunConfig:
                 values[key] = _section(key, value)
             elif key != "preset":
                 raise ConfigError(
-                    f"unknown table or key {key!r}; there are name, preset, [model], [{'], ['.join(_SECTIONS)}]"
+                    f"unknown table or key {shorten(repr(key))}; "
+                    f"there are name, preset, [model], [{'], ['.join(_SECTIONS)}]"
                 )
         if "model" not in values:
             raise ConfigError("the file has neither a [model] table nor preset = ...")
@@ -361,14 +362,14 @@ def _section(name: str, values: dict[str, Any]) -> Any:
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in defaults:
-            raise ConfigError(f"[{name}] has no key {key!r}; there are {', '.join(defaults)}")
+            raise ConfigError(f"[{name}] has no key {shorten(repr(key))}; there are {', '.join(defaults)}")
         want = type(defaults[key])
         if want is float and type(value) is int:
             value = _float(f"{name}.{key}", value)
         elif want is tuple and isinstance(value, list):
             value = tuple(_float(f"{name}.{key}", v) if type(v) is int else v for v in value)
         if type(value) is not want:
-            raise ConfigError(f"{name}.{key} must be {want.__name__}, not {value!r}")
+            raise ConfigError(f"{name}.{key} must be {want.__name__}, not {shorten(repr(value))}")
         checked[key] = _home(str(value)) if (name, key) == ("data", "path") else value
     return kind(**checked)
 
@@ -392,7 +393,7 @@ def _override(table: dict[str, Any], text: str) -> None:
     key, found, raw = text.partition("=")
     *sections, last = key.strip().split(".")
     if not found or not last:
-        raise ConfigError(f"override {text!r} is not section.key=value")
+        raise ConfigError(f"override {shorten(repr(text))} is not section.key=value")
     try:
         value = tomllib.loads(f"x = {raw}")["x"]
     except (ValueError, RecursionError):  # not TOML, or a number of thousands of digits
@@ -402,5 +403,5 @@ def _override(table: dict[str, Any], text: str) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"override {text!r}: {section} is not a table")
+            raise ConfigError(f"override {shorten(repr(text))}: {section} is not a table")
     table[last] = value
