@@ -504,7 +504,7 @@ def test_a_template_given_to_the_server(serve: Any, tmp_path: Any) -> None:
         with pytest.raises(TemplateError, match=says):
             make_service(served.engine, "test-model", wrong)
     file.write_bytes(b"\xff")
-    with pytest.raises(TemplateError, match="cannot be read"):
+    with pytest.raises(TemplateError, match="is not UTF-8 at byte 0"):
         make_service(served.engine, "test-model", file)
 
 
