@@ -134,6 +134,8 @@ class _Memory:
 
 def _memory(samples: list[int]) -> dict[str, Any]:
     """Growth over the second half, as a least-squares line: by then every buffer has been made once."""
+    if not samples:  # it was over before the first
+        return {}
     half = samples[len(samples) // 2 :]
     middle, mean = (len(half) - 1) / 2, sum(half) / len(half)
     spread = sum((i - middle) ** 2 for i in range(len(half))) or 1.0
@@ -147,6 +149,8 @@ def _memory(samples: list[int]) -> dict[str, Any]:
 
 
 def _quantiles(latencies: list[float]) -> dict[str, float]:
+    if not latencies:
+        return {"probes": 0}
     at = [latencies[min(len(latencies) - 1, int(q * len(latencies)))] for q in (0.5, 0.99)]
     return {"probes": len(latencies), "p50_seconds": at[0], "p99_seconds": at[1], "worst_seconds": latencies[-1]}
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from leanseek.cli import bench, chat, convert, data, doctor, eval, export, generate, info, serve, train
+from leanseek.cli import bench, chat, convert, data, doctor, eval, export, generate, info, serve, terminal, train
 from leanseek.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
@@ -34,14 +34,22 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 2 bad input (one line on stderr), 1 a failure of ours, 130 interrupted."""
+    terminal.prepare()
     try:
         app()
     except InputError as error:
-        print(f"leanseek: {error}", file=sys.stderr)
+        terminal.report(error)
+        sys.exit(2)
+    except UnicodeEncodeError as error:  # a file's name, out of a TOML
+        if error.encoding != sys.getfilesystemencoding():
+            raise
+        name = error.object[:200]
+        locale = f"the locale's encoding ({error.encoding}) cannot write the name {name!r}; set PYTHONUTF8=1"
+        terminal.report(InputError(locale))
         sys.exit(2)
     except RunError as error:
-        print(f"leanseek: {error}", file=sys.stderr)
+        terminal.report(error)
         sys.exit(1)
     except Interrupted as stopped:
-        print(f"leanseek: {stopped}", file=sys.stderr)
+        terminal.report(stopped)
         sys.exit(130)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leanseek.cli.generate import AllowLinks, Threads, sampling_params
+from leanseek.cli.terminal import given_text, shown
 from leanseek.errors import InputError
+from leanseek.reading import shorten
 
 if TYPE_CHECKING:
     from leanseek.engine import LLM, SamplingParams
@@ -61,14 +63,13 @@ def chat(
         elif command.startswith("/"):
             console.print(HELP, style="dim")
         elif command:
-            messages.append({"role": "user", "content": line})
             try:
-                answer, figures = _answer(llm, template, messages, params)
+                said = {"role": "user", "content": given_text(line, "the line")}
+                answer, figures = _answer(llm, template, [*messages, said], params)
             except InputError as error:  # the conversation outgrew the context, or the template refuses it
-                console.print(str(error), style="red", markup=False)
-                messages.pop()
+                console.print(shorten(str(error), 1000), style="red", markup=False)
                 continue
-            messages.append({"role": "assistant", "content": answer})
+            messages += [said, {"role": "assistant", "content": answer}]
             console.print(figures, style="dim")
 
 
@@ -94,7 +95,7 @@ def _answer(
             first = first or time.monotonic()
             text += delta.text
             tokens += len(delta.token_ids)
-            print(delta.text, end="", flush=True)
+            print(shown(delta.text), end="", flush=True)
     print()
     end = time.monotonic()
     if first is None:

@@ -22,6 +22,7 @@ def convert(
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     from leanseek import checkpoint
+    from leanseek.reading import shorten
 
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -35,6 +36,6 @@ def convert(
             allow_links=allow_links,
             allow_nonfinite=allow_nonfinite,
         )
-    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    console.print(f"wrote {shorten(str(out), 1000)}", markup=False, soft_wrap=True)
     for line in left:
-        console.print(f"left out: {line}", markup=False, soft_wrap=True)
+        console.print(f"left out: {shorten(line, 1000)}", markup=False, soft_wrap=True)

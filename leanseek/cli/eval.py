@@ -22,7 +22,11 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="examples in the prompt, for lm-eval's tasks")] = None,
     include_path: Annotated[Path | None, typer.Option(help="a folder with lm-eval task files of your own")] = None,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="let human_eval run what the model writes")
+        bool,
+        typer.Option(
+            "--allow-code-execution",
+            help="let human_eval run what the model writes, and --include-path what its task files name",
+        ),
     ] = False,
     allow_links: AllowLinks = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -35,6 +39,11 @@ def evaluate(
     names = [name for name in tasks.split(",") if name]
     if not names:
         raise InputError("--tasks names no task")
+    if include_path is not None and not allow_code_execution:
+        raise InputError(
+            "the task files of --include-path may name Python that lm-eval runs on this machine (!function, templates, "
+            "metrics); allow it with --allow-code-execution"
+        )
     others = [name for name in names if name not in local.TASKS]
     harness = _harness() if others else None
     if "human_eval" in names and not allow_code_execution:

@@ -33,6 +33,7 @@ def export(
 
     from leanseek import checkpoint
     from leanseek.checkpoint.files import writing
+    from leanseek.reading import shorten
 
     if format not in ("hf", "hf-fp8", "gguf"):
         raise checkpoint.CheckpointError(f"--format {format!r} is not one of hf, hf-fp8, gguf")
@@ -54,6 +55,6 @@ def export(
         else:
             checkpoint.export_gguf(folder, out, dtype, tokenizer, **allowed)
     nothing = "" if tokenizer else "; there was no tokenizer to write beside it"
-    console.print(f"wrote {out}{nothing}", markup=False, soft_wrap=True)
+    console.print(f"wrote {shorten(str(out), 1000)}{nothing}", markup=False, soft_wrap=True)
     for line in left:
-        console.print(f"left out: {line}", markup=False, soft_wrap=True)
+        console.print(f"left out: {shorten(line, 1000)}", markup=False, soft_wrap=True)

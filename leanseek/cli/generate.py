@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leanseek.cli.terminal import given_text, shown
 from leanseek.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -40,16 +41,16 @@ def generate(
 
     use_threads(threads)
     llm = LLM(model, allow_links=allow_links)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = given_text(sys.stdin.read() if prompt == "-" else prompt)
     params = sampling_params(llm.engine.defaults, max_tokens=max_tokens, temperature=temperature, seed=seed)
     if as_json:
         output: CompletionOutput = llm.generate(text, params)[0].outputs[0]
-        print(json.dumps(describe(output), ensure_ascii=False), flush=True)
+        print(json.dumps(describe(output)), flush=True)
     else:
-        print(text, end="", flush=True)
+        print(shown(text), end="", flush=True)
         try:
             for delta in llm.stream(text, params):
-                print(delta.text, end="", flush=True)
+                print(shown(delta.text), end="", flush=True)
         except KeyboardInterrupt:
             raise Interrupted("stopped") from None
         finally:

@@ -62,6 +62,7 @@ def info(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     share = figures["kv_bytes_per_token"] / figures["kv_bytes_per_token_as_mha"]
     rows = {
@@ -72,7 +73,7 @@ def info(
         f"training FLOPs per token at {seq_len:,}": f"{figures['train_flops_per_token'] / 1e9:,.3f} G",
         "weights, gradients, AdamW in FP32": f"{figures['training_memory_bytes'] / 2**30:,.1f} GiB",
     }
-    table = Table(title=model, show_header=False)
+    table = Table(title=Text(shorten(model, 200)), show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -146,7 +147,8 @@ def prepare(
 
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    name = os.fsencode(path).decode("utf-8", "surrogateescape")  # the same in every locale
+    return [name, status.st_size, status.st_mtime_ns]
 
 
 def _digest(tokenizer: Path) -> str:

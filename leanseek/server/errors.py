@@ -13,8 +13,10 @@ from starlette.responses import JSONResponse
 
 from leanseek.engine import Crowded, EngineStopped, QueueFull, RequestFailed
 from leanseek.errors import InputError
+from leanseek.reading import shorten
 
 logger = logging.getLogger("leanseek.server")
+MAX_MESSAGE = 2000  # characters
 RETRY_AFTER_STOP_S = 5  # a restart takes about that long
 
 
@@ -44,7 +46,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        message = shorten(str(self), MAX_MESSAGE)
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leanseek.engine import AsyncEngine
+from leanseek.reading import shorten
 from leanseek.server.app import Access, create_app
 from leanseek.server.connections import Limits, Server
 from leanseek.server.errors import ServerError
@@ -15,6 +16,7 @@ from leanseek.server.service import Service
 from leanseek.server.templates import template_of
 
 STEP_S = 5.0  # a step that takes longer ends with the process
+_NAME = 256  # characters
 
 
 def serve(
@@ -35,10 +37,13 @@ def serve(
     Raises:
         InputError: the folder, an option or the port cannot be used.
     """
+    if model_name is not None and not (0 < len(model_name) <= _NAME and model_name.isprintable()):
+        raise ServerError(f"the served model's name must be 1 to {_NAME} printable characters: {shorten(model_name)!r}")
     listener = _bind(host, port)  # first: it fails in an instant, loading takes long
     with listener:
         engine = AsyncEngine.load(model, **engine_options)
-        service = make_service(engine, model_name or model.resolve().name, chat_template)
+        name = shorten(model.resolve().name, _NAME) if model_name is None else model_name
+        service = make_service(engine, name, chat_template)
         engine.start()
         try:
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

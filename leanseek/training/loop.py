@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,6 +238,8 @@ class _Signals:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals are the main thread's, and so is what they end
         for number in (signal.SIGINT, signal.SIGTERM):
             self.before[number] = signal.signal(number, self._note)
         return self

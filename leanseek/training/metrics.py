@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from leanseek.errors import InputError
@@ -88,7 +89,7 @@ class Metrics:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self.task = self.progress.add_task(folder.name, total=steps, completed=start, figures="")
+        self.task = self.progress.add_task(escape(folder.name), total=steps, completed=start, figures="")
 
     def __enter__(self) -> Metrics:
         self.progress.start()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import html
 import io
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ValueError:  # MPLBACKEND names what another environment draws with, such as a notebook's; here nothing shows
+    del os.environ["MPLBACKEND"]
+    import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -54,13 +59,14 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     trained = [r for r in rows if "loss" in r]
     charts = [_card(title, _svg(draw)) for title, draw in _line_charts(rows, other, run.name, compare)]
     charts += [_card("Load per expert over the run", _svg(draw, wide=True), wide=True) for draw in _load_maps(trained)]
+    written = read_text(run / "config.toml")
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(run.name)} · leanseek</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>{html.escape(run.name)}</h1><p>{html.escape(_sentence(model, trained))}</p>
 <div class="figures">{"".join(_figure(*f) for f in _figures(model, rows, trained))}</div>
 <div class="charts">{"".join(charts)}</div><br>{_cache_table(model)}
-<section><h2>Configuration</h2><pre>{html.escape(read_text(run / "config.toml"))}</pre></section></body></html>
+<section><h2>Configuration</h2><pre>{html.escape(written)}</pre></section></body></html>
 """
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")

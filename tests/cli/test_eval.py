@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,14 @@ def run(*arguments: str) -> None:
 def test_code_is_run_only_when_allowed() -> None:
     with pytest.raises(InputError, match="--allow-code-execution"):
         run("--tasks", "human_eval")
+
+
+@pytest.mark.parametrize("tasks", ["own", "luce_gsm8k", "own,human_eval"])
+def test_task_files_of_somebodys_are_read_only_when_allowed(tmp_path: Path, tasks: str) -> None:
+    (tmp_path / "own.yaml").write_text("task: own\ndoc_to_text: !function utils.text\n")
+    (tmp_path / "utils.py").write_text("open('ran', 'w')\n")
+    with pytest.raises(InputError, match=r"--include-path.*--allow-code-execution"):
+        run("--tasks", tasks, "--include-path", str(tmp_path))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

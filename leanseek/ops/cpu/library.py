@@ -149,12 +149,13 @@ def _load(variant: str) -> ctypes.CDLL:
 def _openmp() -> str | None:
     """Path of the OpenMP runtime that torch has loaded, its symbols made global; None if there is none."""
     maps = Path("/proc/self/maps")
-    found = (
-        re.search(r"/\S*lib[gi]?omp\S*\.so\S*", maps.read_text(encoding="utf-8", errors="replace"))
-        if maps.exists()
-        else None
-    )
-    if found is None:
-        return None
-    ctypes.CDLL(found[0], mode=ctypes.RTLD_GLOBAL)
-    return found[0]
+    path = openmp_path(os.fsdecode(maps.read_bytes())) if maps.exists() else None
+    if path is not None:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    return path
+
+
+def openmp_path(maps: str) -> str | None:
+    """The OpenMP runtime among the files that a /proc/PID/maps lists: five columns, then a path, blanks and all."""
+    found = re.search(r"^(?:\S+ +){5}(/(?:.*/)?lib[gi]?omp[^/\n]*\.so[^/\n]*)$", maps, re.MULTILINE)
+    return found[1] if found else None
