@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tokenizers
 from tokenizers import processors
-from transformers import AutoTokenizer, GenerationConfig
 
 from leanseek import LLM, InputError, SamplingParams, checkpoint
 from leanseek.data.loader import TokenDataset
@@ -161,6 +160,8 @@ def test_a_broken_file_beside_the_tokenizer_is_named(given: Path, content: str) 
 @pytest.mark.parametrize("as_file", [True, False], ids=["file", "folder"])
 def test_from_a_given_tokenizer_to_the_exports(given: Path, tmp_path: Path, as_file: bool) -> None:
     """prepare, train, generate, export: everywhere the same tokens begin and end a text."""
+    from transformers import AutoTokenizer, GenerationConfig  # not in the environment of the lowest versions
+
     write(given, "tokenizer_config.json", eos_token="<|stop|>", bos_token="<|go|>", tokenizer_class="GPT2Tokenizer")
     write(given, "generation_config.json", eos_token_id=[2, 3], temperature=0.1)
     (given / "chat_template.jinja").write_text(TEMPLATE)
