@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from leanseek.ops.dispatch import register
-from leanseek.ops.latent_attention import CacheIndex
 from leanseek.ops.triton.training import takes_rows
 
 
@@ -26,36 +28,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm_forward(x, weight, eps)[0]
 
 
-@register("linear", "triton", _multiplies, row_invariant=True)
-def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    from leanseek.ops.triton import invariant
+def _of_invariant(op: str) -> Callable[..., Tensor]:
+    """The kernel module's function of that name, imported when it is first called."""
 
-    return invariant.linear(x, weight, scale_inv)
+    def run(*arguments: object) -> Tensor:
+        found: Tensor = getattr(importlib.import_module("leanseek.ops.triton.invariant"), op)(*arguments)
+        return found
 
-
-@register("head_linear", "triton", _multiplies, row_invariant=True)
-def head_linear(x: Tensor, weight: Tensor) -> Tensor:
-    from leanseek.ops.triton import invariant
-
-    return invariant.head_linear(x, weight)
+    return run
 
 
-@register("experts", "triton", _multiplies, row_invariant=True)
-def experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    from leanseek.ops.triton import invariant
-
-    return invariant.experts(x, indices, weights, gate_up, down, scales)
-
-
-@register("latent_attention", "triton", takes_rows, row_invariant=True)
-def latent_attention(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, value_width: int) -> Tensor:
-    from leanseek.ops.triton import invariant
-
-    return invariant.latent_attention(q, cache, index, scale, value_width)
+for _op, _accepts in (
+    ("linear", _multiplies),
+    ("head_linear", _multiplies),
+    ("experts", _multiplies),
+    ("latent_attention", takes_rows),
+):
+    register(_op, "triton", _accepts, row_invariant=True)(_of_invariant(_op))
