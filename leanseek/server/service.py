@@ -194,7 +194,7 @@ class Generation:
         """(which request, delta): requests one after the other, though they run together.
 
         Raises:
-            RequestFailed, EngineStopped: the engine ended a request.
+            EngineError, RequestFailed, EngineStopped: the engine ended a request.
         """
         try:
             for number, stream in enumerate(self._streams):
