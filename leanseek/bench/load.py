@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
+from leanseek.bench.machine import cpu_name
 from leanseek.bench.models import cache_root, random_model
 from leanseek.bench.serve import Server
-from leanseek.bench.train import cpu_name
 from leanseek.errors import RunError
 
 AT_ONCE = 64

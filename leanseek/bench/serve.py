@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from leanseek.bench.machine import machine
 from leanseek.bench.models import cache_root, random_model
-from leanseek.bench.train import machine
 from leanseek.bench.workers import Worker, peer_command, say, serve
 from leanseek.checkpoint import read_config, resolve
 from leanseek.engine import Engine, Request, SamplingParams, load_engine

@@ -25,8 +25,8 @@ from torch import Tensor
 from leanseek.checkpoint.blocks import SCALE
 from leanseek.checkpoint.files import CheckpointError, Lazy, Stored, open_file, write_file
 from leanseek.checkpoint.hf import read_config
+from leanseek.machine.memory import read_ahead
 from leanseek.model import Transformer
-from leanseek.ops.machine import read_ahead
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ from leanseek.data.shards import (
 )
 from leanseek.data.tokenizer import load_tokenizer, save_tokenizer, token_bytes, tokenizer_files, train_tokenizer
 from leanseek.errors import Interrupted, RunError
-from leanseek.threads import cpus
+from leanseek.machine.threads import cpus
 
 __all__ = ["is_validation", "prepare"]
 

@@ -20,8 +20,8 @@ from leanseek.engine import sampler
 from leanseek.engine.outputs import TokenLogprob
 from leanseek.engine.sampler import Choice, Rows
 from leanseek.engine.sequence import Sequence
+from leanseek.machine.memory import empty
 from leanseek.model import Transformer
-from leanseek.ops.machine import empty
 
 PROMPT_LOGPROB_ROWS = 64  # rows whose logits over the whole vocabulary are held at a time
 

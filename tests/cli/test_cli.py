@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from leanseek import native
 from leanseek.cli import app
-from leanseek.ops import cpu
 
 
 def leanseek(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -64,8 +64,8 @@ def test_bad_input_is_one_line_and_exit_2(arguments: tuple[str, ...], message: s
 
 
 def test_the_instruction_set_can_be_named() -> None:
-    if cpu.usable_variants():
-        plainest = cpu.usable_variants()[-1]
+    if native.usable_variants():
+        plainest = native.usable_variants()[-1]
         found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU=plainest).stdout)
         assert found["kernels"]["variant"] == plainest
     found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU="none").stdout)

@@ -17,7 +17,7 @@ from leanseek.bench import load
 from leanseek.cli import app, info, terminal
 from leanseek.data.prepare import prepare
 from leanseek.errors import InputError
-from leanseek.ops.cpu.library import openmp_path
+from leanseek.native.library import openmp_path
 from leanseek.server.errors import MAX_MESSAGE, ApiError
 from leanseek.training.loop import _Signals
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from leanseek import Transformer
+from leanseek import Transformer, native
 from leanseek.engine import (
     AsyncEngine,
     Delta,
@@ -27,7 +27,6 @@ from leanseek.engine import (
 )
 from leanseek.engine.runner import Runner
 from leanseek.engine.sampler import Rows
-from leanseek.ops import cpu
 
 LONG = SamplingParams(temperature=0, max_tokens=300)
 SHORT = SamplingParams(temperature=0, max_tokens=5)
@@ -249,7 +248,7 @@ def test_synchronous_requests_do_not_need_a_loop(model: Transformer, make_engine
     assert len(tokens_of([delta for _ in range(6) for delta in engine.step()])) == 5
 
 
-@pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
+@pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
 def test_the_engine_s_thread_runs_on_as_many_threads_as_were_set(
     model: Transformer, make_engine: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from leanseek import Transformer, checkpoint, ops
 from leanseek.checkpoint import packed
 from leanseek.cli.generate import finish_copy
 from leanseek.engine import LLM, SamplingParams
-from leanseek.ops.numa import memory_nodes
+from leanseek.machine.numa import memory_nodes
 
 pytestmark = pytest.mark.skipif(
     not ops.can_pack(torch.empty(1, 1)) or len(memory_nodes()) > 1,

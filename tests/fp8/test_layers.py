@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leanseek import fp8, ops
 from leanseek.fp8 import Cast, Tensorwise, Tilewise
-from leanseek.fp8 import quantize as q
+from leanseek.ops import quantize as q
 
 # ---- the oracle: float64 sums of products of torch's own 8-bit codes, scaled a piece of 128 at a time ----
 
