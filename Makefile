@@ -54,7 +54,7 @@ CONFINED := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 PORTABLE := $(QUICK) --ignore-glob "tests/ops/test_triton*" --ignore-glob "tests/ops/test_cpu_*" \
 	tests/ops tests/engine tests/model
 test-portable: $(BIN)/leanseek.stamp
-	if $(BIN)/python -c "from leanseek.ops import cpu; raise SystemExit('avx2' not in cpu.usable_variants())"; then \
+	if $(BIN)/python -c "from leanseek import native; raise SystemExit('avx2' not in native.usable_variants())"; then \
 		$(CONFINED) LEANSEEK_CPU=avx2 $(SHARED) $(PORTABLE); fi
 	$(CONFINED) LEANSEEK_CPU=none $(SHARED) $(PORTABLE)
 
