@@ -26,7 +26,6 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from leanseek import fp8
 from leanseek.bench import kernels
-from leanseek.fp8 import formats
 from leanseek.fp8.products import cuts, exact_product
 from leanseek.gpu import paths
 from leanseek.gpu.gemm import grouped_product, grouped_weight_gradient, product
@@ -39,7 +38,7 @@ from leanseek.gpu.quantize import (
     turn_tiles,
 )
 from leanseek.gpu.swiglu import swiglu_backward_quantize, swiglu_quantize
-from leanseek.ops import use
+from leanseek.ops import formats, use
 from leanseek.ops.grouped import group_tiles
 from leanseek.ops.quantize import Coded, Codes
 from leanseek.ops.quantize import quantize_blocks as stored_blocks
