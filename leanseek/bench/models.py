@@ -30,7 +30,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def cache_root() -> Path:
-    """Where models to measure are kept unless said otherwise."""
+    """Default folder of the models to measure."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanseek" / "bench"
 
 
