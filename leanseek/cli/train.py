@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from leanseek.cli.terminal import spelled
 from leanseek.errors import InputError
 
 
@@ -38,7 +39,7 @@ def train(
     if as_json:
         print(json.dumps(done._asdict() | {"folder": str(done.folder)}))
         return
-    print(f"{done.folder}: {done.step} steps, {done.tokens:,} tokens in {done.seconds:,.0f} s")
+    print(f"{spelled(str(done.folder))}: {done.step} steps, {done.tokens:,} tokens in {done.seconds:,.0f} s")
     if done.val_loss is not None:
         print(f"validation loss {done.val_loss:.4f}, {done.val_bits_per_byte:.4f} bits per byte")
-    print(f"report: {done.folder / 'report.html'}")
+    print(f"report: {spelled(str(done.folder / 'report.html'))}")

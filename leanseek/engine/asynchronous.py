@@ -59,6 +59,7 @@ class Stream:
         """The next delta; the stream ends when all choices have.
 
         Raises:
+            EngineError: what was asked for cannot be done, as shows only now.
             RequestFailed: the request did.
         """
         try:
@@ -74,7 +75,7 @@ class Stream:
         self._open -= delta.finish_reason is not None
         if delta.finish_reason == "error":
             self.close()
-            raise RequestFailed(delta.error)
+            raise EngineError(delta.error) if delta.refused else RequestFailed(delta.error)
         return delta
 
     def close(self) -> None:
@@ -274,7 +275,8 @@ class AsyncEngine:
             try:
                 self._engine.add(command)
             except Exception as error:
-                self._publish([Delta(command.request_id, finish_reason="error", error=str(error))])
+                refused = isinstance(error, EngineError)
+                self._publish([Delta(command.request_id, finish_reason="error", error=str(error), refused=refused)])
 
     def _publish(self, deltas: Sequence[Delta]) -> None:
         """Hand deltas to their streams, each in its own event loop."""

@@ -352,13 +352,18 @@ class Engine:
     # ---- ends ----
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
-        if isinstance(error, GuideFailed):  # the guide's fault, told whole
-            return self._finish(sequence, "error", error=str(error))
+        if isinstance(error, GuideFailed):
+            return self._finish(sequence, "error", error=str(error), refused=True)
         log.error("request %s failed", sequence.request_id, exc_info=error)
         return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
     def _finish(
-        self, s: Sequence, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None
+        self,
+        s: Sequence,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+        refused: bool = False,
     ) -> Delta:
         """End a sequence; its last delta."""
         s.finish_reason = reason
@@ -370,7 +375,7 @@ class Engine:
         self._finished[reason] += 1
         self._totals["cached_tokens"] += s.cached_tokens
         delta = s.delta(time.monotonic())
-        delta.stop_reason, delta.error = stop_reason, error
+        delta.stop_reason, delta.error, delta.refused = stop_reason, error, refused
         return delta
 
     # ---- measures ----
