@@ -23,7 +23,7 @@ from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.hf import open_checkpoint, resolve
 from leanseek.checkpoint.tokenizer import tokenizer_json
 from leanseek.config import ModelConfig
-from leanseek.reading import Structure, TokenId, checked, read_optional_json
+from leanseek.reading import Structure, TokenId, checked, read_optional_json, read_text
 from leanseek.tokens import open_tokenizer
 
 _TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
@@ -295,16 +295,29 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder
         raise CheckpointError(f"{path} has token {max(known)}, beyond the model's vocab_size of {c.vocab_size}")
     for number, (token, kind) in known.items():
         tokens[number], types[number] = token, kind
+    _check_merging(path, spec)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(path, spec))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(path.parent, load_merges=True, n_vocab=c.vocab_size)
+    special.chat_template = _chat_template(path.parent) or special.chat_template
     if c.bos_token_id is not None:
         special.special_token_ids.setdefault("bos", c.bos_token_id)
     special.special_token_ids |= _ends(special.special_token_ids.get("eos"), c, folder)
     special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
     special.add_to_gguf(writer, quiet=True)
+
+
+def _chat_template(folder: Path) -> str | list[dict[str, str]] | None:
+    """chat_template.jinja and those beside it; they come before a tokenizer_config.json's, as in transformers."""
+    own = folder / "chat_template.jinja"
+    if not own.is_file():
+        return None
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    named = [{"name": p.stem, "template": read_text(p, CheckpointError)} for p in more]
+    text = read_text(own, CheckpointError)
+    return [{"name": "default", "template": text}, *named] if named else text
 
 
 def _ends(first: int | None, c: ModelConfig, folder: Path) -> dict[str, int]:
@@ -345,6 +358,20 @@ _V3_PATTERNS = [
 ]
 
 
+def _check_merging(path: Path, spec: dict[str, Any]) -> None:
+    """Refuse what llama.cpp passes over when it merges, and when it looks for added tokens in a text.
+
+    Raises:
+        CheckpointError: the model would read other tokens.
+    """
+    parts = [("model", spec["model"], ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))]
+    parts += [(f"token {t['content']!r}", t, ("lstrip", "rstrip", "single_word")) for t in spec["added_tokens"]]
+    for what, part, keys in parts:
+        for key in keys:
+            if part.get(key):
+                raise CheckpointError(f"{path}: its {what} has {key}, which llama.cpp does not apply")
+
+
 def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
     """llama.cpp's name for how the tokenizer.json at `path` splits text before the merges.
 
@@ -363,8 +390,9 @@ def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
     whole = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
     if whole and isolated and patterns == _V3_PATTERNS and len(steps) == 4 and not last.get("use_regex", True):
         return "deepseek-v3"
-    if patterns and patterns[0] in ("[\r\n]", r"[\r\n]"):
-        return "deepseek-llm"  # V2
+    # V2: words with the letters written out, and digits one by one
+    if patterns[:1] in (["[\r\n]"], [r"[\r\n]"]) and len(patterns) == 5 and patterns[1].startswith(r"\s?[A-Za-zµ"):
+        return "deepseek-llm"
     if whole and len(steps) == 1 and last.get("use_regex", True):
         return "gpt-2"
     raise CheckpointError(

@@ -147,7 +147,7 @@ def prepare(
 
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
-    name = os.fsencode(path).decode("utf-8", "surrogateescape")  # the same in every locale
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")  # the same in every locale, and JSON
     return [name, status.st_size, status.st_mtime_ns]
 
 

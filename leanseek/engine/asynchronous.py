@@ -207,7 +207,7 @@ class AsyncEngine:
         self.check(prompt_token_ids, params)
         request_id = request_id or f"request-{next(self._ids)}"
         matcher = matcher or self.matcher(params)
-        request = Request(request_id, list(prompt_token_ids), params, priority, time.monotonic(), matcher)
+        request = Request(request_id, list(prompt_token_ids), params, priority, matcher=matcher)
         stream = Stream(self, request_id, params.n, asyncio.get_running_loop())
         with self._lock:
             if not self._accepting or not self.alive:

@@ -174,7 +174,6 @@ class Engine:
         if request.request_id in self._sequences:
             raise EngineError(f"request {request.request_id!r} is already running")
         matcher = request.matcher or self.matcher(params)
-        arrived = request.arrived or time.monotonic()
         room = self.max_model_len - len(prompt)
         choices: list[Sequence] = []
         self._serial += 1
@@ -191,7 +190,7 @@ class Engine:
             sequence = Sequence(
                 request=request,
                 index=index,
-                order=(arrived + request.priority * PRIORITY_SECONDS, self._serial, index),
+                order=(request.arrived + request.priority * PRIORITY_SECONDS, self._serial, index),
                 seed=seed_of(params, index, self._fresh),
                 max_tokens=room if params.max_tokens is None else params.max_tokens,
                 leader=choices[0] if choices else None,
