@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +17,14 @@ from pydantic import Field
 from torch import Tensor
 
 from leanseek.checkpoint import blocks
-from leanseek.checkpoint.files import CheckpointError, Lazy, writing
+from leanseek.checkpoint.files import CheckpointError, Lazy
 from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.hf import open_checkpoint, resolve
 from leanseek.checkpoint.tokenizer import tokenizer_json
 from leanseek.config import ModelConfig
 from leanseek.reading import Structure, TokenId, checked, read_optional_json
 from leanseek.tokens import open_tokenizer
+from leanseek.writing import partial_folder, writing
 
 _TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 _TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -68,20 +68,15 @@ def export_gguf(
     if dtype == "auto":
         common = {torch.bfloat16: "bf16", torch.float16: "f16"}
         dtype = common.get(tensors["model.layers.0.self_attn.o_proj.weight"].dtype, "f32")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            writer = gguf.GGUFWriter(partial, "deepseek2")
-            _describe(writer, model.config, folder.name, _TYPES[dtype])
-            _add_sampling(writer, folder)
-            _add_tokenizer(writer, model.config, Path(tokenizer_from) if tokenizer_from else folder, folder)
-            _write(writer, list(_matrices(tensors, model.config, _TYPES[dtype])))
-            census.judge(allow_nonfinite)
-            partial.replace(out)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with writing(out, error=CheckpointError), partial_folder(out) as folder_of_it:
+        partial = folder_of_it / out.name
+        writer = gguf.GGUFWriter(partial, "deepseek2")
+        _describe(writer, model.config, folder.name, _TYPES[dtype])
+        _add_sampling(writer, folder)
+        _add_tokenizer(writer, model.config, Path(tokenizer_from) if tokenizer_from else folder, folder)
+        _write(writer, list(_matrices(tensors, model.config, _TYPES[dtype])))
+        census.judge(allow_nonfinite)
+        partial.replace(out)
 
 
 def unsupported_by_llama_cpp(config: ModelConfig) -> str | None:

@@ -25,6 +25,7 @@ from pydantic import Field
 from leanseek import reading
 from leanseek.data.formats import DataError
 from leanseek.reading import Count, S, Structure, checked
+from leanseek.writing import replace_file
 
 SPLITS = ("train", "validation")
 _CHECKED = ("tokenizer.json", "token_bytes.npy")
@@ -112,7 +113,7 @@ def read_json(path: Path, kind: type[S]) -> S:
 def write_manifest(folder: Path, shards: list[Entry]) -> None:
     """Mark the folder as complete."""
     files = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
-    write_atomic(folder / "manifest.json", to_json({"files": files, "shards": [s.model_dump() for s in shards]}))
+    replace_file(folder / "manifest.json", to_json({"files": files, "shards": [s.model_dump() for s in shards]}))
 
 
 def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
@@ -177,7 +178,7 @@ class Shards:
         try:
             path = _stamp_path(self.folder)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, to_json(self._stamped))
+            replace_file(path, to_json(self._stamped))
         except (OSError, RuntimeError):  # RuntimeError: no home
             return
 
@@ -247,7 +248,7 @@ class ShardWriter:
         """Bring the shard to disk; returns its entry for the manifest. `following`: file and document after it."""
         counts = {split: writer.close() for split, writer in self.splits.items()}
         entry = Entry.model_validate({"dtype": self.dtype.name, "next": following, **counts})
-        write_atomic(self.path, to_json(entry.model_dump()))  # last: marks the shard as done
+        replace_file(self.path, to_json(entry.model_dump()))  # last: marks the shard as done
         return entry
 
 
@@ -274,20 +275,10 @@ class _SplitWriter:
         self.file.close()
         Path(self.file.name).replace(self.path)
         ends = np.array(self.ends, dtype=np.int64).tobytes()
-        write_atomic(self.path.with_suffix(".ends"), ends)
+        replace_file(self.path.with_suffix(".ends"), ends)
         counts = {"documents": len(self.ends), "tokens": self.tokens, "bytes": self.bytes}
         return counts | {"crc32": self.crc, "ends_crc32": zlib.crc32(ends)}
 
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()  # ASCII: a path may hold bytes that are no text
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """The whole file or nothing of it, also when the machine stops in between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -18,6 +18,7 @@ FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 SPECIAL = (BOS, EOS, PAD, *FIM)
 LONGEST_TOKEN = 256  # characters: a run of 100,000 dashes would otherwise become a token of its own
 TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = ("token_bytes.npy", "tokenizer.json", CONFIG, GENERATION, TEMPLATE)  # of a shard folder
 
 # What the merges may not cross: V3's own patterns, to the letter, since llama.cpp has them compiled in under a name and
 # splits otherwise for any other. Punctuation takes the line breaks that follow it into one token, numbers come in
