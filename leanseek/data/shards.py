@@ -24,6 +24,7 @@ from pydantic import Field
 
 from leanseek import reading
 from leanseek.data.formats import DataError
+from leanseek.errors import InputError
 from leanseek.reading import Count, S, Structure, checked
 from leanseek.writing import replace_file
 
@@ -59,6 +60,12 @@ class Manifest(Structure):
 
     files: dict[Literal["tokenizer.json", "token_bytes.npy"], Crc] = Field(default_factory=dict)
     shards: list[Entry]
+
+
+class _Stamps(Structure):
+    """What was found in each file: its size, mtime, ctime, inode and checksum, and the largest value in it."""
+
+    files: dict[str, Annotated[list[int], Field(min_length=6, max_length=6)]]
 
 
 @dataclass(frozen=True)
@@ -220,11 +227,11 @@ def _stamp_path(folder: Path) -> Path:
 
 
 def _read_stamps(folder: Path) -> dict[str, list[int]]:
-    """{file: [size, mtime, ctime, inode, checksum, largest value]}; {} where none can be read."""
+    """{} where none can be read."""
     try:
-        found = json.loads(_stamp_path(folder).read_bytes())
-        return {str(k): v for k, v in found.items() if isinstance(v, list) and all(type(i) is int for i in v) and v}
-    except (OSError, ValueError, RuntimeError, AttributeError):
+        found = {"files": reading.read_json(_stamp_path(folder))}
+        return checked(_Stamps, found, "").files
+    except (InputError, RuntimeError):  # RuntimeError: no home
         return {}
 
 
