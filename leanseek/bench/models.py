@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,8 +48,6 @@ def random_model(preset: str, format: Literal["fp8", "bf16", "fp32"], root: Path
     with _locked(root, folder.name):
         if folder.is_dir():
             return folder
-        for left in root.glob(f".{folder.name}.partial-*"):  # whoever made it is dead: the lock is ours
-            shutil.rmtree(left)
         tensors = list(_tensors(config, format))
         with atomic_folder(folder) as partial:
             write_json(partial / "config.json", config.to_hf() | described(tensors))

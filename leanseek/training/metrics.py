@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from leanseek.errors import InputError
 from leanseek.reading import Count, Structure, checked, parse_json, read_bytes
+from leanseek.writing import replace_file
 
 _LARGEST = 2**31  # bytes: a row has some 1000
 _SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
@@ -53,16 +54,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is, at any instant, the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 class Metrics:
     """Appends a JSON object a line, mirrors its numbers to TensorBoard, and draws the bar on stderr.
 
@@ -74,7 +65,7 @@ class Metrics:
 
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["step"] <= start] if start else []
-        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.last = {key: value for row in kept for key, value in row.items()}  # the newest value of every key
         self.file = self.path.open("a", encoding="utf-8")
         self.folder = os.open(folder, os.O_RDONLY)

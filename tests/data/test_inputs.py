@@ -150,8 +150,18 @@ def test_what_is_skipped_in_a_folder_is_listed_with_the_cause(folder: Path) -> N
 
 def test_links_are_followed_when_asked_for_and_loops_end(folder: Path) -> None:
     files, skipped = listed(folder, follow_links=True)
-    assert files == ["B.TXT", "a.txt", "link.txt", "linked/far.txt", "sub/c.json"]
+    assert files == ["B.TXT", "a.txt", "link.txt", "sub/c.json"]
     assert skipped["sub/loop"] == "a link to a folder that is read already"
+    assert skipped["linked/far.txt"] == f"the same file as {folder / 'link.txt'}"
+
+
+@pytest.mark.parametrize("other", ["a.txt", "sub/../a.txt", "also.txt", "hard.txt"])
+def test_a_file_is_read_once_by_whatever_names(folder: Path, other: str) -> None:
+    (folder / "also.txt").symlink_to("a.txt")
+    (folder / "hard.txt").hardlink_to(folder / "a.txt")
+    found = find_inputs([folder / "a.txt", folder / other, folder / "B.TXT"])
+    names = ["B.TXT", "a.txt", *(["hard.txt"] if other == "hard.txt" else [])]  # a file of its own, to the system too
+    assert [path.name for path in found.files] == names
 
 
 @pytest.mark.parametrize(
