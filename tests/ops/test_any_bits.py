@@ -39,7 +39,7 @@ WITHOUT_NUMBERS = "interleave_pages read_memory supported"
 
 
 def test_every_kernel_is_fuzzed() -> None:
-    sources = (Path(cpu.__file__).parent / "kernels").glob("*.cpp")
+    sources = (Path(native.__file__).parent / "kernels").glob("*.cpp")
     found = {
         n for s in sources for n in re.findall(r"^KERNEL (\w+)\(|^extern \"C\".* (\w+)\(", s.read_text("utf-8"), re.M)
     }
