@@ -34,7 +34,7 @@ class QueueFull(RuntimeError):
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no more requests: it is draining, was stopped, or broke."""
+    """The engine takes no more requests: it is stopping, was stopped, or broke."""
 
 
 class RequestFailed(RuntimeError):
@@ -221,16 +221,6 @@ class AsyncEngine:
             self._commands.append(request)
             self._lock.notify()
         return stream
-
-    async def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait until those there are have ended; whether they have in time."""
-        self.refuse()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self._streams and self.alive:
-            if deadline is not None and time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(0.02)
-        return True
 
     def _abort(self, request_id: str) -> None:
         with self._lock:

@@ -19,10 +19,10 @@ from leanseek.engine.guidance import Grammars, GuideFailed, Matcher
 from leanseek.engine.outputs import Delta, EngineStats, FinishReason
 from leanseek.engine.pages import PagePool
 from leanseek.engine.params import EngineError, SamplingParams
-from leanseek.engine.runner import Runner, StepResult, Work
+from leanseek.engine.runner import Runner, StepResult
 from leanseek.engine.sampler import Rows
 from leanseek.engine.scheduler import Scheduler
-from leanseek.engine.sequence import Request, Sequence, seed_of
+from leanseek.engine.sequence import Request, Sequence, Work, seed_of
 from leanseek.engine.speculation import Speculation
 from leanseek.engine.tokenizer import TextStream, Tokenizer
 from leanseek.model import Transformer
