@@ -23,7 +23,7 @@ NO_KERNEL = {
 }
 LEGEND = """
 Any number of rows, where none is named.
-avx...: native kernels; triton: GPU kernels; torch: the references.
+avx...: native kernels; gpu: GPU kernels; torch: the references.
 In serving, ops that stack_step computes as one call are not asked one by one.
 -: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
 
@@ -33,13 +33,15 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from leanseek.ops import cpu, numa, survey
-    from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype
-    from leanseek.ops.products import multiplies
-    from leanseek.threads import cpus, quota, waiting
+    from leanseek import native
+    from leanseek.bench import survey
+    from leanseek.machine import numa
+    from leanseek.machine.device import default_device, multiplies, preferred_dtype
+    from leanseek.machine.probes import gemm_rate
+    from leanseek.machine.threads import cpus, quota, waiting
 
     device = default_device()
-    kernels = cpu.status()
+    kernels = native.status()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -125,7 +127,7 @@ def doctor(
 
 
 def _cell(path: dict[str, Any], variant: str | None) -> str:
-    names = {"cpu": variant or "cpu", "torch": NO_KERNEL.get(path["op"], "torch")}
+    names = {"native": variant or "native", "torch": NO_KERNEL.get(path["op"], "torch")}
     by_rows = {rows: names.get(backend, backend) for rows, backend in path["rows"].items()}
     one, many = by_rows.values()
     notes = "*" * path["declined"] + "+" * path["widened"]

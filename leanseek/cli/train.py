@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from leanseek.cli.terminal import spelled
+from leanseek.cli.terminal import given_text, spelled
 from leanseek.errors import InputError
+from leanseek.reading import shorten
 
 
 def train(
@@ -30,8 +31,9 @@ def train(
 
     if resume and minutes is not None:
         raise InputError("--minutes sets the length of a run when it starts; leave it away with --resume")
-    named = [] if name is None else [f"name={json.dumps(name)}"]
-    settings = RunConfig.load(config, [*(overrides or []), *named])
+    named = [] if name is None else [f"name={json.dumps(given_text(name, '--name'))}"]
+    given = [given_text(override, shorten(override)) for override in overrides or []]
+    settings = RunConfig.load(config, [*given, *named])
     if minutes is not None:
         settings, line = fit_steps(settings, minutes)
         print(line, file=sys.stderr)

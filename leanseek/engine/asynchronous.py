@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import logging
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ class QueueFull(RuntimeError):
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no more requests: it is draining, was stopped, or broke."""
+    """The engine takes no more requests: it is stopping, was stopped, or broke."""
 
 
 class RequestFailed(RuntimeError):
@@ -207,7 +206,7 @@ class AsyncEngine:
         self.check(prompt_token_ids, params)
         request_id = request_id or f"request-{next(self._ids)}"
         matcher = matcher or self.matcher(params)
-        request = Request(request_id, list(prompt_token_ids), params, priority, time.monotonic(), matcher)
+        request = Request(request_id, list(prompt_token_ids), params, priority, matcher=matcher)
         stream = Stream(self, request_id, params.n, asyncio.get_running_loop())
         with self._lock:
             if not self._accepting or not self.alive:
@@ -221,16 +220,6 @@ class AsyncEngine:
             self._commands.append(request)
             self._lock.notify()
         return stream
-
-    async def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait until those there are have ended; whether they have in time."""
-        self.refuse()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self._streams and self.alive:
-            if deadline is not None and time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(0.02)
-        return True
 
     def _abort(self, request_id: str) -> None:
         with self._lock:

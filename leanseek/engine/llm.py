@@ -19,9 +19,9 @@ from leanseek.engine.params import EngineError, SamplingParams
 from leanseek.engine.sequence import Request
 from leanseek.engine.tokenizer import Tokenizer
 from leanseek.errors import RunError
+from leanseek.machine.device import default_device
+from leanseek.machine.numa import memory_nodes
 from leanseek.model import Transformer
-from leanseek.ops.machine import default_device
-from leanseek.ops.numa import memory_nodes
 from leanseek.reading import Structure, TokenId, checked, read_optional_json
 
 # Keys of generation_config.json that are defaults of a request, and what they are called here.

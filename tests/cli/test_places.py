@@ -19,7 +19,7 @@ from leanseek.bench import load
 from leanseek.cli import app, doctor, info, terminal
 from leanseek.data.prepare import prepare
 from leanseek.errors import InputError
-from leanseek.ops.cpu.library import openmp_path
+from leanseek.native.library import openmp_path
 from leanseek.server.errors import MAX_MESSAGE, ApiError
 from leanseek.training.loop import _Signals
 
@@ -100,6 +100,24 @@ def test_what_is_written_in_an_ascii_locale_is_read_again(tmp_path: Path) -> Non
 
     again = LLM(tmp_path / "aus").generate("König 皇", SamplingParams(max_tokens=4, temperature=0))[0].outputs[0]
     assert again.token_ids == output["token_ids"]
+
+
+@pytest.mark.parametrize("name", [b"w\xf6rter", "皇帝".encode("gb18030")])
+def test_text_whose_name_is_not_utf_8_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, out = Path(os.fsdecode(name) + ".txt"), Path(os.fsdecode(name))
+    text.write_text("a b c\n\nd e f", encoding="utf-8")
+    first, second = (prepare([text], out, train_vocab=270, workers=1) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("override", ["data.path=\udcf6", "name=l\udce4ufe", "model.attention=\udcff"])
+def test_a_setting_that_is_no_text_is_refused(tmp_path: Path, override: str) -> None:
+    (tmp_path / "run.toml").write_text(TINY, encoding="utf-8")
+    with pytest.raises(InputError, match="not UTF-8"):
+        app(["train", str(tmp_path / "run.toml"), override], standalone_mode=False)
 
 
 @pytest.mark.parametrize("text", ["König", "", "皇帝", "a\nb"])
