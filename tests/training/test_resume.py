@@ -229,13 +229,13 @@ def test_a_run_is_not_overwritten_and_keeps_its_network(finished: Path, go: Call
 
 
 def test_resume_begins_a_run_that_was_killed_before_its_first_file(
-    runs: Path, whole: Path, go: Callable[..., Summary]
+    tmp_path: Path, whole: Path, go: Callable[..., Summary]
 ) -> None:
-    (runs / "run").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
     for left in (".lock", ".config.toml.partial"):
-        (runs / "run" / left).write_text("")
+        (tmp_path / "run" / left).write_text("")
     go(resume=True)
-    assert history(runs / "run") == history(whole)
+    assert history(tmp_path / "run") == history(whole)
 
 
 def test_resuming_a_finished_run_changes_nothing(finished: Path, whole: Path, go: Callable[..., Summary]) -> None:
