@@ -29,7 +29,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def cache_root() -> Path:
-    """Where models to measure are kept unless said otherwise."""
+    """Default folder of the models to measure."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanseek" / "bench"
 
 
@@ -51,7 +51,7 @@ def random_model(preset: str, format: Literal["fp8", "bf16", "fp32"], root: Path
         tensors = list(_tensors(config, format))
         with atomic_folder(folder) as partial:
             write_json(partial / "config.json", config.to_hf() | described(tensors))
-            _tokenizer(config).save(str(partial / "tokenizer.json"))
+            (partial / "tokenizer.json").write_text(_tokenizer(config).to_str(), encoding="utf-8")
             write_weights(partial, tensors, config, SHARD_BYTES)
     return folder
 

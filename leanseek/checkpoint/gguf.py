@@ -295,6 +295,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder
         raise CheckpointError(f"{path} has token {max(known)}, beyond the model's vocab_size of {c.vocab_size}")
     for number, (token, kind) in known.items():
         tokens[number], types[number] = token, kind
+    _check_merging(path, spec)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(path, spec))
     writer.add_token_list(tokens)
@@ -389,6 +390,20 @@ _V3_PATTERNS = [
 ]
 
 
+def _check_merging(path: Path, spec: dict[str, Any]) -> None:
+    """Refuse what llama.cpp passes over when it merges, and when it looks for added tokens in a text.
+
+    Raises:
+        CheckpointError: the model would read other tokens.
+    """
+    parts = [("model", spec["model"], ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))]
+    parts += [(f"token {t['content']!r}", t, ("lstrip", "rstrip", "single_word")) for t in spec["added_tokens"]]
+    for what, part, keys in parts:
+        for key in keys:
+            if part.get(key):
+                raise CheckpointError(f"{path}: its {what} has {key}, which llama.cpp does not apply")
+
+
 def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
     """llama.cpp's name for how the tokenizer.json at `path` splits text before the merges.
 
@@ -407,8 +422,9 @@ def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
     whole = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
     if whole and isolated and patterns == _V3_PATTERNS and len(steps) == 4 and not last.get("use_regex", True):
         return "deepseek-v3"
-    if patterns and patterns[0] in ("[\r\n]", r"[\r\n]"):
-        return "deepseek-llm"  # V2
+    # V2: words with the letters written out, and digits one by one
+    if patterns[:1] in (["[\r\n]"], [r"[\r\n]"]) and len(patterns) == 5 and patterns[1].startswith(r"\s?[A-Za-zµ"):
+        return "deepseek-llm"
     if whole and len(steps) == 1 and last.get("use_regex", True):
         return "gpt-2"
     raise CheckpointError(

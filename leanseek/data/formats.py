@@ -263,7 +263,8 @@ def _parquet(path: Path, limit: int) -> Iterator[Document]:
 
     strings = (pyarrow.StringScalar, pyarrow.LargeStringScalar)
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_CHUNK) as table:
+        # opened here: a path goes to pyarrow in UTF-8, whatever bytes name the file
+        with path.open("rb") as file, pyarrow.parquet.ParquetFile(file, buffer_size=_CHUNK) as table:
             if "text" not in table.schema_arrow.names:
                 raise DataError(
                     f"{path} has no column 'text' (it has {shorten(', '.join(table.schema_arrow.names), 300)})"

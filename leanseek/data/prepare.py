@@ -48,8 +48,8 @@ from leanseek.data.tokenizer import (
     train_tokenizer,
 )
 from leanseek.errors import Interrupted
+from leanseek.machine.threads import cpus
 from leanseek.reading import shorten
-from leanseek.threads import cpus
 from leanseek.writing import LOCK, alone, replace_file, writing
 
 __all__ = ["is_validation", "prepare"]
@@ -157,7 +157,7 @@ def prepare(
 
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
-    name = os.fsencode(path).decode("utf-8", "surrogateescape")  # the same in every locale
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")  # the same in every locale, and JSON
     return [name, status.st_size, status.st_mtime_ns]
 
 

@@ -33,8 +33,8 @@ from leanseek.checkpoint.training import (
 from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
 from leanseek.errors import Interrupted, RunError
+from leanseek.machine.probes import gemm_rate
 from leanseek.model import Transformer
-from leanseek.ops.machine import gemm_rate
 from leanseek.reading import parse_toml
 from leanseek.training.config import RunConfig
 from leanseek.training.metrics import Metrics

@@ -68,7 +68,8 @@ class Metrics:
         replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.last = {key: value for row in kept for key, value in row.items()}  # the newest value of every key
         self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.folder = os.open(folder, os.O_RDONLY)
+        self.board = SummaryWriter(f"{self._utf8_name(folder)}/tensorboard", purge_step=start + 1 if start else None)
         self.said = time.monotonic()
         self.began = time.monotonic() - self.last.get("elapsed_s", 0.0)
         self.progress = Progress(
@@ -90,6 +91,12 @@ class Metrics:
         self.progress.stop()
         self.file.close()
         self.board.close()
+        os.close(self.folder)
+
+    def _utf8_name(self, folder: Path) -> str:
+        """A path of the folder for TensorBoard, which names files in UTF-8, whatever the locale's encoding is."""
+        same = str(folder).encode("utf-8", "replace") == os.fsencode(folder)
+        return str(folder) if same else f"/proc/self/fd/{self.folder}"
 
     @property
     def elapsed(self) -> float:

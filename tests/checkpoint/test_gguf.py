@@ -171,8 +171,13 @@ def test_a_tokenizer_of_ours_splits_like_v3_which_llama_cpp_has_by_name(script):
 def test_pre_tokenizers_of_the_family_are_known():
     spec = json.loads(V3_TOKENIZER.read_text("utf-8"))
     assert pre_tokenizer_name(V3_TOKENIZER, spec) == "deepseek-v3"
-    v2 = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "[\r\n]"}}]}
+    patterns = ["[\r\n]", r"\s?[A-Za-zµÀ-Ö]+", r"\s?[!-/:-~]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+"]
+    v2 = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": p}} for p in patterns]}
     assert pre_tokenizer_name(V3_TOKENIZER, {"pre_tokenizer": v2}) == "deepseek-llm"
+    patterns[1:4] = [r"\s?\p{L}+", r"\s?\p{P}+"]  # deepseek-coder's, which begins alike
+    coder = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": p}} for p in patterns]}
+    with pytest.raises(CheckpointError, match="has no name"):
+        pre_tokenizer_name(V3_TOKENIZER, {"pre_tokenizer": coder})
 
 
 def changed(how):
@@ -203,6 +208,43 @@ def changed(how):
 def test_tokenizers_that_llama_cpp_would_split_otherwise_are_refused(how, network, tmp_path):
     with pytest.raises(CheckpointError, match=r"llama.cpp (has no name|does not apply)"):
         pre_tokenizer_name(Path("tokenizer.json"), changed(how))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("model", "ignore_merges", True),
+        ("model", "end_of_word_suffix", "</w>"),
+        ("token", "lstrip", True),
+        ("token", "rstrip", True),
+        ("token", "single_word", True),
+    ],
+)
+def test_tokenizers_that_llama_cpp_would_merge_otherwise_are_refused(part, key, value, network, tokenizer, tmp_path):
+    spec = json.loads((tokenizer / "tokenizer.json").read_text())
+    (spec["model"] if part == "model" else spec["added_tokens"][1])[key] = value
+    (tokenizer / "tokenizer.json").write_text(json.dumps(spec))
+    save(network(), tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=f"has {key}, which llama.cpp does not apply"):
+        export_gguf(tmp_path / "hf", tmp_path / "out.gguf", tokenizer_from=tokenizer)
+
+
+@pytest.mark.parametrize("config", [None, "from tokenizer_config.json"])
+@pytest.mark.parametrize("own", [None, "of its own\n皇"])
+@pytest.mark.parametrize("more", [{}, {"tool_use": "for tools"}])
+def test_the_chat_template_is_the_one_that_serve_takes(config, own, more, network, tokenizer, tmp_path):
+    if config:
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps({"chat_template": config}))
+    if own:
+        (tokenizer / "chat_template.jinja").write_text(own, encoding="utf-8")
+    for name, text in more.items():
+        (tokenizer / "additional_chat_templates").mkdir()
+        (tokenizer / f"additional_chat_templates/{name}.jinja").write_text(text)
+    save(network(), tmp_path / "hf")
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf", tokenizer_from=tokenizer)
+    fields, _ = read(tmp_path / "out.gguf")
+    assert fields.get("tokenizer.chat_template") == (own or config)
+    assert fields.get("tokenizer.chat_template.tool_use") == (more.get("tool_use") if own else None)
 
 
 def test_all_end_tokens_and_the_sampling_defaults_arrive(network, tokenizer, tmp_path):

@@ -237,6 +237,15 @@ def test_a_long_cell_is_refused_and_shorter_ones_are_read(tmp_path: Path, rows: 
     assert texts(tmp_path / "a.parquet", max_document=2) == rows
 
 
+@pytest.mark.parametrize("name", [b"w\xf6rter", "\u7687\u5e1d".encode("gb18030"), "\u7687".encode()])
+def test_a_file_whose_name_is_not_utf_8_is_read(tmp_path: Path, name: bytes) -> None:
+    """pyarrow spells a path in UTF-8; in a locale with another encoding every foreign name is like this."""
+    path = tmp_path / (os.fsdecode(name) + ".parquet")
+    with path.open("wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), file)
+    assert texts(path) == ["a", "b"]
+
+
 def test_below_the_limit_everything_streams(tmp_path: Path) -> None:
     letters = np.frombuffer(b"ab \n", np.uint8)
     rng = np.random.default_rng(0)

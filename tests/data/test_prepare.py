@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from leanseek.tokens import encode
 from leanseek.training import RunConfig, train
 from leanseek.writing import LOCK, alone
 
+pytestmark = pytest.mark.usefixtures("without_report")
 SENTENCES = [f"the king {i} shall speak of war {i} and of honour" for i in range(60)]
 
 
@@ -316,9 +318,18 @@ def test_a_long_document_has_the_tokens_it_has_in_one_piece(tmp_path: Path, kind
 # ---- what is read back ----
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, and beside it its shards."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare([corpus(folder, SENTENCES)], folder / "out", train_vocab=262, validation_fraction=0.2, workers=1)
+    return folder
+
+
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    prepare([corpus(tmp_path, SENTENCES)], tmp_path / "out", train_vocab=262, validation_fraction=0.2, workers=1)
+def shards(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of them to spoil."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     return tmp_path / "out"
 
 
