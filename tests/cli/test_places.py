@@ -264,7 +264,7 @@ def test_a_cache_or_a_corpus_that_cannot_be_written_is_one_line(
         raise OSError(30, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(InputError, match="cannot be written.*Read-only file system"):
+    with pytest.raises(InputError, match=r"cannot be written.*Read-only file system"):
         app(arguments, standalone_mode=False)
 
 
