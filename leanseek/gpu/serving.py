@@ -1,4 +1,4 @@
-"""What a served step asks of these kernels, and where they accept it (invariant.py)."""
+"""Registers the kernels of invariant.py for a serving step, and says which arguments they accept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from leanseek.ops.experts import grouped_experts
 
 
 def _multiplies(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> bool:
-    """Weights of x's dtype, or FP8 with the scales of its blocks."""
+    """The weight has x's dtype, or is FP8 with block scales."""
     if not takes_rows(x) or weight.device != x.device:
         return False
     if scale is None:
@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _of_invariant(name: str) -> Callable[..., Tensor]:
-    """The kernel module's function of that name, imported when it is first called."""
+    """Calls the function of that name in invariant.py, which is imported at the first call."""
 
     def run(*arguments: object) -> Tensor:
         found: Tensor = getattr(importlib.import_module("leanseek.gpu.invariant"), name)(*arguments)
