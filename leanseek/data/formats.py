@@ -1,4 +1,4 @@
-"""Documents out of one file's bytes, as a stream: text, JSON lines, JSON, each plain or compressed, and parquet."""
+"""Streams the documents of one file: text, JSON lines or JSON, each plain or compressed, and parquet."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import BinaryIO
 from leanseek.errors import InputError
 from leanseek.reading import shorten
 
-# A book in one .txt would land whole in the training or the validation split. Longer texts are cut into documents of
-# about this many characters, and never more than twice as many.
+# A whole book in one .txt would end up in one split, training or validation. Longer texts are therefore cut into
+# documents of about this many characters, and at most twice as many.
 PIECE_CHARACTERS = 32_768
-MAX_DOCUMENT = 64  # MiB of a row, or of a text's line: a small archive may hold a line that fills the memory
+MAX_DOCUMENT = 64  # MiB per row or line of text: a small archive may contain a line that fills the memory
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 _SPACE, _BETWEEN_ROWS = re.compile(r"\s*"), re.compile(r"[\s,]*")
@@ -34,7 +34,7 @@ Document = tuple[str, int]  # its text, and the bytes of the file read by then
 
 
 def read(path: Path, max_document: int = MAX_DOCUMENT) -> Iterator[Document]:
-    """The documents of a file in order, by its suffix: pieces of a text, or the `text` of each row.
+    """The documents of a file in order: pieces of a text, or the `text` of each row. The suffix gives the format.
 
     Raises:
         DataError: undecodable text, a broken row, no `text`, a truncated archive, more than `max_document` MiB.
@@ -55,7 +55,7 @@ def read(path: Path, max_document: int = MAX_DOCUMENT) -> Iterator[Document]:
 
 
 def format_of(path: Path) -> tuple[str, str] | None:
-    """("text", "gz") and so on, by the file's name in any case; None where it is not one that is read."""
+    """Kind and compression, such as ("text", "gz"), by the file's name in any case; None if we do not read it."""
     found = re.fullmatch(r".*\.(txt|jsonl|ndjson|json|parquet)(?:\.(gz|zst))?", path.name.lower(), re.DOTALL)
     if found is None or (found[1] == "parquet" and found[2]):
         return None
@@ -63,10 +63,10 @@ def format_of(path: Path) -> tuple[str, str] | None:
 
 
 def pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """The text that `chunks` make together, cut into documents; nothing is dropped.
+    """Joins `chunks` and cuts the text into documents; nothing is dropped.
 
-    A cut comes after the first blank line past PIECE_CHARACTERS; without one before twice as many, after a line; in a
-    text without lines, anywhere. Where the chunks end makes no difference.
+    Cuts after the first blank line past PIECE_CHARACTERS. If there is none before twice as many, it cuts after a line,
+    or anywhere in a text without lines. The result does not depend on where the chunks end.
     """
     text = ""
     for chunk in chunks:
@@ -84,7 +84,7 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _cut(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends."""
+    """The end of the piece that begins at `start`."""
     least, most = start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS
     if blank := _BLANK_LINES.search(text, least, most):
         return blank.end()
@@ -107,13 +107,13 @@ def _decompressed(file: BinaryIO, packing: str) -> BinaryIO | io.BufferedIOBase:
 
 
 def _bytes(file: BinaryIO | io.BufferedIOBase, path: Path) -> Iterator[bytes]:
-    """The file in chunks, without a UTF-8 byte order mark; what is plainly not UTF-8 text is refused by name."""
+    """The file in chunks, without a UTF-8 byte order mark. Refuses what is plainly not UTF-8 text."""
     chunk = file.read(_CHUNK)
     for mark, bits in _WIDE:
         if chunk.startswith(mark):
             raise DataError(f"{path} is UTF-{bits} (its first bytes say so); convert it: iconv -f UTF-{bits} -t UTF-8")
     if chunk.count(0) * 10 > len(chunk):
-        raise DataError(f"{path} is not text: many of its bytes are zero (UTF-16 without a mark looks so too)")
+        raise DataError(f"{path} is not text: many of its bytes are zero (UTF-16 without a byte order mark?)")
     chunk = chunk.removeprefix(codecs.BOM_UTF8)
     while chunk:
         yield chunk
@@ -121,7 +121,7 @@ def _bytes(file: BinaryIO | io.BufferedIOBase, path: Path) -> Iterator[bytes]:
 
 
 def _bounded(chunks: Iterable[bytes], path: Path, limit: int, lines: bool = True) -> Iterator[bytes]:
-    """The same chunks. Raises DataError at a run of blanks, or with `lines` at a line, of more than `limit` bytes."""
+    """Passes chunks through. Raises DataError if a run of blanks (or, with `lines`, a line) exceeds `limit` bytes."""
     line = blank = 0
     for chunk in chunks:
         newline = chunk.rfind(b"\n")
@@ -145,7 +145,7 @@ def _decoded(chunks: Iterable[bytes], path: Path) -> Iterator[str]:
             yield decoder.decode(chunk)
             place += len(chunk)
         decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:  # decoded together with the bytes that the last chunk left over
+    except UnicodeDecodeError as error:  # error.start counts the bytes left over from the last chunk too
         raise _not_utf8(path, place - len(decoder.getstate()[0]) + error.start) from None
 
 
@@ -181,7 +181,7 @@ def _json_lines(chunks: Iterable[bytes], path: Path, limit: int) -> Iterator[str
 
 def _row(line: bytes, place: str, limit: int) -> str:
     try:
-        text = line.decode().removeprefix("\ufeff")  # files put together, each with its mark
+        text = line.decode().removeprefix("\ufeff")  # concatenated files, each with its mark
     except UnicodeDecodeError as error:
         raise _not_utf8(place, error.start) from None
     try:
@@ -191,11 +191,11 @@ def _row(line: bytes, place: str, limit: int) -> str:
     except DataError:
         raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise DataError(f"{place} is not JSON that can be read: {error}") from None
+        raise DataError(f"{place} cannot be read as JSON: {error}") from None
 
 
 def _json(chunks: Iterable[bytes], path: Path, limit: int) -> Iterator[str]:
-    """A .json: an array of rows, one row, or rows one after the other, which many call .json too."""
+    """A .json: an array of rows, one row, or rows one after another (JSON lines are often called .json too)."""
     source, decoder = _decoded(_bounded(chunks, path, limit, lines=False), path), json.JSONDecoder()
     text, at, number, array, ended = "", 0, 0, False, False
     while True:
@@ -214,7 +214,7 @@ def _json(chunks: Iterable[bytes], path: Path, limit: int) -> Iterator[str]:
                 if ended:
                     raise DataError(f"{path} row {number + 1} is not JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} row {number + 1} is not JSON that can be read: {error}") from None
+                raise DataError(f"{path} row {number + 1} cannot be read as JSON: {error}") from None
             else:
                 number += 1
                 yield _row_text(row, f"{path} row {number}", limit)
@@ -225,7 +225,7 @@ def _json(chunks: Iterable[bytes], path: Path, limit: int) -> Iterator[str]:
             return
         if len(text) - at > limit:
             raise _too_long(f"{path} row {number + 1} has", limit)
-        more, wanted = [], len(text) - at  # twice as much, so that a long row is not parsed again and again
+        more, wanted = [], len(text) - at  # doubles what we hold, so that a long row is not parsed again and again
         while wanted >= 0 and not ended:
             chunk = next(source, None)
             ended = chunk is None
@@ -263,7 +263,7 @@ def _parquet(path: Path, limit: int) -> Iterator[Document]:
 
     strings = (pyarrow.StringScalar, pyarrow.LargeStringScalar)
     try:
-        # opened here: a path goes to pyarrow in UTF-8, whatever bytes name the file
+        # opened here, because pyarrow encodes paths as UTF-8 and names may be other bytes
         with path.open("rb") as file, pyarrow.parquet.ParquetFile(file, buffer_size=_CHUNK) as table:
             if "text" not in table.schema_arrow.names:
                 raise DataError(
@@ -276,7 +276,9 @@ def _parquet(path: Path, limit: int) -> Iterator[Document]:
                 if column is not None and group.column(column).total_uncompressed_size > most:
                     raise _too_long(f"{path}, row group {number}, has rows with", limit)
             size, rows, row = path.stat().st_size, table.metadata.num_rows, 0
-            for batch in table.iter_batches(batch_size=16, columns=["text"]):  # few: a dictionary repeats a long one
+            for batch in table.iter_batches(
+                batch_size=16, columns=["text"]
+            ):  # small, because dictionary encoding may repeat a long text
                 for scalar in batch.column(0):
                     row += 1
                     if isinstance(scalar, strings) and scalar.is_valid and len(scalar.as_buffer()) > limit:

@@ -1,8 +1,9 @@
-"""Token shards -> packed batches, as a pure function of (seed, sample number): to resume is to know one integer.
+"""Token shards -> packed batches, as a pure function of (seed, sample number), so resuming needs one integer.
 
-An epoch is every document of the split in a seeded order, one after the other (packing, no mask between them, as in
-section 4.1), cut into windows of seq_len tokens; a window also holds the `extra` tokens that follow it, which its
-last positions predict. With `fim_rate`, a share of the documents is rearranged prefix-suffix-middle first.
+An epoch concatenates every document of the split in a seeded order (packing without a mask between documents, as in
+section 4.1) and splits the result into windows of seq_len tokens. A window also holds the `extra` tokens after it,
+which its last positions predict. With `fim_rate`, that share of the documents is first rearranged as
+prefix-suffix-middle.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ class Batch(NamedTuple):
 class TokenDataset:
     """One split of a prepared folder, memory-mapped and checked (see `Shards`).
 
-    A validation split shorter than a window is one window of what there is, `seq_len` says how long; it may be empty.
+    A validation split shorter than a window becomes one shorter window, of `seq_len` tokens; it may be empty.
 
     Raises:
-        DataError: no finished folder, a damaged shard (named), fewer tokens than one window, FIM without its tokens.
+        DataError: the folder is not finished, a shard is damaged (named), there are fewer tokens than one window, or
+            the tokenizer lacks the tokens for FIM.
     """
 
     def __init__(self, folder: Path, split: str, seq_len: int, extra: int = 1, seed: int = 0, fim_rate: float = 0.0):
@@ -68,7 +70,7 @@ class TokenDataset:
 
     @property
     def end(self) -> int:
-        """The id that closes a document."""
+        """The id that ends a document."""
         return self.special.eos[0]
 
     def __len__(self) -> int:
@@ -76,11 +78,11 @@ class TokenDataset:
         return len(self.starts)
 
     def batch(self, start_sample: int, n: int) -> Batch:
-        """Samples start_sample .. start_sample + n of the endless stream of epochs."""
+        """Samples start_sample to start_sample + n (exclusive) of the endless stream of epochs."""
         return Batch(torch.from_numpy(np.stack([self._sample(i) for i in range(start_sample, start_sample + n)])))
 
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """The split once, documents in stored order and as they are: windows for evaluation, at most `limit`."""
+        """One pass over the split for evaluation, in stored order and without FIM: at most `limit` windows."""
         lengths = self.ends - self.starts
         order, stops = np.arange(len(self)), np.cumsum(lengths)
         count = min(self.samples_per_epoch, limit or self.samples_per_epoch)
@@ -95,14 +97,14 @@ class TokenDataset:
             rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(len(self))
             rearranged = rng.random(len(self)) < self.fim_rate
-            # FIM adds three tokens; the few windows it adds to an epoch are left out, so that epochs are equally long
+            # FIM adds three tokens; we drop the few windows that this adds, so that all epochs are equally long
             stops = np.cumsum((self.ends - self.starts + 3 * rearranged)[order])
             self._epoch = (epoch, order, stops, rearranged)
         _, order, stops, rearranged = self._epoch
         return self._window(place * self.seq_len, order, stops, rearranged)
 
     def _window(self, start: int, order: np.ndarray, stops: np.ndarray, rearranged: np.ndarray | None) -> np.ndarray:
-        """Tokens start .. start + seq_len + extra of the documents in `order`, which end at `stops`."""
+        """Tokens start to start + seq_len + extra of the documents in `order`, which end at `stops`."""
         size = self.seq_len + self.extra
         out = np.empty(size, dtype=np.int64)
         filled, place = 0, int(np.searchsorted(stops, start, side="right"))
@@ -118,9 +120,9 @@ class TokenDataset:
         return out
 
     def _fill_in_middle(self, tokens: np.ndarray, document: int) -> np.ndarray:
-        """PSM (4.1): <begin> prefix <hole> suffix <end> middle <eos>; cuts drawn for (seed, epoch, document).
+        """PSM (4.1): <begin> prefix <hole> suffix <end> middle <eos>, with cuts drawn from (seed, epoch, document).
 
-        What the tokenizer puts before a text stays in front.
+        The tokenizer's leading tokens stay in front.
         """
         assert self.fim is not None
         begin, hole, end = self.fim

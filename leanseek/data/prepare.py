@@ -1,7 +1,7 @@
-"""Files -> token shards: read here, encoded by several processes, written here in order.
+"""Files -> token shards: read and written in order by this process, encoded by several others.
 
-The shards do not depend on the number of processes, and a run that was killed at any moment goes on after its last
-whole shard and ends with the same bytes: each shard records where in the input the next one begins.
+The shards do not depend on the number of processes. Each shard records where in the input the next one begins, so a run
+that was killed continues after its last finished shard and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ from leanseek.writing import LOCK, alone, replace_file, writing
 
 __all__ = ["is_validation", "prepare"]
 
-SHARD_TOKENS = 1 << 24  # of both splits together: the most that a killed run has to do again
+SHARD_TOKENS = 1 << 24  # of both splits together: the most that a killed run repeats
 _BATCH_CHARACTERS = 1 << 18  # sent to a process at a time
-_AHEAD_CHARACTERS = 1 << 27  # read ahead at most, beside the batch that each process has
-_SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
+_AHEAD_CHARACTERS = 1 << 27  # most characters read ahead, besides the batch of each process
+_SAY_EVERY = 30  # seconds between progress lines when there is no terminal for a bar
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What decides the bytes of a folder; settings.json holds it."""
+    """Everything that the folder's content depends on; stored in settings.json."""
 
-    files: list[list[Any]]  # [path, size, time of change in ns]
+    files: list[list[Any]]  # [path, size, mtime in ns]
     tokenizer: str | None  # sha256 of its files
     train_tokenizer: int | None
     validation_fraction: float
@@ -74,7 +74,7 @@ class _Settings:
 
 
 class _Source(NamedTuple):
-    """The input files, the share held out (see `_share`), and the limit of a document in MiB."""
+    """The input files, the validation share (see `_share`), and a document's limit in MiB."""
 
     files: list[Path]
     share: float
@@ -86,7 +86,7 @@ class _Source(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """The end of a document: its file, documents of the file so far, bytes of the file read so far."""
+    """The end of a document: its file, the documents so far in this file, and the bytes read so far."""
 
     file: int
     document: int
@@ -109,14 +109,14 @@ def prepare(
     """Turn `inputs` into the shard folder `out`; finished work is kept.
 
     tokenizer: a tokenizer.json, or its folder; or train_vocab: the size of one to train on the training documents.
-    workers: processes that encode; one for each CPU that may be used when None. They do not change the result.
-    follow_links: read what links below a folder, or in the tokenizer's, point to.
-    max_document: the most a document may have, in MiB.
+    workers: number of encoding processes; None: one per CPU that we may use. It does not change the result.
+    follow_links: follow links below input folders and in the tokenizer's folder.
+    max_document: the largest document allowed, in MiB.
 
     Raises:
-        DataError: unreadable input, an unusable `out`, or one that was prepared with other settings.
-        RunError: the disk is full, or a process died; what is done is kept.
-        Interrupted: Ctrl-C; what is done is kept.
+        DataError: an input is unreadable, or `out` is unusable or was prepared with other settings.
+        RunError: the disk is full, or a process died; finished shards are kept.
+        Interrupted: Ctrl-C; finished shards are kept.
     """
     if (tokenizer is None) == (train_vocab is None):
         raise DataError("give either a tokenizer file (--tokenizer) or the size of one to train (--train-tokenizer)")
@@ -129,7 +129,7 @@ def prepare(
     if not 1 <= max_document <= 1 << 11:
         raise DataError(f"the limit of a document must lie between 1 and 2048 MiB, not {max_document}")
     if tokenizer is not None and tokenizer.is_dir() and not follow_links:
-        reading.check_links(tokenizer, DataError, "--follow-links reads what it leads to")
+        reading.check_links(tokenizer, DataError, "--follow-links follows it")
     found = find_inputs(inputs, follow_links, without=out)
     settings = _Settings(
         [_identity(path) for path in found.files],
@@ -140,7 +140,7 @@ def prepare(
         shard_tokens,
     )
     try:
-        with writing(out, "make room, and the same command goes on", DataError):
+        with writing(out, "make room, then run the same command again", DataError):
             if (out / "manifest.json").is_file():
                 _claim(out, settings)
             else:
@@ -151,13 +151,13 @@ def prepare(
                     source = _Source(found.files, share, seed, max_document)
                     _write(out, source, settings, tokenizer, workers or cpus())
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {out} keeps its whole shards, and the same command goes on") from None
+        raise Interrupted(f"stopped; {out} keeps its finished shards; run the same command again to continue") from None
     return summary(out, len(found.files), tuple(found.skipped))
 
 
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
-    name = os.fsencode(path).decode("utf-8", "backslashreplace")  # the same in every locale, and JSON
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")  # the same in every locale, and valid in JSON
     return [name, status.st_size, status.st_mtime_ns]
 
 
@@ -171,15 +171,15 @@ def _digest(tokenizer: Path) -> str:
 
 
 def _claim(out: Path, settings: _Settings) -> None:
-    """Write what this folder is for, or check that it is for the same; before its first shard it can become another.
+    """Write the settings to the folder, or check that they match. Until its first shard a folder may change settings.
 
     Raises:
-        DataError: it holds other files, or shards of other settings.
+        DataError: it holds other files, or shards with other settings.
     """
     path = out / "settings.json"
     if not path.is_file():
         if other := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
-            raise DataError(f"{out} holds {shorten(other[0])}, which is not of data prepare; choose another --out")
+            raise DataError(f"{out} holds {shorten(other[0])}, which data prepare did not write; choose another --out")
         replace_file(path, to_json(asdict(settings)))
         return
     try:
@@ -189,7 +189,7 @@ def _claim(out: Path, settings: _Settings) -> None:
     changed = [key for key, value in asdict(settings).items() if before.get(key) != value]
     if not changed:
         return
-    if not any((out / name).exists() for name in ("00000.json", "manifest.json")):  # an input was mended, say
+    if not any((out / name).exists() for name in ("00000.json", "manifest.json")):  # for example, an input was fixed
         for name in TOKENIZER_FILES:
             (out / name).unlink(missing_ok=True)
         replace_file(path, to_json(asdict(settings)))
@@ -203,20 +203,20 @@ def _claim(out: Path, settings: _Settings) -> None:
 
 
 def _changed_file(before: object, now: list[list[Any]]) -> str:
-    """The first file that is not as it was, and in what."""
+    """The first file that differs, and how."""
     was = {str(file[0]): file for file in before if isinstance(file, list) and file} if isinstance(before, list) else {}
     for file in now:
         if file[0] not in was:
             return f"{file[0]} was added"
         if file != was.pop(file[0]):
             return f"{file[0]} has changed (its size, or when it was written)"
-    return f"{next(iter(was), 'the order of the files')} went away"
+    return f"{next(iter(was), 'the order of the files')} was removed"
 
 
 def _share(files: list[Path], fraction: float, seed: int, max_document: int) -> float:
-    """The fraction, moved as little as gives each split a document, where there are two that differ.
+    """The fraction, changed as little as needed to give each split a document, if there are two different ones.
 
-    Reading stops once both splits have one: after some 1 / fraction documents.
+    Stops reading once both splits have one, after about 1 / fraction documents.
     """
     if not fraction:
         return fraction
@@ -228,14 +228,14 @@ def _share(files: list[Path], fraction: float, seed: int, max_document: int) -> 
             return fraction
     if most < 0:
         return fraction
-    if least == most:  # one document: it trains
+    if least == most:  # a single document is for training
         return 0.0
-    # floats beside the integers: only what is below share * 2^64 is held out
+    # a float just past the integer: only values below share * 2^64 are held out
     return math.nextafter(least / 2**64, 1.0) if least >= fraction * 2**64 else math.nextafter(most / 2**64, 0.0)
 
 
 def _write(out: Path, source: _Source, settings: _Settings, tokenizer: Path | None, workers: int) -> None:
-    console = Console(stderr=True)  # a bar needs a terminal; lines are said elsewhere
+    console = Console(stderr=True)  # without a terminal, _write_shards prints lines instead of a bar
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as progress:
         if not (out / "token_bytes.npy").is_file():
             task = progress.add_task("tokenizer", total=None)
@@ -243,7 +243,7 @@ def _write(out: Path, source: _Source, settings: _Settings, tokenizer: Path | No
             progress.update(task, total=1, completed=1)
         entries = _write_shards(out, source, settings, workers, progress)
     if not entries:
-        raise DataError("there is no text in the files that were read")
+        raise DataError("the input files contain no text")
     for path, before in zip(source.files, settings.files, strict=True):
         if _identity(path) != before:
             raise DataError(f"{path} has changed while it was read; delete {out} and run data prepare again")
@@ -257,14 +257,14 @@ def _place_tokenizer(out: Path, source: _Source, given: Path | None, settings: _
         assert settings.train_tokenizer is not None
         texts = (text for text in source.documents() if not is_validation(text, source.share, source.seed))
         tokenizer = train_tokenizer(texts, settings.train_tokenizer)
-    save_tokenizer(tokenizer, out, given)  # one without an end token is refused before any work is done
+    save_tokenizer(tokenizer, out, given)  # refuses a tokenizer without an end token before any work is done
     content = io.BytesIO()
     np.save(content, token_bytes(tokenizer))
     replace_file(out / "token_bytes.npy", content.getvalue())  # last: marks the tokenizer as done
 
 
 def _write_shards(out: Path, source: _Source, settings: _Settings, workers: int, progress: Progress) -> list[Entry]:
-    """Write the shards that are not there yet; returns the entries of all."""
+    """Write the missing shards; returns the entries of all shards."""
     entries: list[Entry] = []
     while (done := out / f"{len(entries):05d}.json").is_file():
         entries.append(read_json(done, Entry))
@@ -295,7 +295,7 @@ def _write_shards(out: Path, source: _Source, settings: _Settings, workers: int,
 
 
 def _batches(source: _Source, file: int, document: int) -> Iterator[tuple[list[_Place], list[str]]]:
-    """The documents after the first `document` of files[file], some at a time."""
+    """Batches of the documents that follow the first `document` ones of files[file]."""
     places: list[_Place] = []
     texts: list[str] = []
     size = 0
@@ -316,7 +316,7 @@ def _batches(source: _Source, file: int, document: int) -> Iterator[tuple[list[_
 def _in_order(
     encoders: Encoders, batches: Iterator[tuple[list[_Place], list[str]]], ahead: int
 ) -> Iterator[tuple[list[_Place], list[Encoded]]]:
-    """The batches through the processes and back in order, a few read ahead."""
+    """Encodes batches in the processes and yields them in order, reading a few ahead."""
     waiting: deque[tuple[list[_Place], int, Future[list[Encoded]]]] = deque()
     size = 0
     for places, texts in batches:

@@ -1,12 +1,12 @@
-"""The folder of a prepared corpus: what is written there, and reading it back with everything checked.
+"""Writes the folder of a prepared corpus, and reads it back with everything checked.
 
-tokenizer.json, tokenizer_config.json    the tokenizer; of a given one also chat_template.jinja and its other end tokens
+tokenizer.json, tokenizer_config.json    the tokenizer; a given one may add chat_template.jinja and more end tokens
 token_bytes.npy                          UTF-8 bytes of each id
-settings.json                            what was asked for
-NNNNN.train.bin, NNNNN.validation.bin    token ids, documents one after the other, each closed by the end token
+settings.json                            the settings it was prepared with
+NNNNN.train.bin, NNNNN.validation.bin    token ids, one document after another, each with its end token
 NNNNN.train.ends, NNNNN.validation.ends  int64, where each document ends in the .bin
 NNNNN.json                               counts, checksums, and where in the input the next shard begins
-manifest.json                            all of these and the tokenizer's checksums: the folder is complete
+manifest.json                            all of these and the tokenizer's checksums; marks the folder as complete
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from leanseek.writing import replace_file
 
 SPLITS = ("train", "validation")
 _CHECKED = ("tokenizer.json", "token_bytes.npy")
-_MOST_IDS = 1 << 24  # in a vocabulary
+_MOST_IDS = 1 << 24  # largest vocabulary
 _BLOCK = 1 << 24  # bytes checked at a time
 
 Crc = Annotated[int, Field(ge=0, lt=2**32)]
@@ -47,7 +47,7 @@ class Counts(Structure):
 
 
 class Entry(Structure):
-    """A shard, as in NNNNN.json; `next` is the file and the document after it."""
+    """A shard, as in NNNNN.json; `next` is the file and the document where the next one begins."""
 
     dtype: Literal["uint16", "uint32"]
     next: Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -63,14 +63,14 @@ class Manifest(Structure):
 
 
 class _Stamps(Structure):
-    """What was found in each file: its size, mtime, ctime, inode and checksum, and the largest value in it."""
+    """For each file that was checked: its size, mtime, ctime, inode, checksum and largest value."""
 
     files: dict[str, Annotated[list[int], Field(min_length=6, max_length=6)]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a finished folder holds, and what became of the inputs."""
+    """What a finished folder contains, and which inputs were read or skipped."""
 
     folder: Path
     documents: dict[str, int]
@@ -81,7 +81,7 @@ class Prepared:
 
 
 def summary(folder: Path, files: int = 0, skipped: tuple[tuple[Path, str], ...] = ()) -> Prepared:
-    """Totals of a finished folder. Raises DataError where it is not one."""
+    """Totals of a finished folder. Raises DataError if it is not one."""
     shards = read_manifest(folder).shards
     totals = {
         key: {split: sum(getattr(getattr(entry, split), key) for entry in shards) for split in SPLITS}
@@ -91,7 +91,7 @@ def summary(folder: Path, files: int = 0, skipped: tuple[tuple[Path, str], ...] 
 
 
 def verify(folder: Path) -> Prepared:
-    """Check every byte of a finished folder. Raises DataError where something is damaged."""
+    """Check every byte of a finished folder. Raises DataError if anything is damaged."""
     shards = Shards(folder, anew=True)
     for number, entry in enumerate(shards.entries):
         for split in SPLITS:
@@ -102,7 +102,7 @@ def verify(folder: Path) -> Prepared:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished folder. Raises DataError where it is not one."""
+    """The manifest of a finished folder. Raises DataError if it is not one."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise DataError(f"{folder} holds no finished shards; run `leanseek data prepare ... --out {folder}`")
@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_json(path: Path, kind: type[S]) -> S:
-    """A JSON file of the folder. Raises DataError where it is not what was written."""
+    """A JSON file of the folder. Raises DataError if it is damaged."""
     try:
         return checked(kind, reading.read_json(path, DataError), str(path), DataError)
     except DataError as error:
@@ -124,10 +124,10 @@ def write_manifest(folder: Path, shards: list[Entry]) -> None:
 
 
 def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
-    """UTF-8 bytes of each id [ids] int64, once it and the tokenizer have the checksums that the manifest gives.
+    """UTF-8 bytes of each id, [ids] int64, after checking the files' checksums from the manifest.
 
     Raises:
-        DataError: one of `files` is missing or has another checksum, or the array is no such array.
+        DataError: one of `files` is missing or has another checksum, or the array is not valid.
     """
     for name, crc in files.items():
         path = folder / name
@@ -135,7 +135,7 @@ def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
             raise DataError(f"{path} is missing or corrupt; delete {folder} and prepare it again")
     path = folder / "token_bytes.npy"
     try:
-        sizes = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header may promise any size
+        sizes = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped, because its header may claim any size
         if sizes.ndim != 1 or sizes.dtype.kind != "u" or not 1 <= len(sizes) <= _MOST_IDS:
             raise ValueError
         return sizes.astype(np.int64)
@@ -144,14 +144,14 @@ def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
 
 
 class Shards:
-    """A finished folder, opened for reading. `anew`: check every byte, not only those not checked before.
+    """A finished folder, opened for reading. `anew`: check every byte, even if it was checked before.
 
-    Sizes, and that the documents tile the tokens, are checked whenever a shard is opened. Its bytes are read as a whole
-    (checksum, largest id) once: a stamp in the user's cache folder says so while the file's size, times and inode stay
-    what they were.
+    Opening a shard always checks sizes and that the documents tile the tokens. Its bytes (checksum, largest id) are
+    checked only once: a stamp in the user's cache folder is valid as long as the file's size, times and inode stay the
+    same.
 
     Raises:
-        DataError: no finished folder, or one that is damaged.
+        DataError: the folder is not finished or is damaged.
     """
 
     def __init__(self, folder: Path, anew: bool = False):
@@ -163,7 +163,7 @@ class Shards:
         self._stamped = dict(self._stamps)
 
     def open(self, number: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Memory-mapped tokens [tokens] and the documents' ends [documents] of a split of a shard that has documents.
+        """Memory-mapped tokens [tokens] and document ends [documents] of one split of a shard, if it has documents.
 
         Raises:
             DataError: a file is missing, truncated or corrupt, or holds ids that the tokenizer does not have.
@@ -179,7 +179,7 @@ class Shards:
         return tokens, ends
 
     def keep_stamps(self) -> None:
-        """Remember what was checked. Where there is no writable cache folder, it will be checked again."""
+        """Remember what was checked. Without a writable cache folder it will be checked again."""
         if self._stamped == self._stamps:
             return
         try:
@@ -209,7 +209,7 @@ class Shards:
 
 
 def _checked(array: np.ndarray, crc: int, path: Path) -> int:
-    """The largest value of a file with the checksum `crc`."""
+    """The largest value of a file, after checking that its checksum is `crc`."""
     found, largest, step = 0, 0, _BLOCK // array.itemsize
     for first in range(0, len(array), step):
         block = array[first : first + step]
@@ -227,7 +227,7 @@ def _stamp_path(folder: Path) -> Path:
 
 
 def _read_stamps(folder: Path) -> dict[str, list[int]]:
-    """{} where none can be read."""
+    """The stamps of a folder; {} if they cannot be read."""
     try:
         found = {"files": reading.read_json(_stamp_path(folder))}
         return checked(_Stamps, found, "").files
@@ -236,7 +236,7 @@ def _read_stamps(folder: Path) -> dict[str, list[int]]:
 
 
 class ShardWriter:
-    """Shard `number` of `folder`, both splits: nothing of it counts before `close`."""
+    """Writes both splits of shard `number`. The shard does not count until `close`."""
 
     def __init__(self, folder: Path, number: int, dtype: np.dtype):
         self.path = folder / f"{number:05d}.json"
@@ -248,11 +248,11 @@ class ShardWriter:
         return sum(writer.tokens for writer in self.splits.values())
 
     def add(self, split: str, ids: np.ndarray, size: int) -> None:
-        """One document: its ids with the end token, and the UTF-8 bytes of its text."""
+        """Add a document: its ids including the end token, and its text's size in UTF-8 bytes."""
         self.splits[split].add(ids.astype(self.dtype, copy=False), size)
 
     def close(self, following: list[int]) -> Entry:
-        """Bring the shard to disk; returns its entry for the manifest. `following`: file and document after it."""
+        """Sync the shard to disk; returns its manifest entry. `following`: file and document where the next begins."""
         counts = {split: writer.close() for split, writer in self.splits.items()}
         entry = Entry.model_validate({"dtype": self.dtype.name, "next": following, **counts})
         replace_file(self.path, to_json(entry.model_dump()))  # last: marks the shard as done
@@ -260,7 +260,7 @@ class ShardWriter:
 
 
 class _SplitWriter:
-    """Appends documents to NAME.bin and, at the end, their ends to NAME.ends; counts and checksums as it goes."""
+    """Appends documents to NAME.bin, counting and computing the checksum; `close` writes their ends to NAME.ends."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -288,4 +288,4 @@ class _SplitWriter:
 
 
 def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()  # ASCII: a path may hold bytes that are no text
+    return (json.dumps(value, indent=1) + "\n").encode()  # ASCII, because paths may contain invalid UTF-8

@@ -1,4 +1,4 @@
-"""Byte-level BPE (section 4.1): train one on the data, or take the one in any tokenizer.json."""
+"""Byte-level BPE (section 4.1): train one on the data, or use any tokenizer.json."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LONGEST_TOKEN = 256  # characters: a run of 100,000 dashes would otherwise becom
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("token_bytes.npy", "tokenizer.json", CONFIG, GENERATION, TEMPLATE)  # of a shard folder
 
-# What the merges may not cross: V3's own patterns, to the letter, since llama.cpp has them compiled in under a name and
-# splits otherwise for any other. Punctuation takes the line breaks that follow it into one token, numbers come in
-# groups of up to three digits, and Chinese and Japanese runs stand alone.
+# Merges do not cross the boundaries of these patterns. They are exactly V3's, because llama.cpp has those compiled in
+# by name and splits differently for any others. Punctuation and the line breaks after it share a token, numbers come
+# in groups of up to three digits, and runs of Chinese and Japanese are separate.
 _NUMBERS = r"\p{N}{1,3}"
 _IDEOGRAPHS = "[一-龥\u3040-ゟ゠-ヿ]+"
 _WORDS = (
@@ -33,7 +33,7 @@ _WORDS = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` ids, special tokens first; the same texts give the same tokenizer.
+    """Train a byte-level BPE of `vocab_size` ids, special tokens first; the same texts give the same tokenizer.
 
     Raises:
         DataError: the vocabulary cannot hold the 256 bytes and the special tokens.
@@ -52,22 +52,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         max_token_length=LONGEST_TOKEN,
         show_progress=False,
     )
-    # in pieces, or one long document takes hundreds of times its size in memory
+    # in pieces, because a long document would take hundreds of times its size in memory
     tokenizer.train_from_iterator((piece for text in texts for piece in pieces([text])), trainer)
     return tokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of the folder that holds one; it never truncates, pads or drops merges.
+    """Loads a tokenizer.json, or the one in a folder; it never truncates, pads or drops merges.
 
     Raises:
-        InputError: no such file, or not a tokenizer.json.
+        InputError: there is no such file, or it is not a tokenizer.json.
     """
     return open_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
 
 
 def tokenizer_files(given: Path) -> list[Path]:
-    """The files that describe a given tokenizer: a folder's, or a lone file where it is not called tokenizer.json."""
+    """The files of a tokenizer: those of its folder, or the given file alone if it is not called tokenizer.json."""
     if given.name != "tokenizer.json" and not given.is_dir():
         return [given]
     folder = given if given.is_dir() else given.parent
@@ -76,10 +76,10 @@ def tokenizer_files(given: Path) -> list[Path]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, given: Path | None = None) -> None:
-    """tokenizer.json, and the files beside it with which transformers and vLLM load it.
+    """Write tokenizer.json and the files that transformers and vLLM need to load it.
 
-    What the files of a `given` tokenizer say is kept, its chat template too. transformers' class for a tokenizer with
-    Python code of its own becomes the one that reads the tokenizer.json as it is.
+    Keeps the settings and the chat template of a `given` tokenizer. If it has Python code of its own, its class becomes
+    the one with which transformers reads the tokenizer.json unchanged.
 
     Raises:
         InputError: the tokenizer has no end token, or its files contradict it.
@@ -105,8 +105,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, given: Path | None = None
 
 
 def _beginning_with(tokenizer: Tokenizer, token: int) -> Tokenizer:
-    """The tokenizer, putting `token` before a text by its own post-processor: transformers 5 does not heed
-    `add_bos_token` where a class of its own would have done so, and the model was trained with the token."""
+    """The tokenizer with a post-processor that puts `token` before a text. The model was trained with the token, but
+    transformers 5 ignores `add_bos_token` unless the tokenizer's own class implements it."""
     spec, name = json.loads(tokenizer.to_str()), tokenizer.id_to_token(token)
     first, a, b = {"SpecialToken": {"id": name, "type_id": 0}}, *({"Sequence": {"id": i, "type_id": 0}} for i in "AB")
     named = {name: {"id": name, "ids": [token], "tokens": [name]}}
@@ -121,17 +121,17 @@ def _write(path: Path, value: dict[str, object]) -> None:
 
 
 def fim_tokens(tokenizer: Tokenizer) -> tuple[int, int, int] | None:
-    """Ids of fim_begin, fim_hole and fim_end, or None where the tokenizer has no such tokens."""
+    """Ids of fim_begin, fim_hole and fim_end, or None if the tokenizer lacks them."""
     begin, hole, end = (tokenizer.token_to_id(name) for name in FIM)
     return None if begin is None or hole is None or end is None else (begin, hole, end)
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes each id stands for, [largest id + 1] uint32; special tokens and unused ids stand for none.
+    """Number of UTF-8 bytes of each id, [largest id + 1] uint32; 0 for special tokens and unused ids.
 
-    With it a loss per token becomes bits per byte, which compares tokenizers. A byte-level token is spelled with one
-    character of the byte alphabet per byte: the count is exact. Other kinds (SentencePiece) spell a space as a low bar
-    and a lone byte as <0xNN>. Added tokens that are not special are spelled as themselves.
+    Turns loss per token into bits per byte, which is comparable across tokenizers. Byte-level tokens have one character
+    of the byte alphabet per byte, so the count is exact. Other kinds (SentencePiece) write a space as a low bar and a
+    single byte as <0xNN>. Added tokens that are not special count as written.
     """
     byte_level = tokenizer.decoder is not None and b"ByteLevel" in tokenizer.decoder.__getstate__()
     added = tokenizer.get_added_tokens_decoder()

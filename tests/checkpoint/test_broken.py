@@ -251,7 +251,7 @@ def tensor(shape, *offsets, dtype="F32"):
         ({"a": tensor([True], 0, 4)}, "whole numbers"), ({"a": tensor("4", 0, 16)}, "whole numbers"),
         ({"a": tensor([1] * 9, 0, 4)}, "whole numbers"), ({"a": tensor([2**60], 0, 16)}, "whole numbers"),
         (b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 16]}}', "Infinity"),
-        (b'{"a": 1, "a": 2}', "stands twice"), (b'{"a":' * 100_000, "brackets"),
+        (b'{"a": 1, "a": 2}', "appears twice"), (b'{"a":' * 100_000, "brackets"),
     ],
 )  # fmt: skip
 def test_headers_that_no_file_has(single, header, says):

@@ -126,7 +126,7 @@ def test_a_changed_input_is_noticed(tmp_path: Path, change: str) -> None:
         said = r"c\.jsonl was added"
     else:
         (folder / "a.jsonl").unlink()
-        said = r"a\.jsonl went away"
+        said = r"a\.jsonl was removed"
     with pytest.raises(InputError, match=said):
         prepare([folder], tmp_path / "out", train_vocab=262, workers=1)
 
@@ -210,7 +210,7 @@ def press_ctrl_c(child: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "code", "said"),
-    [(kill_a_worker, 1, "an encoding process was ended by signal 9"), (press_ctrl_c, 130, "stopped; out keeps")],
+    [(kill_a_worker, 1, "an encoding process was killed by signal 9"), (press_ctrl_c, 130, "stopped; out keeps")],
 )
 def test_what_is_stopped_says_a_line_and_goes_on(
     tmp_path: Path,
@@ -279,7 +279,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, there: str) -> No
     path = corpus(tmp_path, SENTENCES)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / there).write_text("precious")
-    with pytest.raises(InputError, match=f"holds {there}, which is not of data prepare"):
+    with pytest.raises(InputError, match=f"holds {there}, which data prepare did not write"):
         prepare([path], tmp_path / "out", train_vocab=262, workers=1)
     assert [p.read_text() for p in (tmp_path / "out").glob("[!.]*")] == ["precious"]
 
