@@ -1,4 +1,4 @@
-"""What lies beside the weights of a model folder: tokenizer, templates, code, licence. It goes where the weights go."""
+"""Copies the files beside the weights of a model folder: tokenizer, templates, code, licence."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from leanseek.reading import leaves
 
-_FOLDERS = ("additional_chat_templates",)  # read by transformers; other folders hold no part of the model
+_FOLDERS = ("additional_chat_templates",)  # read by transformers; other folders are not part of the model
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_OURS = ("config.json", "state.json")  # written anew; of a training checkpoint
+_OURS = ("config.json", "state.json")  # we write the first ourselves; the second belongs to a training checkpoint
 
 
 def copy_beside(source: Path, out: Path, allow_links: bool = False) -> list[str]:
-    """Copy what is neither weights nor config.json from the model folder `source`; returns a line for each file left.
+    """Copy everything but weights and config.json from the model folder `source`; returns a line per skipped file.
 
-    A link out of the folder is left, unless `allow_links`. Code (*.py) is copied, never run: an `auto_map` finds it
-    where it was.
+    Links out of the folder are skipped unless `allow_links`. Code (*.py) is copied but never run, so that an `auto_map`
+    still finds it.
     """
     left = []
     for path, reason in _beside(source, allow_links):
@@ -32,7 +32,7 @@ def copy_beside(source: Path, out: Path, allow_links: bool = False) -> list[str]
 
 
 def _beside(source: Path, allow_links: bool) -> Iterator[tuple[Path, str]]:
-    """Files, and why one is not to be copied."""
+    """Files, each with the reason not to copy it ("": copy it)."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in _OURS or path.name.endswith(_WEIGHTS):
             continue

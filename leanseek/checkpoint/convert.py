@@ -1,4 +1,4 @@
-"""Checkpoint to checkpoint as a stream of tensors: a 671B folder passes through in the memory of its largest one."""
+"""Converts checkpoints as a stream of tensors: a 671B folder needs only the memory of its largest tensor."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def convert(
     allow_links: bool = False,
     allow_nonfinite: bool = False,
 ) -> list[str]:
-    """Write the checkpoint `source` (a folder or a run) to `out`; `to` is bf16, or fp8: 128×128 blocks and BF16.
+    """Write the checkpoint `source` (a folder or a run) to `out`; `to` is bf16 or fp8 (128×128 blocks and BF16).
 
-    Everything but the weights' format stays: MTP layers, every key of config.json, the files beside the weights.
-    `e_score_correction_bias` stays as stored. progress(done, total): bytes written. Returns a line for each file that
-    was left out.
+    Only the weights' format changes: MTP layers, every key of config.json and the files beside the weights stay.
+    `e_score_correction_bias` stays as stored. progress(done, total) gets the bytes written. Returns a line for each
+    file that was skipped.
 
     Raises:
-        CheckpointError: `source` is broken (as `load`) or holds NaN or infinity (unless `allow_nonfinite`), `out` is
-            not empty or cannot be written, no such format.
+        CheckpointError: `source` is broken (as in `load`) or contains NaN or infinity (unless `allow_nonfinite`), `out`
+            is not empty or cannot be written, or `to` is unknown.
         RunError: the disk is full.
     """
     if to not in _FORMATS:
@@ -57,7 +57,7 @@ def convert(
     quantization = values.pop("quantization_config", None)
     with atomic_folder(Path(out)) as partial:
         about = described(tensors)
-        if quantization and "quantization_config" in about:  # FP8 passes through, whatever else is said of it too
+        if quantization and "quantization_config" in about:  # FP8 passes through: keep every key
             about["quantization_config"] = quantization
         write_json(partial / "config.json", values | about)
         left = copy_beside(folder, partial, allow_links)

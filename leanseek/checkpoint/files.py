@@ -1,4 +1,4 @@
-"""Safetensors folders: reading in pieces with every offset checked, and streamed, sharded, atomic writing."""
+"""Reads safetensors folders in pieces, checking every offset, and writes them streamed, sharded and atomically."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from leanseek.writing import LOCK, partial_folder, writing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MTP_FILE = "mtp.safetensors"  # MTP layers of a folder whose index may not name them, see `hf.save`
-LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+MTP_FILE = "mtp.safetensors"  # MTP layers, if the folder's index may not name them: see `hf.save`
+LARGEST_HEADER = 100_000_000  # bytes, the safetensors library's own limit
 MOST_DIMENSIONS = 8
-CHUNK = 8 * 2**20  # values converted at a time: no more than these are in memory beside the weights
+CHUNK = 8 * 2**20  # values converted at a time, the most in memory besides the weights
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be read or written as asked; one line that names the file or tensor."""
+    """A checkpoint that cannot be read or written; the message is one line that names the file or tensor."""
 
 
 _DTYPES = {
@@ -53,7 +53,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class Stored(NamedTuple):
-    """A tensor in an open file: nothing of it is in memory until it is read."""
+    """A tensor in an open file. It takes no memory until it is read."""
 
     file: BinaryIO
     dtype: torch.dtype
@@ -72,7 +72,7 @@ class Stored(NamedTuple):
         """Fill contiguous `out`, converting to its dtype and device.
 
         Raises:
-            CheckpointError: the file has become shorter.
+            CheckpointError: the file cannot be read or has become shorter.
         """
         flat = out.view(-1)
         if out.dtype == self.dtype and out.device.type == "cpu":
@@ -86,7 +86,7 @@ class Stored(NamedTuple):
         return out
 
     def _read_into(self, flat: Tensor, offset: int) -> None:
-        """Fill flat, of our dtype, from a byte offset. A read: a mapping would fault its pages in one by one."""
+        """Fill `flat`, of our dtype, from a byte offset. Reads, because a mapping would fault pages in one by one."""
         left = memoryview(flat.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]
         while left:
             try:
@@ -98,19 +98,19 @@ class Stored(NamedTuple):
             left, offset = left[count:], offset + count
 
     def chunk(self, count: int) -> list[Stored]:
-        """`count` equal parts along the first dimension, as torch.chunk."""
+        """`count` equal parts along the first dimension, like torch.chunk."""
         rows = self.shape[0] // count
         size = rows * math.prod(self.shape[1:]) * self.dtype.itemsize
         return [self._replace(shape=(rows, *self.shape[1:]), start=self.start + i * size) for i in range(count)]
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, none of them read yet. They tile the file: no gap, nothing shared.
+    """The tensors of one safetensors file, not read yet. They must tile the file, without gaps or overlaps.
 
     Raises:
-        CheckpointError: the file is absent, truncated or corrupt, or holds a dtype we do not know.
+        CheckpointError: the file is missing, truncated or corrupt, or has an unknown dtype.
     """
-    file, size = open_regular(path, CheckpointError)  # closed with the last tensor in it
+    file, size = open_regular(path, CheckpointError)  # closed when its last tensor is gone
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > size - 8:
@@ -167,12 +167,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder under its published name, sharded or not.
+    """Every tensor of a checkpoint folder, sharded or not, under its published name.
 
-    Experts that transformers 5 may write fused (`mlp.experts.gate_up_proj`, 3-D) appear one by one, as published.
+    Fused experts, which transformers 5 may write (`mlp.experts.gate_up_proj`, 3-D), appear one by one, as published.
 
     Raises:
-        CheckpointError: there are no safetensors, a shard is absent or broken.
+        CheckpointError: there are no safetensors files, or a shard is missing or broken.
     """
     tensors: dict[str, Stored] = {}
     if (folder / INDEX).is_file():
@@ -239,7 +239,7 @@ def _unfused(tensors: dict[str, Stored]) -> dict[str, Stored]:
 
 
 class Lazy(NamedTuple):
-    """A tensor to write: known by shape and dtype beforehand, made when its turn comes, and only then."""
+    """A tensor to write: shape and dtype are known beforehand, and `make` runs only when it is written."""
 
     name: str
     dtype: torch.dtype
@@ -252,7 +252,7 @@ class Lazy(NamedTuple):
 
 
 def write_file(path: Path, tensors: Sequence[Lazy]) -> None:
-    """One safetensors file, a tensor at a time, flushed to the disk before it returns."""
+    """Write one safetensors file, a tensor at a time, and sync it to disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for lazy in tensors:
@@ -262,7 +262,7 @@ def write_file(path: Path, tensors: Sequence[Lazy]) -> None:
             "data_offsets": [offset, offset := offset + lazy.nbytes],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)  # data starts at a cache line
+    text += b" " * (-(len(text) + 8) % 64)  # aligns the data to a cache line
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for lazy in tensors:
@@ -275,7 +275,7 @@ def write_file(path: Path, tensors: Sequence[Lazy]) -> None:
 
 
 def write_shards(folder: Path, tensors: Iterable[Lazy], max_shard_bytes: int) -> None:
-    """`model.safetensors`, or shards of at most `max_shard_bytes` (one tensor at least) and their index."""
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` (at least one tensor each) and their index."""
     shards: list[list[Lazy]] = [[]]
     filled = 0
     for lazy in tensors:
@@ -302,7 +302,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` once everything is in it, and vanishes if anything fails.
+    """A folder to fill: it becomes `path` when the block ends, and is removed if anything fails.
 
     Raises:
         CheckpointError: `path` exists and is not an empty folder, or cannot be written.

@@ -1,4 +1,4 @@
-"""Weights that are no numbers: found by name where a checkpoint is rewritten or examined."""
+"""Finds weights that are NaN or infinite, by name, when a checkpoint is converted, exported or examined."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from leanseek.checkpoint.files import CHUNK, CheckpointError, Lazy, Stored
 from leanseek.reading import shorten
 
-_NAMED = 3  # tensors in a message
+_NAMED = 3  # tensors named in a message
 
 
 def nonfinite(tensor: Tensor) -> int:
-    """Values that are NaN or infinity; of FP8 the codes that stand for NaN, of E8M0 scales likewise."""
+    """Number of NaN or infinite values; for FP8 and E8M0 scales, of codes that mean NaN or infinity."""
     if not tensor.dtype.is_floating_point:
         return 0
     flat, count = tensor.detach().reshape(-1), 0
@@ -24,32 +24,34 @@ def nonfinite(tensor: Tensor) -> int:
         part = flat[first : first + CHUNK]
         if part.dtype.itemsize == 1:
             part = part.float()
-        if not bool(part.sum(dtype=torch.float32).isfinite()):  # quick; large finite values may add up to infinity
+        if not bool(
+            part.sum(dtype=torch.float32).isfinite()
+        ):  # a quick test first: large finite values may add up to infinity
             count += int((~part.isfinite()).sum())
     return count
 
 
 class Census:
-    """Counts, by name, the non-finite values of the tensors that pass through it."""
+    """Counts the non-finite values of the tensors that pass through it, by name."""
 
     def __init__(self) -> None:
         self.found: dict[str, int] = {}
 
     def watched(self, lazy: Lazy) -> Lazy:
-        """The tensor, counted when it is made."""
+        """The tensor, checked when it is made."""
         return lazy._replace(make=functools.partial(self._counted, lazy))
 
     def count(self, stored: Mapping[str, Stored]) -> dict[str, int]:
-        """Read all tensors, one at a time; returns those that hold what is no number."""
+        """Read all tensors, one at a time; returns the counts of those with non-finite values."""
         for name, one in stored.items():
             self._note(name, one.read())
         return self.found
 
     def judge(self, allow: bool) -> None:
-        """Say what was found.
+        """Report non-finite values: a warning if `allow`, else an error.
 
         Raises:
-            CheckpointError: something was, and `allow` is not set.
+            CheckpointError: there are some, and `allow` is not set.
         """
         if not self.found:
             return

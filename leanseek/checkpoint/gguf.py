@@ -1,4 +1,4 @@
-"""GGUF out, for llama.cpp's `deepseek2` network: MLA absorbed, experts stacked, MTP left out (its loader has none)."""
+"""Exports GGUF for llama.cpp's `deepseek2`: absorbed MLA, stacked experts, no MTP (llama.cpp does not load it)."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def export_gguf(
     allow_links: bool = False,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Write the checkpoint `source` (a folder or a run) as one GGUF file, a matrix at a time, no model built.
+    """Write the checkpoint `source` (a folder or a run) as one GGUF file, a matrix at a time, without building a model.
 
-    dtype: f32, f16, bf16, q8_0, or auto: as stored (FP8 as bf16). Norms, gates and biases are f32 always. Without a
-    tokenizer the file takes token ids only.
+    dtype: f32, f16, bf16, q8_0, or auto: as stored (FP8 as bf16). Norms, gates and biases are always f32. Without a
+    tokenizer the file accepts token ids only.
 
     Raises:
-        CheckpointError: `source` is broken (as `load`), `out` exists or cannot be written, llama.cpp would compute or
-            read something else, or a file of the tokenizer is a link out of its folder (unless `allow_links`).
+        CheckpointError: `source` is broken (as in `load`), `out` exists or cannot be written, llama.cpp would compute
+            or read something else, or a tokenizer file is a link out of its folder (unless `allow_links`).
         RunError: the disk is full.
     """
     folder, out = resolve(source, allow_links), Path(out)
@@ -83,7 +83,7 @@ def export_gguf(
 
 
 def unsupported_by_llama_cpp(config: ModelConfig) -> str | None:
-    """Why llama.cpp would refuse the file or compute something else, or None."""
+    """Why llama.cpp would refuse the file or compute something else; None if it would not."""
     c = config
     if c.attention != "mla":
         return f"attention = {c.attention!r}"
@@ -106,7 +106,7 @@ def unsupported_by_llama_cpp(config: ModelConfig) -> str | None:
 
 
 def _describe(writer: gguf.GGUFWriter, c: ModelConfig, name: str, file_type: Type) -> None:
-    """Metadata, under the keys of llama.cpp's deepseek2. Absorbed MLA is to it attention with one key head."""
+    """Metadata with the keys of llama.cpp's deepseek2, for which absorbed MLA is attention with one key head."""
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -118,7 +118,7 @@ def _describe(writer: gguf.GGUFWriter, c: ModelConfig, name: str, file_type: Typ
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_q_lora_rank(c.q_lora_rank or 0)  # its loader wants the key, and takes 0 for none
+    writer.add_q_lora_rank(c.q_lora_rank or 0)  # the loader requires the key; 0 means none
     writer.add_kv_lora_rank(c.kv_lora_rank)
     writer.add_key_length(c.cache_width)
     writer.add_value_length(c.kv_lora_rank)
@@ -159,7 +159,7 @@ def _describe(writer: gguf.GGUFWriter, c: ModelConfig, name: str, file_type: Typ
 
 
 class _Matrix(NamedTuple):
-    """A GGUF tensor: `pieces`, made one at a time, lie one after the other."""
+    """A GGUF tensor: the concatenation of `pieces`, which are made one at a time."""
 
     name: str
     shape: tuple[int, ...]
@@ -168,7 +168,7 @@ class _Matrix(NamedTuple):
 
 
 def _matrices(tensors: Mapping[str, Lazy], c: ModelConfig, wide: Type) -> Iterator[_Matrix]:
-    """The main model's tensors under GGUF names, experts of a layer stacked and kv_b_proj split (2.1.1)."""
+    """The main model's tensors under GGUF names, with a layer's experts stacked and kv_b_proj split (2.1.1)."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, c.num_hidden_layers)
 
     def matrix(name: str, shape: tuple[int, ...], pieces: list[Callable[[], Tensor]]) -> _Matrix:
@@ -179,7 +179,7 @@ def _matrices(tensors: Mapping[str, Lazy], c: ModelConfig, wide: Type) -> Iterat
         if len(shape) == 1 or name.endswith("mlp.gate.weight"):
             kind = Type.F32
         elif wide == Type.Q8_0 and shape[-1] % 32:
-            kind = Type.F16  # Q8_0 packs 32 values of a row together
+            kind = Type.F16  # Q8_0 packs 32 values of a row
         return _Matrix(found, shape, kind, pieces)
 
     for name, lazy in tensors.items():
@@ -266,7 +266,7 @@ class _Normalizer(Structure):
 
 
 class _Spec(Structure):
-    """What is read of a tokenizer.json."""
+    """The keys that we read from a tokenizer.json."""
 
     model: _Model
     added_tokens: list[_Added]
@@ -275,7 +275,7 @@ class _Spec(Structure):
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder: Path) -> None:
-    """The byte-level BPE of `source`'s tokenizer.json, as llama.cpp's `gpt2` model; end tokens also from `folder`."""
+    """Writes `source`'s byte-level BPE as llama.cpp's `gpt2` model, with the end tokens of `folder` as well."""
     path = tokenizer_json(source)
     if path is None:
         writer.add_tokenizer_model("no_vocab")
@@ -284,8 +284,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder
     spec = json.loads(tokenizer.to_str())
     checked(_Spec, spec, str(path), CheckpointError)
     if spec["model"]["type"] != "BPE":
-        raise CheckpointError(f"{path} is no byte-level BPE; llama.cpp's gpt2 tokenizer is")
-    tokens = [f"[PAD{i}]" for i in range(c.vocab_size)]  # embeddings padded beyond the vocabulary
+        raise CheckpointError(f"{path} is not a byte-level BPE, which llama.cpp's gpt2 tokenizer needs")
+    tokens = [f"[PAD{i}]" for i in range(c.vocab_size)]  # names for embeddings beyond the vocabulary
     types = [gguf.TokenType.UNUSED] * c.vocab_size
     known = {number: (token, gguf.TokenType.NORMAL) for token, number in spec["model"]["vocab"].items()}
     for added in spec["added_tokens"]:
@@ -301,19 +301,19 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([_merge(pair) for pair in spec["model"]["merges"]])
-    # beside a file of another name lies what belongs to another tokenizer, if anything
+    # files beside a tokenizer with another name belong to some other tokenizer
     _add_special(writer, tokenizer, path.parent if path.name == "tokenizer.json" else None, c, folder)
 
 
 def _merge(pair: list[str] | str) -> str:
-    """Two parts with a blank between them; a blank within one is spelled as bytes are."""
+    """Both parts of a merge, separated by a blank; blanks inside a part become Ġ, as in byte-level tokens."""
     return pair if isinstance(pair, str) else " ".join(part.replace(" ", "Ġ") for part in pair)
 
 
 def _add_special(
     writer: gguf.GGUFWriter, tokenizer: Tokenizer, beside: Path | None, c: ModelConfig, folder: Path
 ) -> None:
-    """Which tokens begin and end a text, which of them encoding puts there, and the chat templates."""
+    """Writes which tokens begin and end a text, which of them encoding adds, and the chat templates."""
     config = read_optional_json(beside / CONFIG, CheckpointError) if beside else {}
     checked(Names, config, f"{beside}/{CONFIG}", CheckpointError)
     begin, end = (named_token(beside, key, tokenizer) if beside else None for key in ("bos_token", "eos_token"))
@@ -342,7 +342,7 @@ def _add_special(
 
 
 def _chat_template(beside: Path, config: dict[str, Any]) -> str | list[dict[str, str]] | None:
-    """The folder's template, or templates by name; a file goes before the tokenizer_config.json, as everywhere."""
+    """The folder's template, or templates by name. A file takes precedence over tokenizer_config.json."""
     file = beside / "chat_template.jinja"
     if not file.is_file():
         return config.get("chat_template")
@@ -353,7 +353,7 @@ def _chat_template(beside: Path, config: dict[str, Any]) -> str | list[dict[str,
 
 
 def _ends(first: int | None, c: ModelConfig, folder: Path) -> dict[str, int]:
-    """All tokens that end an answer, under the three keys that llama.cpp stops at."""
+    """The tokens that end an answer, under the three keys at which llama.cpp stops."""
     listed = _generation(folder).get("eos_token_id")
     ends = [first, *(listed if isinstance(listed, list) else [listed]), *c.eos_token_ids]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
@@ -367,7 +367,7 @@ def _generation(folder: Path) -> dict[str, Any]:
 
 
 def _add_sampling(writer: gguf.GGUFWriter, folder: Path) -> None:
-    """The defaults of generation_config.json, where its keys have one in a GGUF file."""
+    """Writes the defaults of generation_config.json that have a key in GGUF."""
     generation = _generation(folder)
     keys: tuple[tuple[str, Callable[[Any], None], type], ...] = (
         ("temperature", writer.add_sampling_temp, float),
@@ -381,7 +381,7 @@ def _add_sampling(writer: gguf.GGUFWriter, folder: Path) -> None:
             add(kind(value))
 
 
-# How V3's tokenizer.json splits a text before the merges; those that we train split alike (data/tokenizer.py).
+# How V3's tokenizer.json splits a text before the merges; the ones that we train do the same (data/tokenizer.py).
 _V3_PATTERNS = [
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
@@ -391,7 +391,7 @@ _V3_PATTERNS = [
 
 
 def _check_merging(path: Path, spec: dict[str, Any]) -> None:
-    """Refuse what llama.cpp passes over when it merges, and when it looks for added tokens in a text.
+    """Refuse options that llama.cpp ignores when it merges and when it looks for added tokens in a text.
 
     Raises:
         CheckpointError: the model would read other tokens.
@@ -408,7 +408,8 @@ def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
     """llama.cpp's name for how the tokenizer.json at `path` splits text before the merges.
 
     Raises:
-        CheckpointError: it has none, or a normalizer, which llama.cpp passes over: the model would read other tokens.
+        CheckpointError: llama.cpp has no name for it, or there is a normalizer, which llama.cpp ignores. In both cases
+            the model would read other tokens.
     """
     normalizer = spec.get("normalizer")
     if normalizer and normalizer != {"type": "Sequence", "normalizers": []}:
@@ -422,7 +423,7 @@ def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
     whole = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
     if whole and isolated and patterns == _V3_PATTERNS and len(steps) == 4 and not last.get("use_regex", True):
         return "deepseek-v3"
-    # V2: words with the letters written out, and digits one by one
+    # V2: the letters of words are listed, and digits are split one by one
     if patterns[:1] in (["[\r\n]"], [r"[\r\n]"]) and len(patterns) == 5 and patterns[1].startswith(r"\s?[A-Za-zµ"):
         return "deepseek-llm"
     if whole and len(steps) == 1 and last.get("use_regex", True):

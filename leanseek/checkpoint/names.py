@@ -1,7 +1,7 @@
-"""Names on disk and names in memory: the one table, read in both directions.
+"""Maps names on disk to names in memory and back, with one table.
 
-On disk (as DeepSeek publishes): every expert's matrices apart, MTP modules as layers after the last one. In memory:
-experts stacked, so that they run as one grouped product, and MTP modules under `mtp`.
+On disk, as DeepSeek publishes: each expert's matrices are separate, and MTP modules are layers after the last one. In
+memory: experts are stacked, so that they run as one grouped product, and MTP modules are under `mtp`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from leanseek.model import Transformer
 
 
 class Part(NamedTuple):
-    """A tensor on disk and its place in one of ours: it is `ours[place]`."""
+    """A tensor on disk, which is `ours[place]` of one of our tensors."""
 
     name: str
     place: tuple[int | slice, ...]
@@ -27,7 +27,7 @@ _MTP = re.compile(r"mtp\.(\d+)\.(?:(block)\.|(norm)\.)?(.*)")
 
 
 def hf_parts(name: str, tensor: Tensor, num_hidden_layers: int) -> list[Part]:
-    """The published tensors that our state-dict entry `name` is made of; `tensor`, maybe on meta, gives its shape."""
+    """The published tensors that make up our state-dict entry `name`; `tensor` (meta is fine) gives its shape."""
     path = _hf_path(name, num_hidden_layers)
     stacked = _EXPERTS.fullmatch(path)
     if stacked is None:
@@ -51,10 +51,10 @@ def _hf_path(name: str, num_hidden_layers: int) -> str:
 
 
 def iter_hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model under its published name, as views: nothing is copied, each exactly once.
+    """Every weight of the model exactly once, under its published name, as views: nothing is copied.
 
-    Weights kept as FP8 come with their `weight_scale_inv`. The copies of embedding and head that published MTP layers
-    carry are not made.
+    Weights kept in FP8 come with their `weight_scale_inv`. Published MTP layers contain copies of embedding and head;
+    we leave these out.
     """
     for name, tensor in model.state_dict().items():
         for part in hf_parts(name, tensor, model.config.num_hidden_layers):
@@ -62,7 +62,7 @@ def iter_hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether published FP8 checkpoints hold this weight as FP8 blocks (3.3): the linears of attention and experts.
+    """Whether published FP8 checkpoints store this weight as FP8 blocks (3.3): the linears of attention and experts.
 
     Embedding, head, norms, gate and `eh_proj` stay in BF16, `e_score_correction_bias` in FP32.
     """

@@ -1,4 +1,4 @@
-"""The tokenizer's files beside the weights."""
+"""Copies and finds the tokenizer's files beside the weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TOKENIZER_FILES = (
 def copy_tokenizer(source: Path, folder: Path, config: ModelConfig, allow_links: bool = True) -> None:
     """Copy the tokenizer of `source` (a folder, or a tokenizer.json, with the files beside it) into `folder`.
 
-    A lone tokenizer.json gets a `tokenizer_config.json`, or transformers would take it for a Llama tokenizer.
+    If there is only a tokenizer.json, we add a `tokenizer_config.json`: transformers would assume a Llama tokenizer.
 
     Raises:
-        CheckpointError: there is no tokenizer in `source`, or, unless `allow_links`, a file of it is a link out of it.
+        CheckpointError: `source` has no tokenizer, or (unless `allow_links`) one of its files is a link to the outside.
     """
     if source.is_file() and source.name == "tokenizer.json":
         source = source.parent
@@ -55,10 +55,10 @@ def copy_tokenizer(source: Path, folder: Path, config: ModelConfig, allow_links:
 
 
 def find_tokenizer(checkpoint: Path, allow_links: bool = False) -> Path | None:
-    """The folder that has the tokenizer of a checkpoint folder: itself, or the run it belongs to.
+    """The folder with the tokenizer of a checkpoint: the checkpoint folder itself or its run; None if neither has one.
 
     Raises:
-        CheckpointError: a file there is a link out of it, and `allow_links` is not set.
+        CheckpointError: a file there is a link to the outside, and `allow_links` is not set.
     """
     run = [checkpoint.parent.parent] if checkpoint.parent.name == "checkpoints" else []
     found = next((folder for folder in (checkpoint, *run) if tokenizer_json(folder)), None)
@@ -68,6 +68,6 @@ def find_tokenizer(checkpoint: Path, allow_links: bool = False) -> Path | None:
 
 
 def tokenizer_json(source: Path) -> Path | None:
-    """The tokenizer.json of a folder, or `source` itself if it is a file; None where there is none."""
+    """The tokenizer.json of a folder, or `source` itself if it is a file; None if there is none."""
     path = source if source.is_file() else source / "tokenizer.json"
     return path if path.is_file() else None

@@ -1,7 +1,7 @@
-"""Checkpoints to resume from: `checkpoints/step-N/`, whole or not there at all.
+"""Checkpoints to resume from, `checkpoints/step-N/`, written atomically.
 
-A folder holds the model as a Hugging Face folder does (config.json, model.safetensors, the tokenizer), so that it
-loads like any other, plus state.safetensors (moments, EMA) and state.json (the step, and a checksum of every file).
+A folder is a Hugging Face folder (config.json, model.safetensors, the tokenizer), which loads like any other, plus
+state.safetensors (moments, EMA) and state.json (the step, and a checksum of every file).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 class _State(Structure):
-    """state.json; checkpoints of older versions lack what has a default here."""
+    """state.json. Checkpoints of older versions lack the fields that have defaults."""
 
     step: Count
     checksum: int
@@ -63,10 +63,10 @@ class Resumed(NamedTuple):
 def write_checkpoint(
     run: Path, step: int, model: Transformer, tensors: dict[str, Tensor], state: dict[str, Any], tokenizer_from: Path
 ) -> Path:
-    """Write `run/checkpoints/step-N` and make it appear at once, on disk before it has its name.
+    """Write `run/checkpoints/step-N` atomically: it is synced to disk before it gets its name.
 
     Raises:
-        OSError: the disk is full or the like; what was there before is untouched and the partial folder is gone.
+        OSError: the disk is full, for example; older checkpoints are untouched and the partial folder is removed.
     """
     final = run / "checkpoints" / f"step-{step}"
     partial = final.with_name(f".step-{step}.partial")
@@ -101,12 +101,12 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
     for step in steps_on_disk(run)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             _remove(run / "checkpoints" / f"step-{step}")
-    for partial in (run / "checkpoints").glob(".step-*"):  # of a run that was killed while writing or removing
+    for partial in (run / "checkpoints").glob(".step-*"):  # left by a run that was killed while writing or removing
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def newest_checkpoint(run: Path) -> tuple[Resumed | None, list[str]]:
-    """The newest checkpoint whose checksums hold, and a line for each newer one that was passed over."""
+    """The newest checkpoint with correct checksums, and a line for each newer one that was skipped."""
     passed: list[str] = []
     for step in reversed(steps_on_disk(run)):
         try:
@@ -117,7 +117,7 @@ def newest_checkpoint(run: Path) -> tuple[Resumed | None, list[str]]:
 
 
 def set_aside(run: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, which are broken, to `broken-step-N`: nothing takes them for good ones."""
+    """Rename the broken checkpoints after `step` to `broken-step-N`, so that nothing uses them."""
     for later in steps_on_disk(run):
         if later > step:
             aside = run / "checkpoints" / f"broken-step-{later}"
@@ -126,7 +126,7 @@ def set_aside(run: Path, step: int) -> None:
 
 
 def newest_whole(run: Path) -> Path | None:
-    """The folder of the newest checkpoint whose checksums hold, its tensors not read."""
+    """The folder of the newest checkpoint with correct checksums, without reading its tensors."""
     for step in reversed(steps_on_disk(run)):
         folder = run / "checkpoints" / f"step-{step}"
         try:
@@ -138,7 +138,7 @@ def newest_whole(run: Path) -> Path | None:
 
 
 def read_checkpoint(folder: Path) -> Resumed:
-    """State of one checkpoint; the model is read with `load`.
+    """The state of one checkpoint; use `load` for the model.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.
@@ -149,7 +149,7 @@ def read_checkpoint(folder: Path) -> Resumed:
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint, every file of which has the checksum written there.
+    """Check every file of a checkpoint against its checksum; returns the state.json.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.
@@ -170,10 +170,10 @@ def check(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_ema(model: Transformer, folder: Path) -> Transformer:
-    """Put the averaged weights of the training checkpoint `folder` in the place of the model's; returns the model.
+    """Replace the model's weights by the averaged ones of the training checkpoint `folder`; returns the model.
 
     Raises:
-        CheckpointError: the checkpoint has none, or one is missing or of another shape.
+        CheckpointError: the checkpoint has no averaged weights, or one is missing or has another shape.
     """
     path = folder / "state.safetensors"
     stored = open_file(path) if path.is_file() else {}
@@ -193,7 +193,7 @@ def _checksum(state: dict[str, Any]) -> int:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint so that, at any instant, it is whole or does not bear its name."""
+    """Delete a checkpoint atomically: it loses its name before its files go."""
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)

@@ -1,4 +1,4 @@
-"""A run: what is trained, on what, and how. One TOML file, the keys of the paper's section 4.2."""
+"""RunConfig: what a run trains, on what data, and how. One TOML file with the settings of the paper's section 4.2."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class DataConfig:
 class TrainConfig:
     steps: int = 1000
     batch_size: int = 8  # sequences per optimizer step
-    batch_size_start: int = 0  # ramped from here to batch_size over ramp (4.2); 0: no ramp
-    ramp: float = 0.03  # share of the steps
+    batch_size_start: int = 0  # the batch grows from here to batch_size (4.2); 0: no ramp
+    ramp: float = 0.03  # share of the steps over which it grows
     micro_batch_size: int = 0  # sequences per forward; 0: the whole batch
-    dtype: str = "auto"  # of the compute: bfloat16 where the hardware multiplies it, else float32
-    precision: str = "bf16"  # of the linears' products: bf16 (that is, dtype), fp8, fp8-tensorwise (docs/fp8.md)
-    spike_limit: float = 10.0  # robust z-score of a loss above which its step is left out; 0: never
+    dtype: str = "auto"  # compute dtype: bfloat16 if the hardware multiplies it, else float32
+    precision: str = "bf16"  # of the linears' products: bf16 (meaning dtype), fp8, fp8-tensorwise (docs/fp8.md)
+    spike_limit: float = 10.0  # robust z-score of the loss from which on a step is skipped; 0: never
     device: str = "auto"
-    recompute: bool = False  # norms and MLA up-projections again in backward (3.2.3)
+    recompute: bool = False  # recompute norms and MLA up-projections in backward (3.2.3)
     seed: int = 0
     log_every: int = 1
     eval_every: int = 100
@@ -51,15 +51,16 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; norms and the embedding do not decay (optimizer.py says why)
     clip: float = 1.0
-    moments: str = "auto"  # float32, or bfloat16 as the paper keeps them (3.3.3); auto: bfloat16 under FP8
+    moments: str = "auto"  # float32, or bfloat16 as in the paper (3.3.3); auto: bfloat16 with FP8
     ema: float = 0.0  # decay of an averaged copy of the weights (3.2.3); 0: none
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate: warm-up, constant, cosine, constant, constant (4.2). Shares are of all steps; V3's by default."""
+    """Learning rate: warm-up, constant, cosine, constant, constant (4.2). Points are shares of all steps, V3's by
+    default."""
 
-    warmup_steps: int = -1  # -1, resolved when the run is made: V3's 2,000, or a fifth of a run shorter than 10,000
+    warmup_steps: int = -1  # -1: V3's 2,000, or a fifth of a run shorter than 10,000; resolved in RunConfig
     decay_start: float = 0.676  # 10 T of 14.8 T tokens
     decay_end: float = 0.966  # 14.3 T
     final_lr: float = 2.2e-5
@@ -70,10 +71,10 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class BalanceConfig:
     bias_update_speed: float = 0.001  # γ
-    bias_update_decay: float = 1.0  # share of γ that is left at bias_freeze, falling linearly; the paper's is constant
+    bias_update_decay: float = 1.0  # γ decays linearly to this share at bias_freeze; constant in the paper
     bias_freeze: float = 0.966  # share of the steps after which γ = 0
     sequence_alpha: float = 1e-4  # α of the sequence-wise loss (eq. 17)
-    switch_alpha: float = 0.0  # factor of the Switch loss, for the classic MoE baseline
+    switch_alpha: float = 0.0  # weight of the Switch loss, for the classic MoE baseline
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class MTPConfig:
 class CheckpointConfig:
     every: int = 500
     keep_last: int = 2
-    keep_every: int = 0  # steps whose checkpoints are kept for good; 0: none
+    keep_every: int = 0  # checkpoints at multiples of this step are kept forever; 0: none
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class RunConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    notes: tuple[str, ...] = field(default=(), compare=False)  # what was chosen for the user, to be said aloud
+    notes: tuple[str, ...] = field(default=(), compare=False)  # settings chosen for the user, to be printed
 
     def __post_init__(self) -> None:
         if not _is_folder_name(self.name):
@@ -144,12 +145,12 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> RunConfig:
-        """From a TOML file's tables; with `preset = "NAME"` they are what differs from that preset's."""
+        """From a TOML file's tables; with `preset = "NAME"` they override that preset's."""
         return cls._from_layers(_layers(table))
 
     @classmethod
     def _from_layers(cls, layers: list[dict[str, Any]]) -> RunConfig:
-        """From tables of which each is what differs from those before it."""
+        """From tables, each of which overrides those before it."""
         table: dict[str, Any] = {}
         for layer in layers:
             table = _merge(table, layer)
@@ -173,9 +174,9 @@ class RunConfig:
         return cls(**values)
 
     def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> RunConfig:
-        """The same run, its model's tokens those of the tokenizer: what begins a text, and what ends one.
+        """The same run with the tokenizer's bos and eos tokens in its model.
 
-        End tokens of [model] stay where the tokenizer's own is among them.
+        The end tokens of [model] stay if they include the tokenizer's own.
         """
         ends = self.model.eos_token_ids if eos[0] in self.model.eos_token_ids else eos
         end = ends[0] if len(ends) == 1 else ends
@@ -183,20 +184,20 @@ class RunConfig:
 
     @property
     def moments(self) -> str:
-        """ "float32" or "bfloat16": what `optimizer.moments` comes to."""
+        """ "float32" or "bfloat16": `optimizer.moments` with auto resolved."""
         if self.optimizer.moments != "auto":
             return self.optimizer.moments
         return "float32" if self.train.precision == "bf16" else "bfloat16"
 
     def to_toml(self) -> str:
-        """The resolved file; `from_dict(tomllib.loads(...))` gives this config again."""
+        """The resolved configuration; `from_dict(tomllib.loads(...))` gives it back."""
         table: dict[str, Any] = {"name": self.name, "model": self.model.to_dict()}
         for key in _SECTIONS:
             table[key] = dataclasses.asdict(getattr(self, key))
         return tomli_w.dumps(table)
 
 
-# key(s), what a value must satisfy, and how that reads
+# key(s), the condition on a value, and how the message states it
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "train.steps train.batch_size train.log_every train.eval_every train.eval_sequences data.seq_len "
@@ -245,16 +246,16 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 _V3_WARMUP = 2000  # steps (4.2)
-_TINY, _HUGE = 2.0**-126, 2.0**128 * (1 - 2**-24)  # of float32, in which all of it is computed
+_TINY, _HUGE = 2.0**-126, 2.0**128 * (1 - 2**-24)  # range of float32, in which we compute with them
 
 
 def _warmup(steps: int, decay_start: float) -> int:
-    """Steps of a warm-up that nobody set."""
+    """Default length of the warm-up, in steps."""
     return min(_V3_WARMUP, steps // 5, int(decay_start * steps))
 
 
 def _contradictions(run: RunConfig) -> Iterator[str]:
-    """A line for each pair of settings that cannot both be meant."""
+    """A line for each pair of settings that contradict each other."""
     t, s, o, c = run.train, run.schedule, run.optimizer, run.checkpoint
     if run.data.seq_len > run.model.max_position_embeddings:
         limit = run.model.max_position_embeddings
@@ -276,17 +277,17 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
         ("schedule.last_lr", s.last_lr, "schedule.final_lr", s.final_lr),
     ):
         if value > peak:
-            yield f"{low} = {value} is above {high} = {peak}, so the rate would rise where it is to fall; lower {low}"
+            yield f"{low} = {value} is above {high} = {peak}, so the rate would rise where it should fall; lower {low}"
     if o.lr * o.weight_decay >= 1:
         yield (
             f"optimizer.lr = {o.lr} times optimizer.weight_decay = {o.weight_decay} is 1 or more: each step "
-            "would turn the sign of every weight; lower one of them"
+            "would flip the sign of every weight; lower one of them"
         )
     if t.batch_size_start > t.batch_size:
         yield f"train.batch_size_start = {t.batch_size_start} is above train.batch_size = {t.batch_size}"
     if t.batch_size_start and not t.ramp:
         yield f"train.batch_size_start = {t.batch_size_start} has no effect while train.ramp = 0; set one of them"
-    # a BF16 number has 8 bits: a change of less than 2^-8 of it can round to nothing
+    # BF16 has 8 significant bits, so a relative change below 2^-8 can round to nothing
     if run.moments == "bfloat16" and any(1 - beta < 2**-8 for beta in o.betas):
         yield (
             f"optimizer.betas = {list(o.betas)}: bfloat16 moments never decay by a factor above 0.9961 (the change "
@@ -300,7 +301,7 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
 
 
 def _numbers(run: RunConfig) -> Iterator[tuple[str, float]]:
-    """Every number that is not whole, by its key."""
+    """Every float, with its key."""
     for section in ("model", *_SECTIONS):
         for key, value in dataclasses.asdict(getattr(run, section)).items():
             for name, part in value.items() if isinstance(value, dict) else [("", value)]:
@@ -332,7 +333,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _layers(table: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table, after those of the preset that it changes, and of the preset that that one changes."""
+    """The tables to merge, base first: those of the presets that the table builds on, then the table itself."""
     layers = [table]
     while "preset" in layers[0]:
         layers.insert(0, _read(preset_path(str(layers[0]["preset"]))))
@@ -342,7 +343,7 @@ def _layers(table: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[str, ...]:
-    """A warm-up that nobody chose for a run of this length is left to its length, in `table`; says so."""
+    """If nobody chose a warm-up for a run of this length, sets the default in `table`; returns notes on it."""
 
     def given(section: str, key: str) -> tuple[int, Any]:
         """The last layer with the key (-1: none), and its value."""
@@ -358,7 +359,7 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[st
         given("schedule", "decay_start"),
     )
     if type(warmup) is not int or type(steps) is not int or not isinstance(start, float) or not 0 <= start <= 1:
-        return ()  # refused in a moment
+        return ()  # invalid; refused later
     fitting = _warmup(steps, start)
     if by >= 0 and shortened_by > by and warmup > start * steps and isinstance(table["schedule"], dict):
         table["schedule"] = table["schedule"] | {"warmup_steps": -1}
@@ -369,7 +370,7 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[st
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` in it, table by table."""
+    """`base` updated with `changes`, table by table."""
     return base | {
         key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
         for key, value in changes.items()
@@ -377,7 +378,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(name: str, values: dict[str, Any]) -> Any:
-    """One table, its keys known and its values of the type of the default."""
+    """One table as a dataclass; checks that keys are known and values have the default's type."""
     kind = _SECTIONS[name]
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
     checked: dict[str, Any] = {}
@@ -403,11 +404,11 @@ def _float(key: str, value: int) -> float:
 
 
 def _home(path: str) -> str:
-    """The path with `~` as a shell reads it."""
+    """The path with `~` expanded."""
     try:
         return str(Path(path).expanduser())
     except RuntimeError:
-        raise ConfigError(f"data.path = {path!r}: there is no such home") from None
+        raise ConfigError(f"data.path = {path!r}: there is no such home directory") from None
 
 
 def _override(table: dict[str, Any], text: str) -> None:
@@ -420,7 +421,7 @@ def _override(table: dict[str, Any], text: str) -> None:
     except (ValueError, RecursionError):  # not TOML, or a number of thousands of digits
         value = raw  # a bare word is a string
     if key.strip() == "name" and not isinstance(value, str):
-        value = raw.strip()  # 1e3 is a name as it stands
+        value = raw.strip()  # a name may look like a number, such as 1e3
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):

@@ -1,20 +1,20 @@
-"""Loss spikes: a batch whose loss stands far above the recent ones is left out, as one with a NaN is."""
+"""Detects loss spikes: a batch whose loss is far above recent ones is skipped, like one with a NaN."""
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
 
-WINDOW = 128  # losses a new one is compared with
-LEAST = 32  # of them, before anything counts as a spike
-PATIENCE = 2  # spikes in a row that are left out; the next is taken for a new level of the loss
-NOISE = 0.02  # a spread below this share of the loss is not believed
+WINDOW = 128  # recent losses that a new one is compared with
+LEAST = 32  # losses needed before anything counts as a spike
+PATIENCE = 2  # spikes in a row that are skipped; after them, the loss is taken to have a new level
+NOISE = 0.02  # lower bound of the spread, as a share of the loss
 
 
 class SpikeGuard:
-    """Robust z-score of each loss: its distance from the median of the window over 1.4826 times the median distance.
+    """Robust z-score of each loss: its distance from the window's median, divided by 1.4826 times the median distance.
 
-    `limit` is the z above which a loss is a spike; 0 turns the guard off. Its state is part of a checkpoint.
+    A loss with z of `limit` or more is a spike; 0 turns the guard off. The state is saved in checkpoints.
     """
 
     def __init__(self, limit: float):
@@ -23,7 +23,7 @@ class SpikeGuard:
         self.in_a_row = 0
 
     def spike(self, loss: float) -> str:
-        """Take note of a step's loss. "" when the step is to be applied, else what is wrong with it, in words."""
+        """Record a step's loss. Returns "" if the step should be applied, else what is wrong with it, in words."""
         z, median = self._z(loss)
         if not self.limit or z < self.limit:
             self.in_a_row = 0

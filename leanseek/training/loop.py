@@ -1,7 +1,7 @@
-"""A run from its first step to its report. Disk, clock and signals are touched here and nowhere below.
+"""A run from its first step to its report. Disk, clock and signals are handled here, not in the code that it calls.
 
-Everything random is a function of (seed, step) or (seed, sample), so a run is a function of its configuration, and a
-resumed run, which needs only a checkpoint and a step number, repeats the uninterrupted one bit for bit.
+Everything random is a function of (seed, step) or (seed, sample). A run is therefore a function of its configuration,
+and a resumed run, which needs only a checkpoint and a step number, repeats the uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ from leanseek.training.schedules import batch_size
 from leanseek.training.trainer import StepResult, Trainer
 from leanseek.writing import LOCK, alone, replace_file, writing
 
-MAX_SKIPPED = 3  # steps in a row that were not applied, before the run gives up
+MAX_SKIPPED = 3  # skipped steps in a row after which the run gives up
 
 
 class Summary(NamedTuple):
     folder: Path
     step: int
     tokens: int
-    val_loss: float | None  # of the last evaluation; None where it was not finite
+    val_loss: float | None  # of the last evaluation; None if not finite
     val_bits_per_byte: float | None
     seconds: float
 
 
 class _Start(NamedTuple):
-    """Where a run begins or goes on."""
+    """Where a run begins or continues."""
 
     trainer: Trainer
     step: int = 0
     position: Position = Position(0, 0)
-    skipped: int = 0  # steps before this one, in a row, that were not applied
-    broken: tuple[str, ...] = ()  # checkpoints that were passed over
-    changed: tuple[str, ...] = ()  # what differs from the run as it was begun, a line each
+    skipped: int = 0  # skipped steps in a row just before this one
+    broken: tuple[str, ...] = ()  # checkpoints that were skipped, a line each
+    changed: tuple[str, ...] = ()  # what differs from the checkpoint's run, a line each
 
 
 def train(
@@ -74,17 +74,17 @@ def train(
     compare: Path | None = None,
     prepare: Callable[[Transformer], None] | None = None,
 ) -> Summary:
-    """Train to the last step, with `resume` from the newest good checkpoint of the run of that name, in `runs`.
+    """Train to the last step; `resume` continues from the newest good checkpoint of the run of that name in `runs`.
 
-    `compare` is another run's folder, whose curves the report draws beside this one's. `prepare` is called with the
-    model before the first step, for experiments that change how it runs.
+    `compare` is another run's folder, whose curves the report also draws. `prepare` is called with the model before the
+    first step, for experiments that change how it runs.
 
     Raises:
-        ConfigError: the run exists and `resume` is not set, or there is nothing to resume, or to compare with.
-            or another process trains into its folder, or that cannot be written.
+        ConfigError: the run exists and `resume` is not set, there is nothing to resume or to compare with, another
+            process trains into its folder, or the folder cannot be written.
         DataError: the shards are unusable.
         RunError: loss or gradients stay non-finite, or the disk is full; the message says what can be resumed.
-        Interrupted: SIGINT or SIGTERM came; the step reached is on disk.
+        Interrupted: SIGINT or SIGTERM arrived; the last step is saved.
     """
     folder = runs / run.name
     if compare is not None and not (compare / "metrics.jsonl").is_file():
@@ -100,10 +100,10 @@ def train(
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else trains into the folder, which is made if need be; the kernel ends this with the process.
+    """Locks the folder, created if needed. The kernel releases the lock when the process ends.
 
     Raises:
-        ConfigError: somebody does.
+        ConfigError: another process trains into it.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,15 +112,15 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and [p.name for p in folder.iterdir()] == [LOCK]:  # nothing came of it
+            if made and [p.name for p in folder.iterdir()] == [LOCK]:  # the run wrote nothing
                 (folder / LOCK).unlink()
                 folder.rmdir()
 
 
 def _standing(folder: Path) -> str:
-    """What a run that broke off can go on from: a checkpoint whose checksums have just been verified."""
+    """What a failed run can resume from: its newest checkpoint with correct checksums, if any."""
     found = newest_whole(folder)
-    return f"checkpoints/{found.name} is whole: go on with --resume" if found else "there is no checkpoint to resume"
+    return f"checkpoints/{found.name} is whole: continue with --resume" if found else "there is no checkpoint to resume"
 
 
 def _train(
@@ -142,7 +142,7 @@ def _train(
                 loop.step(step)
                 if signals.received:
                     loop.checkpoint(step + 1)
-                    raise Interrupted(f"stopped at step {step + 1}; go on with --resume")
+                    raise Interrupted(f"stopped at step {step + 1}; continue with --resume")
     from leanseek.training.report import write_report  # matplotlib takes a second to import
 
     write_report(folder, compare)
@@ -163,7 +163,7 @@ def _open_data(run: RunConfig) -> tuple[TokenDataset, TokenDataset]:
 
 
 def _begin(run: RunConfig, folder: Path) -> _Start:
-    if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at once
+    if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at the start
         raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
     trainer = Trainer(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
 
 
 def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
-    """The configuration that a checkpoint was trained with; config.toml's where it does not hold its own."""
+    """The configuration that a checkpoint was trained with; config.toml's if it does not store one."""
     stored = found.state.get("config")
     return (
         before
@@ -212,7 +212,7 @@ def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
 def _restored(run: RunConfig, found: Resumed) -> Trainer:
     trainer = Trainer(run, load(found.folder, dtype="float32"))
     trainer.load_state_tensors(found.tensors, found.state.get("without_moments"))
-    if "guard" in found.state:  # not in checkpoints from before there was a guard
+    if "guard" in found.state:  # older checkpoints have no guard
         trainer.guard.load_state(found.state["guard"])
     return trainer
 
@@ -223,7 +223,7 @@ def _arithmetic(run: RunConfig, dtype: torch.dtype) -> str:
 
 
 def _held_out(data: TokenDataset, run: RunConfig) -> str:
-    """What is unusual about the validation split, for the line a run begins with."""
+    """What is unusual about the validation split, for the run's first line."""
     if not data.samples_per_epoch:
         return "; the shards hold out nothing, so there is no validation"
     short = data.seq_len < run.data.seq_len
@@ -231,7 +231,7 @@ def _held_out(data: TokenDataset, run: RunConfig) -> str:
 
 
 class _Signals:
-    """SIGINT and SIGTERM are noted, and honoured at the end of the step; a second one acts at once."""
+    """Notes SIGINT and SIGTERM, to stop at the end of the step; a second one acts at once."""
 
     def __init__(self) -> None:
         self.received = False
@@ -239,7 +239,7 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is not threading.main_thread():
-            return self  # signals are the main thread's, and so is what they end
+            return self  # only the main thread may handle signals
         for number in (signal.SIGINT, signal.SIGTERM):
             self.before[number] = signal.signal(number, self._note)
         return self
@@ -254,7 +254,7 @@ class _Signals:
 
 
 class _Loop:
-    """What happens around a step: its batch, its row, evaluation and checkpoints when they are due."""
+    """The work around a step: its batch, its metrics row, and evaluation and checkpoints when they are due."""
 
     def __init__(
         self, run: RunConfig, folder: Path, start: _Start, data: TokenDataset, held_out: TokenDataset, metrics: Metrics
@@ -284,10 +284,10 @@ class _Loop:
             metrics.event(start.step, "changed", line)
 
     def step(self, step: int) -> None:
-        """Step `step` (from 0) and what is due after it.
+        """Run step `step` (from 0) and what is due after it.
 
         Raises:
-            RunError: it is the last of several in a row that could not be applied.
+            RunError: too many steps in a row were skipped.
         """
         t = self.run.train
         size = batch_size(self.run, step)
@@ -305,11 +305,11 @@ class _Loop:
             self.checkpoint(done)
 
     def checkpoint(self, step: int) -> None:
-        """Write the checkpoint of the state after `step` steps, unless it is there.
+        """Write the checkpoint of the state after `step` steps, unless it exists.
 
         Raises:
             RunError: a weight is not finite.
-            OSError: the disk is full; no checkpoint that was there has been touched.
+            OSError: the disk is full; older checkpoints are untouched.
         """
         if step == self.saved:
             return
@@ -327,21 +327,21 @@ class _Loop:
             "guard": self.trainer.guard.state(),
         }
         tensors = self.trainer.state_tensors()
-        self.metrics.sync()  # whoever finds the checkpoint finds the rows up to it
+        self.metrics.sync()  # rows must be on disk before the checkpoint
         write_checkpoint(self.folder, step, self.trainer.model, tensors, state, self.data.folder)
         prune(self.folder, self.run.checkpoint.keep_last, self.run.checkpoint.keep_every)
         self.saved = step
 
     def _probe(self) -> None:
-        """Measure the GEMM rate that MFU is quoted against: the best seen, as others may be at work just now."""
+        """Measure the GEMM rate for MFU; we keep the best one, because other processes may be busy."""
         device = self.trainer.device
-        if device.type == "cpu" or not self.peak:  # later a GPU may have no memory left for it
+        if device.type == "cpu" or not self.peak:  # later, a GPU may not have the memory for it
             size = 1024 if device.type == "cpu" else None
             self.peak = max(self.peak, gemm_rate(self.trainer.dtype, device, size, seconds=0.3))
 
     def _log(self, step: int, size: int, seconds: float, result: StepResult) -> None:
         rate = size * self.run.data.seq_len / seconds
-        self.peak = max(self.peak, rate * self.flops)  # a step beats the probe where others were at work during that
+        self.peak = max(self.peak, rate * self.flops)  # a step is faster if others were busy during the probe
         row: dict[str, Any] = {
             "step": step,
             "tokens": self.position.tokens,
@@ -361,14 +361,14 @@ class _Loop:
             row["balance_loss"] = result.balance_loss
         if result.counts:
             row["max_violation_per_layer"] = {str(k): round(v, 4) for k, v in result.max_violation.items()}
-        every = max(1, self.run.train.steps // 100)  # a hundred columns in the report's heat map
+        every = max(1, self.run.train.steps // 100)  # for about a hundred columns in the report's heat map
         if result.counts and step % every == 0:
             row["load"] = {str(k): [round(x, 5) for x in (c / c.sum()).tolist()] for k, c in result.counts.items()}
         self.metrics.write(row)
         self.metrics.show(step, f"loss {result.loss:.3f}  {rate:,.0f} tok/s  MFU {row['mfu']:.0%}")
 
     def _note_skipped(self, step: int, result: StepResult) -> None:
-        """A step that was not applied: say why, and stop after too many in a row."""
+        """Report a skipped step and why, and stop after too many in a row."""
         if result.applied:
             self.skipped = 0
             return
@@ -379,7 +379,7 @@ class _Loop:
             raise RunError(f"{message}, the {self.skipped}th step in a row: lower optimizer.lr")
 
     def _evaluate(self, step: int) -> None:
-        """Loss over a fixed share of the held-out split, also as bits per byte, which compare across tokenizers."""
+        """Loss over a fixed part of the held-out split, also in bits per byte, comparable across tokenizers."""
         nll = mtp = 0.0
         targets = size = 0
         length = self.held_out.seq_len

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, the progress bar."""
+"""The output of a running training: metrics.jsonl, TensorBoard, the progress bar."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from leanseek.errors import InputError
 from leanseek.reading import Count, Structure, checked, parse_json, read_bytes
 from leanseek.writing import replace_file
 
-_LARGEST = 2**31  # bytes: a row has some 1000
-_SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
+_LARGEST = 2**31  # bytes; a row has about 1000
+_SAY_EVERY = 30  # seconds between progress lines when there is no terminal for a bar
 
 
 class _Row(Structure):
-    """What is read of a row: its step, and numbers by name, maybe in lists."""
+    """A row: its step, and numbers by name, possibly in lists."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float | str | list[Any] | dict[str, Any] | bool | None]
@@ -34,7 +34,7 @@ class _Row(Structure):
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out.
+    """Rows of a metrics.jsonl. A last line that a kill truncated is skipped.
 
     Raises:
         InputError: another line is not a row; the message names it.
@@ -47,7 +47,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         where = f"{path}, line {number}"
         rows.append(parse_json(line, where))
         checked(_Row, rows[-1], where)
-    with contextlib.suppress(InputError):  # cut off before its end, or all there but for that
+    with contextlib.suppress(InputError):  # truncated, or complete but for its newline
         row = parse_json(rest, str(path))
         checked(_Row, row, str(path))
         rows.append(row)
@@ -55,9 +55,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Appends a JSON object a line, mirrors its numbers to TensorBoard, and draws the bar on stderr.
+    """Appends one JSON object per line, mirrors its numbers to TensorBoard, and draws the bar on stderr.
 
-    Rows past `start`, the step that the run goes on from, are taken out first: they will be written again, the same.
+    Rows after `start`, the step from which the run continues, are removed first; the run will write them again.
     """
 
     def __init__(self, folder: Path, steps: int, start: int):
@@ -94,17 +94,17 @@ class Metrics:
         os.close(self.folder)
 
     def _utf8_name(self, folder: Path) -> str:
-        """A path of the folder for TensorBoard, which names files in UTF-8, whatever the locale's encoding is."""
+        """A path of the folder for TensorBoard, which encodes paths as UTF-8 in every locale."""
         same = str(folder).encode("utf-8", "replace") == os.fsencode(folder)
         return str(folder) if same else f"/proc/self/fd/{self.folder}"
 
     @property
     def elapsed(self) -> float:
-        """Seconds that this run has trained, those before it was resumed included."""
+        """Seconds that this run has trained, including those before it was resumed."""
         return time.monotonic() - self.began
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row; a number that JSON cannot hold becomes null."""
+        """Write a row; NaN and infinity become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.file.write(json.dumps(clean) + "\n")
         self.file.flush()
@@ -114,11 +114,11 @@ class Metrics:
                 self.board.add_scalar(key, value, row["step"])
 
     def sync(self) -> None:
-        """Rows so far are on the disk, not just with the system."""
+        """Sync the rows so far to disk."""
         os.fsync(self.file.fileno())
 
     def event(self, step: int, event: str, message: str) -> None:
-        """A row for something that happened, said aloud too."""
+        """Write a row for an event, and print its message."""
         self.write({"step": step, "event": event, "message": message})
         self.say(message)
 

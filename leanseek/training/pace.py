@@ -1,4 +1,4 @@
-"""How fast this machine trains a network, and so how many steps it takes in a given time."""
+"""Measures how fast this machine trains a network, and so how many steps fit into a given time."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from leanseek.config import ConfigError
 from leanseek.training.config import RunConfig
 from leanseek.training.trainer import Trainer
 
-TIMED = 3  # steps, after one that is not counted
+TIMED = 3  # timed steps, after a warm-up step
 
 
 def random_tokens(run: RunConfig) -> Tensor:
-    """A batch [B, T + 1 + D] of ids that mean nothing: as much work as a real one."""
+    """A batch [B, T + 1 + D] of random ids: as much work as a real one."""
     shape = (run.train.batch_size, run.data.seq_len + 1 + run.model.num_nextn_predict_layers)
     return torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
 def tokens_per_second(run: RunConfig) -> float:
-    """Measured over a few steps of a network that is thrown away. Evaluations count too, at a third of the cost."""
+    """Measures a few steps of a temporary network. Includes evaluations, at a third of the cost per sequence."""
     trainer, tokens = Trainer(run), random_tokens(run)
     trainer.step(tokens, 0)
     start = time.perf_counter()
     for _ in range(TIMED):
         trainer.step(tokens, 0)
     t = run.train
-    evaluated = t.eval_sequences / (t.eval_every * t.batch_size)  # sequences, for each that is trained on
+    evaluated = t.eval_sequences / (t.eval_every * t.batch_size)  # evaluated sequences per trained sequence
     return TIMED * t.batch_size * run.data.seq_len / (time.perf_counter() - start) / (1 + evaluated / 3)
 
 
 def fit_steps(run: RunConfig, minutes: float) -> tuple[RunConfig, str]:
-    """`run` with at most as many steps as this machine takes in `minutes`, its warm-up shortened with them; and a line
-    that says so.
+    """`run` with at most as many steps as this machine can do in `minutes`, its warm-up shortened in proportion, and a
+    line that says so.
 
     Raises:
         ConfigError: not even one step fits.
     """
     rate = tokens_per_second(run)
-    size = run.train.batch_size * run.data.seq_len  # a ramp of the batch size only makes it shorter
+    size = run.train.batch_size * run.data.seq_len  # a batch size ramp only makes it shorter
     fitting = int(minutes * 60 * rate / size)
     if fitting < 1:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs no network, and one picture for a README."""
+"""The report of a run: a self-contained HTML file, and a picture for a README."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 try:
     import matplotlib
-except ValueError:  # MPLBACKEND names what another environment draws with, such as a notebook's; here nothing shows
+except ValueError:  # MPLBACKEND names another environment's backend, such as a notebook's; we do not need one
     del os.environ["MPLBACKEND"]
     import matplotlib
 from matplotlib.axes import Axes
@@ -49,9 +49,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 14px/1.5 
 
 
 def write_report(run: Path, compare: Path | None = None) -> Path:
-    """Write `run/report.html` from its config.toml and metrics.jsonl; `compare` is another run to draw beside it.
+    """Write `run/report.html` from its config.toml and metrics.jsonl, with the curves of the run `compare`, if given.
 
-    Rows that are not there (no validation, no experts, a last line cut off) leave their part out.
+    Parts without rows (no validation, no experts, a truncated last line) are left out.
     """
     config, rows = _read(run)
     other = _read(compare) if compare and (compare / "metrics.jsonl").is_file() else None
@@ -135,7 +135,7 @@ def _card(title: str, body: str, wide: bool = False) -> str:
 
 
 def _cache_table(model: ModelConfig) -> str:
-    """KV bytes per token against plain heads of the same network, in BF16."""
+    """KV bytes per token in BF16, compared with MHA, GQA and MQA of the same network."""
     own = planning.kv_bytes_per_token(model)
     heads = model.num_attention_heads
     kinds = {"this network": own, f"MHA, {heads} key heads": planning.kv_bytes_per_token_as(model, heads)}
@@ -201,7 +201,7 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def _load_maps(trained: Rows) -> list[Draw]:
-    """A heat map for each MoE layer: experts upwards, steps to the right, 1 = an equal share."""
+    """A heat map for each MoE layer: steps on x, experts on y, 1 = an equal share."""
     rows = [r for r in trained if r.get("load")]
 
     def one(layer: str) -> Draw:
@@ -231,7 +231,7 @@ def _quiet(ax: Axes) -> None:
 
 
 def _svg(draw: Draw, wide: bool = False) -> str:
-    """The chart as inline SVG on a transparent ground."""
+    """The chart as inline SVG with a transparent background."""
     with matplotlib.rc_context({"svg.hashsalt": "leanseek"}):
         figure = Figure(figsize=(11, 2.3) if wide else (6, 3.2), layout="constrained", facecolor="none")
         ax = figure.subplots()

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint under a configuration that may have changed: what is kept, said aloud, or refused."""
+"""Resumes a run whose configuration may have changed: decides what to keep, what to report and what to refuse."""
 
 from __future__ import annotations
 
@@ -17,38 +17,40 @@ from leanseek.training.schedules import batch_size, bias_update_speed, learning_
 
 
 class Position(NamedTuple):
-    """How far a run has come in its data."""
+    """How far a run is in its data."""
 
-    samples: int  # windows of the data's endless stream that lie behind: the next one's number
-    tokens: int  # trained on
+    samples: int  # windows of the data's endless stream that are done, which is the next one's number
+    tokens: int  # tokens trained on
 
     def after(self, samples: int, seq_len: int) -> Position:
         return Position(self.samples + samples, self.tokens + samples * seq_len)
 
 
 def check_data(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resumed) -> None:
-    """The place in the data that the checkpoint stores is one in these data too.
+    """Check that the checkpoint's position in the data is valid in `data` too.
 
     Raises:
-        ConfigError: the shards have another tokenizer, or documents come in another order.
+        ConfigError: the shards have another tokenizer, or the documents come in another order.
     """
     stored, given = found.folder / "tokenizer.json", data.folder / "tokenizer.json"
     if stored.is_file() and _tokens(stored) != _tokens(given):
         raise ConfigError(f"{data.folder} has another tokenizer than {found.folder}: its ids mean other text there")
     for key, why in (
-        ("train.seed", "the data's order hangs on it"),
-        ("data.fim_rate", "every place in the data moves with it"),
+        ("train.seed", "the order of the data depends on it"),
+        ("data.fim_rate", "every position in the data depends on it"),
     ):
         section, name = key.split(".")
         before, after = (getattr(getattr(run, section), name) for run in (then, now))
         if before != after:
-            raise ConfigError(f"{key} = {after}, but the run goes on with {before}: {why}; keep it, or start a new run")
+            raise ConfigError(
+                f"{key} = {after}, but the run continues with {before}: {why}; keep it, or start a new run"
+            )
 
 
 def position(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resumed) -> tuple[Position, list[str]]:
-    """Where to go on, as stored, and lines about what could not be kept to the token.
+    """The stored position from which to continue, and lines about what could not be kept exactly.
 
-    With another seq_len the same token has another window's number; what is left of a window is passed over.
+    With another seq_len, a token is in a window with another number; the rest of a started window is skipped.
     """
     where = Position(_count(found, "samples"), _count(found, "tokens"))
     lines, held = [], found.state.get("data", size(data))
@@ -56,7 +58,7 @@ def position(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resumed
         what = "{:,} documents of {:,} tokens in all"
         lines.append(
             f"{data.folder} holds {what.format(*size(data))}, the checkpoint's data held {what.format(*held)}: "
-            f"the run goes on at window {where.samples} of the new"
+            f"the run continues at window {where.samples} of the new"
         )
     if then.data.seq_len == now.data.seq_len:
         return where, lines
@@ -69,7 +71,7 @@ def position(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resumed
 
 
 def size(data: TokenDataset) -> list[int]:
-    """Documents and tokens, by which other shards are told from those that a checkpoint was trained on."""
+    """Number of documents and of tokens, which tells the checkpoint's shards from others."""
     return [len(data), sum(map(len, data.shards))]
 
 
@@ -81,7 +83,7 @@ def _count(found: Resumed, key: str) -> int:
 
 
 def changes(then: RunConfig, now: RunConfig, step: int) -> list[str]:
-    """A line with every setting that is not the checkpoint's, and one with what it does to the next step."""
+    """A line with every setting that differs from the checkpoint's, and one with what that does to the next step."""
     before, after = dict(_flat(then)), dict(_flat(now))
     differ = [f"{key} {before[key]} -> {value}" for key, value in after.items() if before.get(key, value) != value]
     if not differ:
@@ -108,10 +110,10 @@ def changes(then: RunConfig, now: RunConfig, step: int) -> list[str]:
 def _flat(run: RunConfig) -> Iterator[tuple[str, Any]]:
     for section in ("data", "train", "optimizer", "schedule", "balance", "mtp", "checkpoint"):
         for key, value in dataclasses.asdict(getattr(run, section)).items():
-            yield f"{section}.{key}", run.moments if key == "moments" else value  # auto hangs on train.precision
+            yield f"{section}.{key}", run.moments if key == "moments" else value  # auto depends on train.precision
 
 
 def _tokens(path: Path) -> list[Any]:
-    """What decides the ids of a text, however the file is laid out."""
+    """The parts of a tokenizer.json that decide the ids of a text, in any file layout."""
     spec = read_json(path)
     return [spec.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")]

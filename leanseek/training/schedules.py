@@ -1,4 +1,4 @@
-"""What changes over a run, as pure functions of the step (section 4.2)."""
+"""Schedules: settings that change over a run, as pure functions of the step (section 4.2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from leanseek.training.config import RunConfig
 
 
 def learning_rate(run: RunConfig, step: int) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, constant, cosine, constant, a last constant."""
+    """Learning rate of step `step` (from 0): linear warm-up, constant, cosine, constant, a last constant."""
     s, peak, done = run.schedule, run.optimizer.lr, step / run.train.steps
     if step < s.warmup_steps:
         return peak * (step + 1) / s.warmup_steps
@@ -21,7 +21,7 @@ def learning_rate(run: RunConfig, step: int) -> float:
 
 
 def batch_size(run: RunConfig, step: int) -> int:
-    """Sequences of step `step`: ramped linearly from batch_size_start over the first `ramp` of the steps."""
+    """Sequences in step `step`: grows linearly from batch_size_start over the first `ramp` share of the steps."""
     t = run.train
     length = t.ramp * t.steps
     if not t.batch_size_start or step >= length:
@@ -30,7 +30,7 @@ def batch_size(run: RunConfig, step: int) -> int:
 
 
 def bias_update_speed(run: RunConfig, step: int) -> float:
-    """γ of step `step`: constant, or falling linearly in a run too short for a small one; then 0 for the last share."""
+    """γ of step `step`: constant, or decaying linearly (for short runs, which need a larger γ); 0 after bias_freeze."""
     b, done = run.balance, step / run.train.steps
     if done >= b.bias_freeze:
         return 0.0

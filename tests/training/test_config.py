@@ -41,7 +41,7 @@ def load(folder: Path, text: str, *overrides: str) -> RunConfig:
         ("train.precision=fp8 optimizer.betas=[0.9,0.999]", "bfloat16 moments never decay"),
         ("checkpoint.keep_every=300", "checkpoint.keep_every = 300 is not a multiple of checkpoint.every = 200"),
         ("optimizer.eps=1e-50", "is 0 in float32"),
-        ("optimizer.weight_decay=1000", "would turn the sign of every weight"),
+        ("optimizer.weight_decay=1000", "would flip the sign of every weight"),
         ("train.seed=9223372036854775808", "must be below 2"),
         ("data.seq_len=2049", "beyond model.max_position_embeddings"),
     ],

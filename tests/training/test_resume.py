@@ -205,7 +205,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_reached_and_exits_130(
     wait_for(child, lambda: rows(run, 8))
     assert end(child, signal.SIGTERM) == 130
     step, said = steps_on_disk(run)[-1], (tmp_path / "said").read_text()
-    assert f"stopped at step {step}; go on with --resume" in said
+    assert f"stopped at step {step}; continue with --resume" in said
     assert "Traceback" not in said
     assert history(run) == [row for row in history(whole) if row["step"] <= step]
     go(resume=True, runs=tmp_path / "runs")
@@ -374,7 +374,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     with pytest.raises(RunError, match="is full") as caught:
         go("train.steps=400", "checkpoint.every=10", resume=True, runs=runs)
     assert str(runs if disk else "/") in str(caught.value)
-    assert "make room; checkpoints/step-5 is whole: go on with --resume" in str(caught.value)
+    assert "make room; checkpoints/step-5 is whole: continue with --resume" in str(caught.value)
     found, passed = newest_checkpoint(runs / "run")
     assert found is not None
     assert found.step == 5
@@ -617,8 +617,8 @@ def messages(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ("train.seed=1", "train.seed = 1, but the run goes on with 0"),
-        ("data.fim_rate=0.0", r"data.fim_rate = 0.0, but the run goes on with 0.3"),
+        ("train.seed=1", "train.seed = 1, but the run continues with 0"),
+        ("data.fim_rate=0.0", r"data.fim_rate = 0.0, but the run continues with 0.3"),
         ("train.steps=20", "train.steps = 20, but .* has done 24 steps already"),
     ],
 )
@@ -642,7 +642,7 @@ def test_shards_of_another_tokenizer_are_refused_and_other_text_is_said_aloud(
     (tmp_path / "more.jsonl").write_text("\n".join(rows_))
     prepare([tmp_path / "more.jsonl"], tmp_path / "more", tokenizer=same, validation_fraction=0.5, workers=1)
     go(f"data.path={tmp_path / 'more'}", "train.steps=25", resume=True)
-    assert any("the run goes on at window" in line for line in messages(finished))
+    assert any("the run continues at window" in line for line in messages(finished))
 
 
 # ---- a state of another shape ----
