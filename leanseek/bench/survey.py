@@ -21,8 +21,8 @@ ROWS = (1, 256)  # one token, and many
 FP8 = torch.float8_e4m3fn
 KINDS = ("float32", "bfloat16", "fp8 weights")  # of the operands; FP8 weights meet BF16 activations
 PRODUCTS = {  # ops that torch computes as matrix products
-    "linear", "head_linear", "experts", "latent_attention", "causal_attention", "mla_attention", "linear_cross_entropy",
-    "grouped_product", "grouped_gradient",
+    "linear", "head_linear", "expert_products", "latent_attention", "causal_attention", "mla_attention",
+    "linear_cross_entropy", "grouped_product", "grouped_gradient",
 }  # fmt: skip
 Operands = tuple[Any, ...]
 
@@ -109,7 +109,8 @@ def _float32(operands: Callable[[_Draw], Operands]) -> Example:
 
 def _experts(t: _Draw) -> Operands:
     scales = (torch.empty(E, 2, 1), torch.empty(E, 1, 1)) if t.fp8 else None
-    return t.x(D), t.x(2, dtype=torch.int64), t.x(2, dtype=torch.float32), t.w(E, 2 * D, D), t.w(E, D, D), scales
+    rows = t.x(D), torch.empty(E, dtype=torch.int32, device=t.device), t.x(dtype=torch.float32), None, None
+    return *rows, t.w(E, 2 * D, D), t.w(E, D, D), scales
 
 
 def _packed(t: _Draw) -> Packed:
@@ -118,9 +119,9 @@ def _packed(t: _Draw) -> Packed:
 
 _SHARED: dict[str, Example] = {
     "linear": lambda t: (t.x(D), t.w(D, D), t.scales(1, 1)),
-    "experts": _experts,
     "rms_norm": _plain(lambda t: (t.x(D), t.w(D), 1e-6)),
     "swiglu": _plain(lambda t: (t.x(D), t.x(D))),
+    "combine_rows": _plain(lambda t: (t.x(D),)),
     "rotate": _plain(lambda t: (t.x(H, 64), t.x(32, dtype=torch.float32), t.x(32, dtype=torch.float32), True)),
     "expert_scores": _float32(lambda t: (t.x(E),)),
     "select_experts": _float32(lambda t: (t.x(E), t.w(E))),
@@ -138,13 +139,12 @@ TRAINING: dict[str, Example] = _SHARED | {
         )
     ),
     "causal_attention": _plain(lambda t: (t.x(H, D)[None], t.x(H, D)[None], t.x(H, D)[None], 1.0)),
-    "weighted_swiglu": _plain(lambda t: (t.x(2 * D), t.x())),
-    "weighted_swiglu_backward": _plain(lambda t: (t.x(2 * D), t.x(), t.x(D))),
-    "combine_rows": _plain(lambda t: (t.x(D),)),
+    "weighted_swiglu": _plain(lambda t: (t.x(2 * D), t.x(dtype=torch.float32))),
+    "weighted_swiglu_backward": _plain(lambda t: (t.x(2 * D), t.x(dtype=torch.float32), t.x(D))),
     "linear_cross_entropy": _plain(lambda t: (t.x(D), t.w(D, D))),
     "softmax_cross_entropy": _plain(lambda t: (t.x(D),)),
-    "grouped_product": _plain(lambda t: (t.x(D), t.w(E, D, D), [], t.x(D))),
-    "grouped_gradient": _plain(lambda t: (t.x(D), t.x(D), [], t.w(E, D, D))),
+    "grouped_product": _plain(lambda t: (t.x(D), t.w(E, D, D), None, t.dtype)),
+    "grouped_gradient": _plain(lambda t: (t.x(D), t.x(D), None, t.dtype)),
     "adamw": _float32(lambda t: (t.x(D), t.x(D), *(t.x(D, dtype=torch.bfloat16) for _ in range(2)), None, None)),
     "fp8_rows": _plain(lambda t: (t.x(D), True)),
     "fp8_turn": _plain(lambda t: (t.x(D),)),
@@ -165,6 +165,7 @@ SERVING: dict[str, Example] = {
     "packed_experts": lambda t: (t.x(D), None, None, _packed(t), _packed(t)),
     "latent_attention": _plain(lambda t: (t.x(H, D), t.w(D, D))),
     "head_linear": _plain(lambda t: (t.x(H, D), t.w(H, D, D))),
+    "expert_products": _experts,
     **_SHARED,
     "sample": _float32(lambda t: (t.x(D),)),
     "finite_rows": _float32(lambda t: (t.x(D),)),

@@ -25,8 +25,7 @@ def cuts(length: int, halves: int = 1) -> Cuts:
 def product(a: Operand, b: Operand, k_cuts: Cuts, dtype: torch.dtype) -> Tensor:
     """a [M, K] · b [N, K]ᵀ -> [M, N], rounded once, to `dtype`."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        out = torch.empty(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
-        return ops.grouped_product(a, b[None], [a.shape[0]], out)
+        return ops.grouped_product(a, b[None], Groups(a.shape[0], a.device), dtype)
     if isinstance(a, Coded) and isinstance(b, Coded):
         return exact_product(a, b, k_cuts).to(dtype)
     return _gpu().product(a, b, dtype)
@@ -45,8 +44,7 @@ def exact_product(a: Coded, b: Coded, k_cuts: Cuts) -> Tensor:
 def grouped_product(a: Operand, b: Operand, groups: Groups, k_cuts: Cuts, dtype: torch.dtype) -> Tensor:
     """Each group's rows of a [M, K] times its b [G, N, K]ᵀ -> [M, N]."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
-        return ops.grouped_product(a, b, groups.ends, out)
+        return ops.grouped_product(a, b, groups, dtype)
     if isinstance(a, Coded) and isinstance(b, Coded):
         parts = pairwise([0, *groups.ends])
         return torch.cat([product(take(a, slice(*rows)), take(b, e), k_cuts, dtype) for e, rows in enumerate(parts)])
@@ -58,8 +56,7 @@ def grouped_product(a: Operand, b: Operand, groups: Groups, k_cuts: Cuts, dtype:
 def grouped_gradient(a: Operand, b: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
     """aᵀ · b over each group's own rows of a [M, N], b [M, K] (turned) -> [G, N, K]; zero where there are none."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        out = torch.empty(len(groups.ends), a.shape[1], b.shape[1], dtype=dtype, device=a.device)
-        return ops.grouped_gradient(a, b, groups.ends, out)
+        return ops.grouped_gradient(a, b, groups, dtype)
     if isinstance(a, Coded) and isinstance(b, Coded):
         edges, found = groups.bands.tolist(), []
         for start, stop in pairwise([0, *groups.ends]):

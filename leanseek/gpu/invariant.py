@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.gpu.elementwise import combine, swiglu_forward
+from leanseek.gpu.elementwise import swiglu_forward
 from leanseek.gpu.numbers import INTERPRETED, TILE, narrow
-from leanseek.ops.experts import route_order
 from leanseek.ops.grouped import Tiles, group_tiles
 from leanseek.ops.latent_attention import CacheIndex
 
@@ -43,26 +42,26 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def experts(
+def expert_products(
     x: Tensor,
-    indices: Tensor,
+    ends: Tensor,
     weights: Tensor,
+    token: Tensor | None,
+    place: Tensor | None,
     gate_up: Tensor,
     down: Tensor,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As ops.experts."""
-    n, k = indices.shape
-    order, place, ends = route_order(indices, gate_up.shape[0])
-    tiles = group_tiles(ends, n * k, ROWS)
+    """As ops.experts.products_of_rows."""
+    rows = x if token is None else x.index_select(0, token)
+    tiles = group_tiles(ends, rows.shape[0], ROWS)
     up_scale, down_scale = scales or (None, None)
-    hidden = x.new_empty(n * k, gate_up.shape[1])
-    _launch(x.index_select(0, order // k), gate_up.transpose(1, 2), up_scale, hidden, tiles)
+    hidden = x.new_empty(rows.shape[0], gate_up.shape[1])
+    _launch(rows, gate_up.transpose(1, 2), up_scale, hidden, tiles)
     gate, up = hidden.chunk(2, dim=-1)
-    act = swiglu_forward(gate, up, weights.flatten()[order].to(x.dtype))
-    out = x.new_empty(n * k, x.shape[1])
-    _launch(act, down.transpose(1, 2), down_scale, out, tiles)
-    return combine(out, place, n)
+    out = torch.empty_like(rows)
+    _launch(swiglu_forward(gate, up, weights), down.transpose(1, 2), down_scale, out, tiles)
+    return out
 
 
 def _launch(x: Tensor, weight: Tensor, scale_inv: Tensor | None, out: Tensor, tiles: Tiles | None = None) -> None:

@@ -12,7 +12,7 @@ from leanseek import ops
 from leanseek.gpu.device import implements
 from leanseek.gpu.training import takes_rows
 from leanseek.ops.dispatch import Op, Rows
-from leanseek.ops.experts import grouped_experts
+from leanseek.ops.experts import products_of_rows
 
 
 def _multiplies(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> bool:
@@ -26,8 +26,10 @@ def _multiplies(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> bool:
 
 def _of_experts(
     x: Tensor,
-    indices: Tensor,
+    ends: Tensor,
     weights: Tensor,
+    token: Tensor | None,
+    place: Tensor | None,
     gate_up: Tensor,
     down: Tensor,
     scales: tuple[Tensor, Tensor] | None = None,
@@ -55,7 +57,7 @@ def _of_invariant(name: str) -> Callable[..., Tensor]:
 _FORMS: tuple[tuple[Op[..., Tensor], Callable[..., bool]], ...] = (
     (ops.linear, _multiplies),
     (ops.head_linear, _multiplies),
-    (grouped_experts, _of_experts),
+    (products_of_rows, _of_experts),
     (ops.latent_attention, takes_rows),
 )
 for _op, _accepts in _FORMS:

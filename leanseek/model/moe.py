@@ -104,10 +104,15 @@ class Experts(nn.Module):
         """x [N, D] -> [N, D], the weighted sum of each token's experts."""
         if self.fp8 is not None:
             return fp8.experts(x, route.indices, route.weights, self.gate_up_proj, self.down_proj, self.fp8)
+        sent = ops.expert_dispatch(x, route.indices, route.weights, self.down_proj.shape[0])
+        return ops.expert_combine(self.products(sent), sent)
+
+    def products(self, sent: ops.Dispatched) -> Tensor:
+        """Each expert on its own rows, times their gate values: [M, D]. An exchange of rows stands before and after."""
         scales = None
         if self.gate_up_proj_scale_inv is not None and self.down_proj_scale_inv is not None:
             scales = (self.gate_up_proj_scale_inv, self.down_proj_scale_inv)
-        return ops.experts(x, route.indices, route.weights, self.gate_up_proj, self.down_proj, scales)
+        return ops.expert_products(sent, self.gate_up_proj, self.down_proj, scales)
 
 
 class MoE(nn.Module):

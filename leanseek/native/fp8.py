@@ -21,7 +21,7 @@ _swiglu = kernel("fp8_swiglu", "nnn pp nn ppp")
 _swiglu_backward = kernel("fp8_swiglu_backward", "nnn p ppp p nn pppp")
 
 FP8 = torch.float8_e4m3fn
-E4M3, E5M6 = 0, 2  # fp8_quantise.cpp: FORMATS
+E4M3, E5M6 = 0, 1  # fp8_quantise.cpp: FORMATS
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype, power_of_two: bool) -> Tensor:

@@ -4,7 +4,7 @@ from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.cross_entropy import linear_cross_entropy
 from leanseek.ops.dispatch import ordinary, row_invariant, use
-from leanseek.ops.experts import experts, route_order
+from leanseek.ops.experts import Dispatched, expert_combine, expert_dispatch, expert_products, experts, route_order
 from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
 from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
@@ -32,6 +32,7 @@ __all__ = [
     "BlockWeights",
     "CacheIndex",
     "Choice",
+    "Dispatched",
     "Groups",
     "Join",
     "Packed",
@@ -42,6 +43,9 @@ __all__ = [
     "causal_attention",
     "dense",
     "dequantize_blocks",
+    "expert_combine",
+    "expert_dispatch",
+    "expert_products",
     "expert_scores",
     "experts",
     "finite_rows",

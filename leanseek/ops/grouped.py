@@ -52,11 +52,11 @@ class Groups:
 
     def __init__(self, rows: int, device: torch.device, ends: Tensor | None = None):
         """ends [G] int32: where each group's rows end; None for one group of all rows."""
-        self.rows, self._device, self._ends = rows, device, ends
+        self.rows, self._device, self.offsets = rows, device, ends
 
     @cached_property
     def ends(self) -> list[int]:
-        return [self.rows] if self._ends is None else self._ends.tolist()
+        return [self.rows] if self.offsets is None else self.offsets.tolist()
 
     @cached_property
     def bands(self) -> Tensor:
@@ -70,25 +70,27 @@ class Groups:
     @cached_property
     def tiles(self) -> Tiles | None:
         """The same cuts as a table on the device; None for one group."""
-        return None if self._ends is None else group_tiles(self._ends, self.rows)
+        return None if self.offsets is None else group_tiles(self.offsets, self.rows)
 
 
 @op("grouped_product")
-def grouped_product(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
-    """Rows of a [M, K] up to each of `ends` times that group's b [G, N, K]ᵀ -> out [M, N], rounded once to its dtype.
+def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    """Each group's rows of a [M, K] times its b [G, N, K]ᵀ -> [M, N], rounded once to `dtype`. Sums are float32.
 
-    b may be a transposed view. Sums are float32.
+    b may be a transposed view, and of another dtype: it is cast to a's, or read as it is.
     """
-    for group, (start, stop) in enumerate(pairwise([0, *ends])):
+    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+    for group, (start, stop) in enumerate(pairwise([0, *groups.ends])):
         if stop > start:
-            multiply(a[start:stop], b[group].t(), out[start:stop])
+            multiply(a[start:stop], b[group].t().to(a.dtype), out[start:stop])
     return out
 
 
 @op("grouped_gradient")
-def grouped_gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
-    """aᵀ · b over each group's own rows of a [M, N] and b [M, K] -> out [G, N, K]; zero where there are none."""
-    for group, (start, stop) in enumerate(pairwise([0, *ends])):
+def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    """aᵀ · b over each group's own rows of a [M, N] and b [M, K] -> [G, N, K]; zero where there are none."""
+    out = torch.empty(len(groups.ends), a.shape[1], b.shape[1], dtype=dtype, device=a.device)
+    for group, (start, stop) in enumerate(pairwise([0, *groups.ends])):
         if stop > start:
             multiply(a[start:stop].t(), b[start:stop], out[group])
         else:

@@ -25,7 +25,7 @@ from torch import Tensor
 from leanseek import ops
 from leanseek.machine.device import onednn_linear
 from leanseek.ops.dispatch import Op, Priority, Rows
-from leanseek.ops.experts import grouped_experts, route_order
+from leanseek.ops.experts import each_expert, products_of_rows
 from leanseek.ops.latent_attention import CacheIndex
 from leanseek.ops.linear import dense
 from leanseek.ops.products import wide
@@ -85,28 +85,7 @@ def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
     return 1 / (1 + (-logits).exp()) if scoring_func == "sigmoid" else logits.softmax(-1)
 
 
-@_invariant(grouped_experts)
-def experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    n, k = indices.shape
-    order, place, ends = route_order(indices, gate_up.shape[0])
-    rows = x[order // k]  # [N·K, D], an expert's rows together
-    weight = weights.flatten()[order, None].to(x.dtype)
-    out = torch.empty_like(rows)
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            up_scale, down_scale = (None, None) if scales is None else (scales[0][expert], scales[1][expert])
-            gate, up = linear(rows[start:end], gate_up[expert], up_scale).chunk(2, dim=-1)
-            out[start:end] = linear(swiglu(gate, up) * weight[start:end], down[expert], down_scale)
-        start = end
-    return out[place].view(n, k, x.shape[1]).sum(1)
+_invariant(products_of_rows)(each_expert)
 
 
 @_invariant(ops.latent_attention)

@@ -239,10 +239,10 @@ def test_training_kernels_over_any_bits(dtype: torch.dtype) -> None:
     ]  # fmt: skip
     for i, out in enumerate(outputs):
         out.backward(bits(*out.shape, dtype=out.dtype, seed=20 + i))
-    ends = [20, 20, 70]
+    groups = ops.Groups(70, torch.device("cpu"), torch.tensor([20, 20, 70], dtype=torch.int32))
     a, b = bits(70, 33, dtype=torch.bfloat16), bits(70, 17, dtype=torch.bfloat16)
-    ops.grouped_product(a, bits(3, 40, 33, dtype=dtype), ends, torch.empty(70, 40))
-    ops.grouped_gradient(a, b, ends, torch.empty(3, 33, 17))
+    ops.grouped_product(a, bits(3, 40, 33, dtype=dtype), groups, torch.float32)
+    ops.grouped_gradient(a, b, groups, torch.float32)
     moments = [bits(50, dtype=torch.bfloat16, seed=i) for i in (1, 2)]
     ops.adamw(bits(50), bits(50, seed=3), *moments, torch.ones(()), ops.AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1))
 
