@@ -220,22 +220,30 @@ void multiply_groups(const Groups& groups, Left<Cell> a, int64_t K, const W* wei
     });
 }
 
-// C [groups, M, N] = A_gᵀ · B_g, summed over each group's rows of A [.., M] and B [.., N]. Zero without rows.
-template <class A, class T>
-void sum_groups(const Groups& groups, const A* left, int64_t M, const A* right, int64_t N, T* C) {
-    using Cell = cell_of<A>;
-    const int64_t wide = whole_vectors(M) * STEP<Cell>;  // cells of a step
-    Cell* turned = scratch<Cell>(1, (groups.first[groups.count] + groups.count * STEP<Cell>) * (M + PANEL));
-    const auto start = [&](int64_t g) { return turned + (groups.begin(g) / STEP<Cell> + g) * wide; };  // no step is shared
+// The rows of A [.., M] in steps, for where they are the summed side: A itself where a cell is one value, else copies.
+template <class A, class Cell = cell_of<A>>
+Left<Cell> in_steps(const Groups& groups, const A* a, int64_t M) {
+    if constexpr (std::is_same_v<A, Cell> && STEP<Cell> == 1) return {a, M};
+    const int64_t wide = whole_vectors(M) * STEP<Cell>;  // cells of a step; no group shares one
+    Cell* copy = scratch<Cell>(1, (groups.first[groups.count] / STEP<Cell> + groups.count) * wide);
     constexpr int64_t RUN = 64;
     const int64_t runs = (groups.longest() + RUN - 1) / RUN;
     parallel_for(groups.count * runs, [&](int64_t i) {
         const int64_t g = i / runs, end = std::min(groups.rows(g), (i % runs + 1) * RUN);
-        const A* rows = left + groups.begin(g) * M;
+        const A* rows = a + groups.begin(g) * M;
         for (int64_t r = i % runs * RUN; r < end; r += STEP<Cell>)
-            pack_step(rows + r * M, r + 1 < groups.rows(g) ? rows + (r + 1) * M : nullptr, M, start(g) + r / STEP<Cell> * wide,
-                      PANEL * STEP<Cell>);
+            pack_step(rows + r * M, r + 1 < groups.rows(g) ? rows + (r + 1) * M : nullptr, M,
+                      copy + (groups.begin(g) / STEP<Cell> + g + r / STEP<Cell>)*wide, PANEL * STEP<Cell>);
     });
+    return {copy, wide};
+}
+
+// C [groups, M, N] = A_gᵀ · B_g, summed over each group's rows of A [.., M] and B [.., N]. Zero without rows.
+template <class A, class T>
+void sum_groups(const Groups& groups, const A* left, int64_t M, const A* right, int64_t N, T* C) {
+    using Cell = cell_of<A>;
+    const Left<Cell> turned = in_steps(groups, left, M);
+    const bool copied = (const void*)turned.data != left;
     tasks(groups.count, M, N, [&](int64_t g, int64_t m, int64_t n, int64_t columns) {
         const int64_t rows = std::min(TASK_ROWS, M - m), K = groups.rows(g);
         T* c = C + (g * M + m) * N + n;
@@ -247,7 +255,9 @@ void sum_groups(const Groups& groups, const A* left, int64_t M, const A* right, 
         Cell* panels = scratch<Cell>(0, cells<Cell>(K, columns));
         const A* first = right + groups.begin(g) * N + n;
         pack_across([&](int64_t k) { return first + k * N; }, K, columns, panels);
-        multiply_cells(rows, columns, K, start(g) + m * STEP<Cell>, STEP<Cell>, wide, panels, c, N);
+        const int64_t step = groups.begin(g) / STEP<Cell> + (copied ? g : 0);
+        multiply_cells(rows, columns, K, turned.data + step * turned.stride + m * STEP<Cell>, STEP<Cell>, turned.stride, panels,
+                       c, N);
     });
 }
 
