@@ -12,12 +12,14 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from leanseek.data.formats import DataError, pieces
-from leanseek.tokens import BOS, CONFIG, EOS, GENERATION, MAP, PAD, open_tokenizer, read_object, special_tokens
+from leanseek.reading import read_optional_json
+from leanseek.tokens import BOS, CONFIG, EOS, GENERATION, MAP, PAD, around, open_tokenizer, special_tokens
 
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 SPECIAL = (BOS, EOS, PAD, *FIM)
 LONGEST_TOKEN = 256  # characters: a run of 100,000 dashes would otherwise become a token of its own
 TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = ("token_bytes.npy", "tokenizer.json", CONFIG, GENERATION, TEMPLATE)  # of a shard folder
 
 # What the merges may not cross: V3's own patterns, to the letter, since llama.cpp has them compiled in under a name and
 # splits otherwise for any other. Punctuation takes the line breaks that follow it into one token, numbers come in
@@ -85,19 +87,33 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, given: Path | None = None
     files = {path.name: path for path in tokenizer_files(given)} if given is not None else {}
     source = files["tokenizer.json"].parent if len(files) > 1 else folder
     special = special_tokens(tokenizer, source)
-    config = read_object(files[CONFIG]) if CONFIG in files else {}
+    config = read_optional_json(files[CONFIG]) if CONFIG in files else {}
     named = {"bos_token": special.bos, "eos_token": special.eos[0], "pad_token": tokenizer.token_to_id(PAD)}
     for key, token in named.items():
         if config.get(key) is None and token is not None:
             config[key] = tokenizer.id_to_token(token)
     if config.pop("auto_map", None) is not None or "tokenizer_class" not in config:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if list(special.leading) != around(tokenizer)[0]:
+        tokenizer = _beginning_with(tokenizer, special.leading[0])
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write(folder / CONFIG, config)
     if len(special.eos) > 1:
         _write(folder / GENERATION, {"eos_token_id": list(special.eos)})
     if TEMPLATE in files:
         shutil.copyfile(files[TEMPLATE], folder / TEMPLATE)
+
+
+def _beginning_with(tokenizer: Tokenizer, token: int) -> Tokenizer:
+    """The tokenizer, putting `token` before a text by its own post-processor: transformers 5 does not heed
+    `add_bos_token` where a class of its own would have done so, and the model was trained with the token."""
+    spec, name = json.loads(tokenizer.to_str()), tokenizer.id_to_token(token)
+    first, a, b = {"SpecialToken": {"id": name, "type_id": 0}}, *({"Sequence": {"id": i, "type_id": 0}} for i in "AB")
+    named = {name: {"id": name, "ids": [token], "tokens": [name]}}
+    step = {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b], "special_tokens": named}
+    before = [spec["post_processor"]] if spec["post_processor"] else []
+    spec["post_processor"] = {"type": "Sequence", "processors": [*before, step]} if before else step
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 def _write(path: Path, value: dict[str, object]) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
@@ -22,7 +23,7 @@ from leanseek import LLM, SamplingParams, Transformer, checkpoint
 from leanseek.cli import chat, generate
 from leanseek.engine import EngineError, Guide, Tokenizer
 from leanseek.errors import InputError
-from leanseek.server.templates import template_of
+from leanseek.server.templates import ChatTemplate, template_of
 
 SMALL = {"cache_gib": 0.001}
 
@@ -56,6 +57,17 @@ def test_generate_answers_in_the_order_of_the_prompts(llm: LLM, tokenizer: Token
         assert choice.finish_reason in ("length", "stop")
         alone = llm.generate(prompt if isinstance(prompt, str) else [prompt], own)[0].outputs[0]
         assert alone.token_ids == choice.token_ids
+
+
+def test_times_begin_when_a_request_came(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, n=2)
+    before = time.monotonic()
+    outputs = llm.generate(["fox", [7, 8]], params)
+    timings = [choice.timing for output in outputs for choice in output.outputs]
+    timings += [delta.timing for delta in llm.stream([9], params) if delta.timing]
+    assert len(timings) == 6
+    for t in timings:
+        assert before <= t.arrived <= t.scheduled <= t.first_token <= t.finished <= time.monotonic()
 
 
 def test_choices_logprobs_and_prompt_logprobs(llm: LLM) -> None:
@@ -333,6 +345,28 @@ def test_chat_interrupted_before_the_first_token(folder: Path, llm: LLM, monkeyp
     monkeypatch.setattr(llm.engine, "step", interrupt)
     answer, figures = chat._answer(llm, template, [{"role": "user", "content": "hi"}], SamplingParams())
     assert answer == "" and re.fullmatch(r"stopped after \d+\.\d\d s, before the first token", figures)
+
+
+def test_chat_survives_an_interrupt_wherever_it_comes(
+    command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the template renders, and while the text is encoded: the next line is answered."""
+    places = iter([(ChatTemplate, "render"), (Tokenizer, "encode")])
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        interrupting.undo()
+        raise KeyboardInterrupt
+
+    def read() -> str | None:
+        if place := next(places, None):
+            interrupting.setattr(*place, interrupt)
+        return next(lines, None)
+
+    interrupting, lines = pytest.MonkeyPatch(), iter(["one", "two", "three"])
+    monkeypatch.setattr(chat, "_read", read)
+    result = command("chat", str(folder), "--max-tokens", "2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("stopped\n") == 2 and result.stdout.count("tokens/s") == 1
 
 
 def test_chat_keeps_the_conversation(command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
