@@ -115,7 +115,7 @@ def _shapes(size: int) -> list[tuple[int, int, int]]:
 
 
 def _gpu_cases(size: int, device: torch.device) -> Iterator[list[Case]]:
-    from leanseek.gpu import refusal
+    from leanseek.gpu.device import refusal
 
     draw = functools.partial(torch.randn, dtype=torch.bfloat16, device=device)
     if reason := refusal(device):
@@ -205,7 +205,7 @@ def _gpu_quantisers(x: Tensor, weight: Tensor, hidden: Tensor) -> Iterator[list[
         Case("quantise 1×128", lambda: quantize_tiles(x, True), bytes=values * (2 + code)),
         Case("quantise 1×128 and transpose", lambda: quantize_both(x, True), bytes=values * (2 + 2 * code)),
         Case("transpose of chosen rows", lambda: turn_tiles(x, True, index=index), bytes=values * (2 + code)),
-        Case("rows of experts", lambda: kept.take(index), bytes=2 * hidden.numel() * code),
+        Case("rows of experts", lambda: kept.index_select(0, index), bytes=2 * hidden.numel() * code),
         Case(
             "quantise 128×128 and transpose", lambda: quantize_blocks_both(weight, True),
             bytes=weight.numel() * (weight.element_size() + 2.0),

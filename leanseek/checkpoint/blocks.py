@@ -12,8 +12,8 @@ from torch import Tensor
 from leanseek import ops
 from leanseek.checkpoint.files import CheckpointError, Lazy
 from leanseek.checkpoint.names import is_quantized
-from leanseek.fp8 import quantize_blocks
-from leanseek.ops.linear import BLOCK
+from leanseek.ops.formats import TILE as BLOCK
+from leanseek.ops.quantize import quantize_blocks
 from leanseek.reading import Structure, checked, shorten
 
 FP8 = torch.float8_e4m3fn

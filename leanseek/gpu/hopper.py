@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from leanseek.gpu.numbers import TILE
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles
-from leanseek.ops.quantize import Codes
+from leanseek.ops.operands import Codes
 
 ONE, ROWS, SHARED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what the experts share out
 BLOCK = gl.constexpr(TILE)

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from leanseek.gpu.elementwise import swiglu_forward
-from leanseek.gpu.numbers import INTERPRETED, TILE, narrow
+from leanseek.gpu.numbers import INTERPRETED, narrow
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles, group_tiles
 from leanseek.ops.latent_attention import CacheIndex
 

@@ -15,7 +15,8 @@ from leanseek.ops.adamw import AdamW
 from leanseek.ops.dispatch import Rows
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.grouped import Groups
-from leanseek.ops.quantize import Blocks, Both, Codes, Kept, SwiGLUBackward
+from leanseek.ops.operands import Blocks, Codes, Kept
+from leanseek.ops.quantize import Both, SwiGLUBackward
 from leanseek.ops.swiglu import weighted_swiglu, weighted_swiglu_backward
 
 
@@ -95,6 +96,28 @@ def round_e5m6(x: Tensor) -> Tensor:
     from leanseek.gpu.quantize import round_e5m6
 
     return round_e5m6(x)
+
+
+def _coded(a: object, *_: object) -> bool:
+    return isinstance(a, Codes)
+
+
+@implements(ops.grouped_product, _coded)
+def coded_product(a: Codes, b: Blocks, groups: Groups, dtype: torch.dtype) -> Tensor:
+    from leanseek.gpu import paths
+
+    if groups.tiles is None:
+        return paths.product(a, Codes(b.codes[0], b.scales[0]), dtype)
+    return paths.grouped_product(a, Codes(b.codes, b.scales), groups.tiles, dtype)
+
+
+@implements(ops.grouped_gradient, _coded)
+def coded_gradient(a: Codes, b: Codes, groups: Groups, dtype: torch.dtype) -> Tensor:
+    from leanseek.gpu import paths
+
+    if groups.tiles is None:
+        return paths.product(a, b, dtype)[None]
+    return paths.grouped_weight_gradient(a, b, groups.tiles, dtype)
 
 
 # ---- in either precision ----

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from leanseek import fp8, ops
+from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.attention import GQA, MLA
 from leanseek.model.layers import MLP, RMSNorm, release_weights
@@ -25,16 +25,11 @@ class Block(nn.Module):
             self.mlp = MLP(config, config.intermediate_size, device, dtype)
 
     def _feed_forward(self, x: Tensor, replay: Tensor | None) -> tuple[Tensor, Route | None]:
-        normed = self.post_attention_layernorm(x)
-        if not isinstance(self.mlp, MoE):
-            return x + self.mlp(normed), None
-        if self.mlp.experts.fp8 is None:
-            out, route = self.mlp(normed, replay)
-        else:  # the gate reads what the FP8 products do not keep: the norm is computed again for it (3.2.3)
-            held = x.detach()
-            with fp8.Recomputed((normed, lambda: self.post_attention_layernorm(held))):
-                out, route = self.mlp(normed, replay)
+        out, route = self._mlp(self.post_attention_layernorm(x), replay)
         return x + out, route
+
+    def _mlp(self, normed: Tensor, replay: Tensor | None) -> tuple[Tensor, Route | None]:
+        return self.mlp(normed, replay) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, replay: Tensor | None = None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanseek import fp8, ops
+from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.ops.stack import Norm
 
@@ -21,19 +21,27 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """Linear without bias. The weight may be FP8 blocks or 8-bit rows with their scales, for inference only."""
+    """Linear without bias. The weight may be FP8 blocks or 8-bit rows with their scales, for inference only.
+
+    high_precision: its products are never in FP8, not in training either (3.3.1).
+    """
 
     weight_scale_inv: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        high_precision: bool = False,
+    ):
         super().__init__()
+        self.high_precision = high_precision
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_buffer("weight_scale_inv", None)
-        self.fp8: fp8.Cast | None = None  # set by fp8.apply for training
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fp8 is not None:
-            return fp8.linear(x, self.weight, self.fp8)
         return ops.linear(x, self.weight, self.weight_scale_inv)
 
     def pack(self, place: ops.Place) -> ops.Packed:
@@ -65,11 +73,8 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, size, device, dtype)
         self.up_proj = Linear(config.hidden_size, size, device, dtype)
         self.down_proj = Linear(size, config.hidden_size, device, dtype)
-        self.fp8: fp8.Cast | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fp8 is not None:
-            return fp8.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.fp8)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
     def pack(self, place: ops.Place) -> tuple[ops.Packed, ops.Packed]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from leanseek import fp8, ops
+from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import MLP
 from leanseek.ops.stack import Router
@@ -98,12 +98,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(e, d, i, device=device, dtype=dtype))
         self.register_buffer("gate_up_proj_scale_inv", None)
         self.register_buffer("down_proj_scale_inv", None)
-        self.fp8: fp8.Cast | None = None
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """x [N, D] -> [N, D], the weighted sum of each token's experts."""
-        if self.fp8 is not None:
-            return fp8.experts(x, route.indices, route.weights, self.gate_up_proj, self.down_proj, self.fp8)
         sent = ops.expert_dispatch(x, route.indices, route.weights, self.down_proj.shape[0])
         return ops.expert_combine(self.products(sent), sent)
 

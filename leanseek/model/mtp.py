@@ -24,7 +24,7 @@ class MTPModule(nn.Module):
         d, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(d, eps, device, dtype)
         self.hnorm = RMSNorm(d, eps, device, dtype)
-        self.eh_proj = Linear(2 * d, d, device, dtype)
+        self.eh_proj = Linear(2 * d, d, device, dtype, high_precision=True)
         self.block = Block(config, config.num_hidden_layers + depth, device, dtype)
         self.norm = RMSNorm(d, eps, device, dtype)
 

@@ -33,7 +33,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, i, device, dtype) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, device, dtype)
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, device, dtype, high_precision=True)
         )
         self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype) for k in range(config.num_nextn_predict_layers))
         self.rotary = Rotary(config, device)

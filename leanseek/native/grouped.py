@@ -24,6 +24,8 @@ def _first(groups: Groups) -> Tensor:
 
 
 def _takes_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> bool:
+    if not isinstance(a, Tensor):
+        return False
     stored = b if b.is_contiguous() else b.transpose(1, 2)
     return accepts(a, stored) and stored.is_contiguous() and (dtype == torch.float32 or dtype == a.dtype)
 
@@ -40,7 +42,14 @@ def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) ->
 
 
 def _takes_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> bool:
-    return accepts(a, b) and dtype in DTYPES and a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous()
+    return (
+        isinstance(a, Tensor)
+        and accepts(a, b)
+        and dtype in DTYPES
+        and a.dtype == b.dtype
+        and a.is_contiguous()
+        and b.is_contiguous()
+    )
 
 
 @implements(ops.grouped_gradient, _takes_gradient)

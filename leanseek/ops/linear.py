@@ -7,8 +7,7 @@ from torch import Tensor
 
 from leanseek.ops import products
 from leanseek.ops.dispatch import op
-
-BLOCK = 128  # side of a weight block that shares one scale (3.3)
+from leanseek.ops.formats import TILE
 
 
 @op("linear")
@@ -60,6 +59,6 @@ def dequantize_blocks(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = to
     Dimensions that 128 does not divide have a last, smaller block.
     """
     rows, columns = weight.shape[-2:]
-    scale = scale_inv.float().repeat_interleave(BLOCK, -2)[..., :rows, :]
-    scale = scale.repeat_interleave(BLOCK, -1)[..., :columns]
+    scale = scale_inv.float().repeat_interleave(TILE, -2)[..., :rows, :]
+    scale = scale.repeat_interleave(TILE, -1)[..., :columns]
     return (weight.float() * scale).to(dtype)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from leanseek.ops.dispatch import op
 from leanseek.ops.experts import experts
-from leanseek.ops.linear import BLOCK, dequantize_blocks, linear
+from leanseek.ops.formats import TILE as BLOCK
+from leanseek.ops.linear import dequantize_blocks, linear
 
 PANEL, HALF = 64, 32  # rows of a panel, and of each half, which has scales of its own
 INT8 = torch.uint8

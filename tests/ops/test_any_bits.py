@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leanseek import Transformer, native, ops
 from leanseek.ops import quantize as fp8
+from leanseek.ops.operands import Kept
 
 pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
 VARIANTS = list(native.usable_variants())
@@ -32,10 +33,10 @@ def variant(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # Whoever adds a kernel adds it to a test below, and here.
-FUZZED = """adamw attention_backward attention_forward experts_backward experts_forward finite_rows fp8_blocks fp8_rows
+FUZZED = """adamw attention_backward attention_forward combine_rows finite_rows fp8_blocks fp8_rows
 fp8_swiglu fp8_swiglu_backward fp8_turn grouped_gradient grouped_product latent_attention pack_panels packed_experts
 packed_linear quantize_rows rms_norm rms_norm_backward rotate sample_rows stack_step swiglu swiglu_backward"""
-WITHOUT_NUMBERS = "interleave_pages read_memory supported"
+WITHOUT_NUMBERS = "read_memory supported"
 
 
 def test_every_kernel_is_fuzzed() -> None:
@@ -270,12 +271,12 @@ def test_training_kernels_over_any_bits(dtype: torch.dtype) -> None:
 def test_fp8_kernels_over_any_bits(dtype: torch.dtype, power_of_two: bool) -> None:
     x = bits(150, 261, dtype=dtype)
     groups = ops.Groups(150, torch.device("cpu"), torch.tensor([20, 20, 150], dtype=torch.int32))
-    for fixed in (None, torch.tensor(0.0), torch.tensor(torch.nan)):
+    for fixed in (None, torch.tensor([0.0]), torch.tensor([torch.nan])):
         fp8.rows(x, power_of_two, fixed)
         fp8.blocks(x[None], power_of_two, dtype, fixed)
     hidden, weight = bits(150, 2 * 70, dtype=dtype), bits(150, seed=1)
     _, kept = fp8.swiglu(hidden, weight, power_of_two)
-    wild = fp8.Kept(bits(*kept.codes.shape, dtype=torch.float8_e4m3fn), bits(*kept.scales.shape, seed=2))
+    wild = Kept(bits(*kept.codes.shape, dtype=torch.float8_e4m3fn), bits(*kept.scales.shape, seed=2))
     for each in (kept, wild):
         fp8.turn(each, groups, power_of_two, dtype)
         fp8.swiglu_backward(bits(150, 70, dtype=dtype, seed=3), each, weight, groups, power_of_two)

@@ -189,7 +189,8 @@ KERNEL fp8_turn(int64_t dtype, int64_t values_type, int64_t power_of_two, const 
     });
 }
 
-// 128×128 blocks of `count` weights [rows, columns]. codes and scales, or values, may be null.
+// 128×128 blocks of `count` weights [rows, columns]. codes and scales, or values, may be null; `fixed`, unless null, are
+// scales for whole weights.
 KERNEL fp8_blocks(int64_t dtype, int64_t values_type, int64_t power_of_two, const void* w_, int64_t count, int64_t rows,
                   int64_t columns, const float* fixed, uint8_t* codes, float* scales, void* values_) {
     const int64_t down = tiles_of(rows), across = tiles_of(columns);
@@ -207,7 +208,7 @@ KERNEL fp8_blocks(int64_t dtype, int64_t values_type, int64_t power_of_two, cons
                 for (int64_t i = 0; i < width; i++) s.row(r)[i] = to_float(in[i]);
                 amax = std::max(amax, largest(s.row(r), width));
             }
-            const float scale = fixed ? *fixed : tile_scale(amax, FORMATS[E4M3], power_of_two);
+            const float scale = fixed ? fixed[task / across / down] : tile_scale(amax, FORMATS[E4M3], power_of_two);
             if (scales) scales[task] = scale;
             for (int64_t r = 0; r < n; r++)
                 write_tile(s.row(r), width, scale, FORMATS[E4M3], codes ? codes + (first + r) * columns + at : nullptr,
