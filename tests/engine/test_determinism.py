@@ -8,6 +8,7 @@ import torch
 
 from leanseek import Transformer, ops
 from leanseek.engine import Engine, Request, SamplingParams
+from leanseek.ops import cpu
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, logprobs=5)
 Answer = tuple[list[int], list[tuple[float, list[tuple[int, float]]]]]
@@ -42,7 +43,7 @@ def crowd() -> dict[str, list[int]]:
     return found
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=["torch", "cpu"] if cpu.usable_variants() else ["torch"])
 def backend(request: pytest.FixtureRequest):
     """The ops in plain torch, and the native kernels where they are built."""
     with ops.use(request.param):

@@ -11,9 +11,11 @@ from leanseek.engine import Delta, Engine, Request, SamplingParams, Tokenizer
 from leanseek.engine.runner import Runner
 from leanseek.engine.sampler import Rows
 from leanseek.engine.tokenizer import TextStream
+from leanseek.ops import cpu
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12)
 NAMES = ("a", "b", "c")
+PATHS = ["cpu", "torch"] if cpu.usable_variants() else ["torch"]
 
 
 def run_all(engine: Engine) -> dict[str, list[Delta]]:
@@ -126,7 +128,7 @@ def spoilt(make_model: Callable[..., Transformer], name: str, rows: slice, value
     return model
 
 
-@pytest.mark.parametrize("path", ["cpu", "torch"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("params", "drafts"),
     [
@@ -159,7 +161,7 @@ def test_a_token_that_is_not_finite_ends_only_requests_that_hold_it(
     assert [found[name][-1].finish_reason for name in ("a", "c")] == ["length", "length"]
 
 
-@pytest.mark.parametrize("path", ["cpu", "torch"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_head_that_is_not_finite_ends_every_request(
     make_model: Callable, make_engine: Callable, value: float, path: str
@@ -179,7 +181,7 @@ def test_a_head_that_is_not_finite_ends_every_request(
     assert not any(delta.logprobs or delta.prompt_logprobs for delta in deltas)
 
 
-@pytest.mark.parametrize("path", ["cpu", "torch"])
+@pytest.mark.parametrize("path", PATHS)
 def test_the_request_that_ended_servers(model: Transformer, make_engine: Callable, serve: Callable, path: str) -> None:
     """At the ends of what is allowed, logits stay numbers and weights lie in [0, 1]."""
     wild = [
