@@ -22,7 +22,7 @@ $(BIN)/torch.stamp:
 	fi
 	touch $@
 
-$(BIN)/leanseek.stamp: $(BIN)/torch.stamp pyproject.toml CMakeLists.txt $(wildcard leanseek/ops/cpu/kernels/*)
+$(BIN)/leanseek.stamp: $(BIN)/torch.stamp pyproject.toml CMakeLists.txt $(wildcard leanseek/native/kernels/*)
 	$(BIN)/pip install -q -e ".[test,check]"
 	touch $@
 
@@ -56,7 +56,7 @@ ELSEWHERE := ops/test_triton ops/test_cpu_ ops/test_tracing ops/test_dispatch op
 	engine/test_guidance engine/test_llm engine/test_pages engine/test_scheduling engine/test_text
 PORTABLE := $(QUICK) $(foreach name,$(ELSEWHERE),--ignore-glob "tests/$(name)*") tests/ops tests/engine tests/model
 test-portable: $(BIN)/leanseek.stamp
-	if $(BIN)/python -c "from leanseek.ops import cpu; raise SystemExit('avx2' not in cpu.usable_variants())"; then \
+	if $(BIN)/python -c "from leanseek import native; raise SystemExit('avx2' not in native.usable_variants())"; then \
 		$(CONFINED) LEANSEEK_CPU=avx2 $(SHARED) $(PORTABLE); fi
 	$(CONFINED) LEANSEEK_CPU=none $(SHARED) $(PORTABLE)
 
@@ -107,9 +107,9 @@ SANITIZERS = $$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsa
 sanitize: $(BIN)/leanseek.stamp
 	cmake -S . -B build/sanitize -DLEANSEEK_SANITIZE=ON -DLEANSEEK_OUTPUT=$(CURDIR)/build/sanitize/lib && \
 		cmake --build build/sanitize --parallel $$(nproc)
-	mkdir -p build/plain && cp leanseek/ops/cpu/*.so build/plain/
-	trap 'cp --remove-destination build/plain/*.so leanseek/ops/cpu/' EXIT; trap 'exit 130' INT TERM; \
-		cp --remove-destination build/sanitize/lib/*.so leanseek/ops/cpu/ && \
+	mkdir -p build/plain && cp leanseek/native/*.so build/plain/
+	trap 'cp --remove-destination build/plain/*.so leanseek/native/' EXIT; trap 'exit 130' INT TERM; \
+		cp --remove-destination build/sanitize/lib/*.so leanseek/native/ && \
 		LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -p no:cacheprovider --capture=sys \
 		-m "not slow and not gpu" --ignore tests/ops/test_triton_fp8.py tests/ops tests/fp8/test_kernels.py
 

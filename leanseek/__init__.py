@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from leanseek.threads import set_openmp
+from leanseek.machine.threads import set_openmp
 
 if TYPE_CHECKING:
     from leanseek.checkpoint import load, save

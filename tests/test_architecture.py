@@ -11,20 +11,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "leanseek"
 
-# Room -> rooms it may import. errors and config are free to all.
+# Room -> rooms it may import. errors, config and reading are free to all. An order: nothing imports what comes after it.
 ALLOWED = {
-    "ops": set(),
-    "fp8": {"ops"},
-    "model": {"ops", "fp8"},
+    "machine": set(),
+    "ops": {"machine"},
+    "native": {"machine", "ops"},
+    "gpu": {"machine", "ops"},
+    "fp8": {"ops", "gpu"},
+    "model": {"machine", "ops", "fp8"},
     "planning": set(),
-    "checkpoint": {"ops", "fp8", "model"},
-    "data": set(),
-    "training": {"ops", "fp8", "model", "checkpoint", "data", "planning"},
-    "engine": {"ops", "model", "checkpoint"},
+    "checkpoint": {"machine", "ops", "fp8", "model"},
+    "data": {"machine"},
+    "training": {"machine", "ops", "fp8", "model", "checkpoint", "data", "planning"},
+    "engine": {"machine", "ops", "model", "checkpoint"},
     "server": {"ops", "model", "checkpoint", "engine"},
     "evaluation": {"engine"},
-    "bench": {"ops", "fp8", "model", "checkpoint", "data", "planning", "training", "engine"},
-}
+    "bench": {
+        "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "engine",
+    },
+}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -53,6 +58,51 @@ def test_rooms_import_only_what_they_may(path: Path) -> None:
     assert rooms <= ALLOWED[own] | {own}
 
 
+def test_rooms_stand_in_an_order() -> None:
+    rooms = list(ALLOWED)
+    for place, (own, may) in enumerate(ALLOWED.items()):
+        assert may <= set(rooms[:place]), own
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports at module level, type checking aside, form no circle."""
+    graph = {_module(path): _loaded(path) for path in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above[above.index(module) :], module))
+        if module not in done:
+            for other in sorted(graph.get(module, set())):
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _loaded(path: Path) -> set[str]:
+    """Modules of the package that importing a file imports; a name of a package is the package, unless a module."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if _is_module(inner) else node.module)
+    return {name for name in found if name.startswith("leanseek.") and name != _module(path)}
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_pickle_and_no_transformers_in_the_package(path: Path) -> None:
     used = {name.split(".")[0] for name in imports(path)}
@@ -74,12 +124,27 @@ def test_text_has_an_encoding(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "call",
-    ["open(p)", "open(p, 'w')", "p.open()", "p.open('a')", "p.read_text()", "p.write_text('x')", "open(p, mode='r')"],
+    [
+        *(
+            "open(p)",
+            "open(p, 'w')",
+            "p.open()",
+            "p.open('a')",
+            "p.read_text()",
+            "p.write_text('x')",
+            "open(p, mode='r')",
+        ),
+        *("run(c, text=True)", "subprocess.Popen(c, universal_newlines=True)", "TemporaryFile('w+')"),
+        "tempfile.NamedTemporaryFile(mode='w')",
+    ],
 )
 def test_calls_without_an_encoding_are_seen(call: str) -> None:
     assert list(_without_encoding(ast.parse(call)))
     assert not list(_without_encoding(ast.parse(call[:-1] + ("" if call[-2] == "(" else ", ") + "encoding='utf-8')")))
     assert not list(_without_encoding(ast.parse("open(p, 'rb'); p.open('wb'); read_text(p); os.open(p, 0)")))
+    assert not list(
+        _without_encoding(ast.parse("run(c); TemporaryFile(); NamedTemporaryFile('w+b'); run(c, text=False)"))
+    )
 
 
 def _without_encoding(tree: ast.AST) -> Iterator[int]:
@@ -89,17 +154,17 @@ def _without_encoding(tree: ast.AST) -> Iterator[int]:
             continue
         method = isinstance(node.func, ast.Attribute)
         name = node.func.attr if method else getattr(node.func, "id", "")
+        given = {k.arg: k.value for k in node.keywords}
         if method and name in ("read_text", "write_text"):
             yield node.lineno
-        if name != "open":
+        if any(isinstance(v := given.get(k), ast.Constant) and v.value for k in ("text", "universal_newlines")):
+            yield node.lineno  # a subprocess
+        temporary = name in ("TemporaryFile", "NamedTemporaryFile", "SpooledTemporaryFile")
+        if name != "open" and not temporary:
             continue
-        place = 0 if method else 1
-        mode = (
-            node.args[place]
-            if len(node.args) > place
-            else next((k.value for k in node.keywords if k.arg == "mode"), None)
-        )
-        if mode is None and not (method and node.args):
+        place = 0 if method or temporary else 1
+        mode = node.args[place] if len(node.args) > place else given.get("mode")
+        if mode is None and not temporary and not (method and node.args):
             yield node.lineno
         if isinstance(mode, ast.Constant) and isinstance(mode.value, str) and "b" not in mode.value:
             yield node.lineno

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from leanseek import threads
 from leanseek.data import prepare as prepare_module
+from leanseek.machine import threads
 
 TWO = "33 23 0:30 {root} {at} rw - cgroup2 cgroup2 rw"
 ONE = "32 31 0:29 {root} {at} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
@@ -116,9 +116,9 @@ def test_what_the_user_has_set_stays(own: dict[str, str], monkeypatch: pytest.Mo
         (["-m", "leanseek", "generate", "/nowhere", "x"], {}, threads.SPINS, ""),
         (["-c", "import sys; from leanseek.cli import main; sys.argv[1:] = 'generate', '/nowhere', 'x'; main()"], {},
          threads.SPINS, ""),
-        (["-c", "from leanseek.threads import waiting; import torch; print(waiting())"], {"OMP_WAIT_POLICY": "PASSIVE"},
+        (["-c", "from leanseek.machine.threads import waiting; import torch; print(waiting())"], {"OMP_WAIT_POLICY": "PASSIVE"},
          "0", "OMP_WAIT_POLICY=PASSIVE in the environment"),
-        (["-c", "import torch; from leanseek.threads import waiting; print(waiting())"], {},
+        (["-c", "import torch; from leanseek.machine.threads import waiting; print(waiting())"], {},
          "300000", "torch was imported before leanseek"),
     ],
 )  # fmt: skip

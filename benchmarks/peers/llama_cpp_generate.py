@@ -13,11 +13,11 @@ from typing import Any
 
 from llama_cpp import Llama
 
-import leanseek.threads
+import leanseek.machine.threads
 from leanseek.bench.workers import serve
 
 file, new, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-threads = leanseek.threads.threads()
+threads = leanseek.machine.threads.threads()
 llm = Llama(
     file,
     n_ctx=context + new + 64,

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from leanseek.bench.generate import decode_bytes, prefill_flops
-from leanseek.bench.train import machine
+from leanseek.bench.machine import machine
 from leanseek.config import ModelConfig
 from leanseek.engine import LLM, Engine, SamplingParams
+from leanseek.machine.device import default_device
 from leanseek.model import Transformer
-from leanseek.ops.machine import default_device
 
 CONTEXT, NEW, ROUNDS = 512, 32, 3
 STREAMS = (1, 16)

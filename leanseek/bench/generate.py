@@ -16,15 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from leanseek.bench.machine import fastest_dtype, machine, read_bandwidth
 from leanseek.bench.models import cache_root, random_model
-from leanseek.bench.train import fastest_dtype, machine
 from leanseek.bench.workers import Worker, peer_command, say, serve
 from leanseek.checkpoint import export_gguf, read_config
 from leanseek.config import ModelConfig
 from leanseek.engine import LLM, SamplingParams
 from leanseek.errors import RunError
 from leanseek.model import Transformer
-from leanseek.ops.machine import read_bandwidth
 
 NEW = 32  # tokens decoded a round
 TURNS = 3

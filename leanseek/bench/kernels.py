@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek import ops
-from leanseek.bench.train import fastest_dtype, machine
-from leanseek.ops.machine import default_device, preferred_dtype
+from leanseek import native, ops
+from leanseek.bench.machine import fastest_dtype, machine
+from leanseek.machine.device import default_device, preferred_dtype
 
 ROUNDS = 15
 
@@ -26,7 +26,7 @@ ROUNDS = 15
 class Case(NamedTuple):
     name: str
     work: Callable[[], object]
-    flops: float = 0.0  # of a call; 0: it is memory that bounds it
+    flops: float = 0.0  # per call; 0 if memory bounds it
     bytes: float = 0.0  # read and written by a call, at least
     against: str = ""  # the case that this one is compared with
     op: str = ""  # of `paths.ran`: which path computed it
@@ -115,7 +115,7 @@ def _shapes(size: int) -> list[tuple[int, int, int]]:
 
 
 def _gpu_cases(size: int, device: torch.device) -> Iterator[list[Case]]:
-    from leanseek.ops.triton import refusal
+    from leanseek.gpu import refusal
 
     draw = functools.partial(torch.randn, dtype=torch.bfloat16, device=device)
     if reason := refusal(device):
@@ -131,8 +131,8 @@ def _gpu_cases(size: int, device: torch.device) -> Iterator[list[Case]]:
 
 def _gpu_product(a: Tensor, b: Tensor) -> list[Case]:
     """A linear layer's forward and weight gradient, by the path that is taken and by Triton's kernel."""
-    from leanseek.ops.triton import gemm, paths
-    from leanseek.ops.triton.quantize import quantize_blocks, quantize_both
+    from leanseek.gpu import gemm, paths
+    from leanseek.gpu.quantize import quantize_blocks, quantize_both
 
     (m, k), n = a.shape, b.shape[0]
     flops = 2.0 * m * n * k
@@ -160,9 +160,9 @@ def _gpu_product(a: Tensor, b: Tensor) -> list[Case]:
 
 def _gpu_experts(x: Tensor, weight: Tensor) -> list[Case]:
     """Eight experts with uneven counts."""
-    from leanseek.ops.triton import gemm, paths
-    from leanseek.ops.triton.quantize import quantize_blocks, quantize_both
-    from leanseek.ops.triton.tiles import group_tiles
+    from leanseek.gpu import gemm, paths
+    from leanseek.gpu.quantize import quantize_blocks, quantize_both
+    from leanseek.ops.grouped import group_tiles
 
     m, (experts, n, k) = x.shape[0], weight.shape
     shares = torch.arange(1, experts + 1, device=x.device).cumsum(0)
@@ -193,8 +193,8 @@ def _gpu_experts(x: Tensor, weight: Tensor) -> list[Case]:
 
 
 def _gpu_quantisers(x: Tensor, weight: Tensor, hidden: Tensor) -> Iterator[list[Case]]:
-    from leanseek.ops.triton.quantize import quantize_blocks_both, quantize_both, quantize_tiles, round_e5m6, turn_tiles
-    from leanseek.ops.triton.swiglu import swiglu_backward_quantize, swiglu_quantize
+    from leanseek.gpu.quantize import quantize_blocks_both, quantize_both, quantize_tiles, round_e5m6, turn_tiles
+    from leanseek.gpu.swiglu import swiglu_backward_quantize, swiglu_quantize
 
     values, code = x.numel(), 1 + 4 / 128  # a code and its share of a scale
     act = hidden.numel() / 2
@@ -275,7 +275,7 @@ def _cpu_serving(x: Tensor, weight: Tensor) -> list[Case]:
 def _ran(case: Case) -> dict[str, int]:
     if not case.op:
         return {}
-    from leanseek.ops.triton import paths
+    from leanseek.gpu import paths
 
     return paths.ran().get(case.op, {})
 
@@ -283,7 +283,7 @@ def _ran(case: Case) -> dict[str, int]:
 def _paths(device: torch.device) -> dict[str, str]:
     """What may compute FP8 products here, and why not."""
     if device.type != "cuda":
-        return {"cpu": ops.cpu.status().detail}
-    from leanseek.ops.triton import paths
+        return {"cpu": native.status().detail}
+    from leanseek.gpu import paths
 
     return paths.status(device)

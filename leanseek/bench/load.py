@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
+from leanseek.bench.machine import cpu_name
 from leanseek.bench.models import cache_root, random_model
 from leanseek.bench.serve import Server
-from leanseek.bench.train import cpu_name
 from leanseek.errors import RunError
 
 AT_ONCE = 64
@@ -41,7 +41,7 @@ def bench_load(model: str | Path, requests: int) -> dict[str, Any]:
         watch = _Memory(server.process.pid)
         with subprocess.Popen(
             [sys.executable, "-m", "leanseek.bench.load", server.host, str(server.port)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
         ) as probe:  # fmt: skip
             start = time.perf_counter()
             ends = asyncio.run(_everyone(server, requests))

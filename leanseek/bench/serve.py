@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from leanseek.bench.machine import machine
 from leanseek.bench.models import cache_root, random_model
-from leanseek.bench.train import machine
 from leanseek.bench.workers import Worker, peer_command, say, serve
 from leanseek.checkpoint import read_config, resolve
 from leanseek.engine import Engine, Request, SamplingParams, load_engine
@@ -153,7 +153,7 @@ class Server:
     def __init__(self, folder: Path, *options: str):
         self.started = time.perf_counter()
         command = [sys.executable, "-m", "leanseek", "serve", str(folder), "--port", "0", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
         assert self.process.stderr
         said = self.process.stderr.readline()
         match = re.search(r" at http://([^:]+):(\d+)", said)

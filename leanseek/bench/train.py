@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -15,45 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanseek.bench.machine import fastest_dtype, machine
 from leanseek.bench.workers import Worker, peer_command, say, serve
+from leanseek.machine.device import default_device
 from leanseek.model import Transformer
-from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype, read_bandwidth
 from leanseek.planning import train_flops_per_token
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.activations import activation_bytes_per_token
 from leanseek.training.pace import random_tokens
 
 PEER_MODES = ("float32", "autocast", "bfloat16")
-
-
-def machine() -> dict[str, Any]:
-    """What this machine is and what it can do, measured now."""
-    device = default_device()
-    say("measuring the machine's limits")
-    float32, bfloat16 = (gemm_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16))
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "preferred_dtype": str(preferred_dtype(device)).removeprefix("torch."),
-        "gemm_flops_float32": float32,
-        "gemm_flops_bfloat16": bfloat16,
-        "emulated": ["bfloat16"] if bfloat16 < float32 else [],  # by torch, and slower than what it stands for
-        "read_bytes_per_second": read_bandwidth(device),
-    }
-
-
-def fastest_dtype(limits: dict[str, Any]) -> str:
-    """The dtype that `machine()` found matrix products to be fastest in."""
-    return "float32" if limits["emulated"] else "bfloat16"
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def bench_train(preset: str, batch: int, seq_len: int, steps: int, peers: list[str]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.names import hf_parts, iter_hf_tensors
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.config import ConfigError, ModelConfig
+from leanseek.machine.memory import empty, memory
 from leanseek.model import Transformer
-from leanseek.ops.machine import empty, memory
 from leanseek.reading import check_links
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

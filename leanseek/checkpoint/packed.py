@@ -19,14 +19,15 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from leanseek.checkpoint.blocks import SCALE
 from leanseek.checkpoint.files import CheckpointError, Lazy, Stored, open_file, write_file
 from leanseek.checkpoint.hf import read_config
+from leanseek.machine.memory import read_ahead
 from leanseek.model import Transformer
-from leanseek.ops.machine import read_ahead
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ def _stamp(folder: Path) -> str:
 
 def _mapped(path: Path, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Tensors over the file's own pages, shared by all processes that map it; read ahead from the disk."""
-    pages = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    # not torch.from_file, which spells a path in UTF-8; a private mapping may be written, so torch does not warn
+    pages = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
     read_ahead(pages.data_ptr(), pages.numel())
     return {
         name: pages[s.start : s.start + math.prod(s.shape) * s.dtype.itemsize].view(s.dtype).view(s.shape)

@@ -39,7 +39,7 @@ def chat(
     from rich.console import Console
 
     from leanseek.engine import LLM, EngineError
-    from leanseek.ops.machine import use_threads
+    from leanseek.machine.device import use_threads
     from leanseek.server.templates import template_of
 
     use_threads(threads)

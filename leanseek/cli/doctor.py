@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from leanseek.cli.generate import AllowLinks
+from leanseek.cli.terminal import spelled
 from leanseek.errors import InputError
 
 KINDS = ("float32", "bfloat16", "fp8 weights")
@@ -22,7 +23,7 @@ NO_KERNEL = {
 }
 LEGEND = """
 Any number of rows, where none is named.
-avx...: native kernels; triton: GPU kernels; torch: the references.
+avx...: native kernels; gpu: GPU kernels; torch: the references.
 In serving, ops that stack_step computes as one call are not asked one by one.
 -: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
 
@@ -32,13 +33,15 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from leanseek.ops import cpu, numa, survey
-    from leanseek.ops.machine import default_device, gemm_rate, preferred_dtype
-    from leanseek.ops.products import multiplies
-    from leanseek.threads import cpus, quota, waiting
+    from leanseek import native
+    from leanseek.bench import survey
+    from leanseek.machine import numa
+    from leanseek.machine.device import default_device, multiplies, preferred_dtype
+    from leanseek.machine.probes import gemm_rate
+    from leanseek.machine.threads import cpus, quota, waiting
 
     device = default_device()
-    kernels = cpu.status()
+    kernels = native.status()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -93,11 +96,11 @@ def doctor(
             print(json.dumps(weights))
         else:
             for name, count in weights["nonfinite"].items():
-                print(f"{name}: {count:,} values are NaN or infinity")
+                print(f"{spelled(name)}: {count:,} values are NaN or infinity")
         if bad := len(weights["nonfinite"]):
             raise InputError(f"{model}: {bad:,} of {weights['tensors']:,} tensors hold NaN or infinity")
         if not as_json:
-            print(f"{model}: {weights['tensors']:,} tensors, all of them finite")
+            print(f"{spelled(model)}: {weights['tensors']:,} tensors, all of them finite")
         return
     found = examine()
     if as_json:
@@ -124,7 +127,7 @@ def doctor(
 
 
 def _cell(path: dict[str, Any], variant: str | None) -> str:
-    names = {"cpu": variant or "cpu", "torch": NO_KERNEL.get(path["op"], "torch")}
+    names = {"native": variant or "native", "torch": NO_KERNEL.get(path["op"], "torch")}
     by_rows = {rows: names.get(backend, backend) for rows, backend in path["rows"].items()}
     one, many = by_rows.values()
     notes = "*" * path["declined"] + "+" * path["widened"]

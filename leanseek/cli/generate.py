@@ -37,7 +37,7 @@ def generate(
 ) -> None:
     """Continue a text, streaming it to standard output."""
     from leanseek.engine import LLM, CompletionOutput
-    from leanseek.ops.machine import use_threads
+    from leanseek.machine.device import use_threads
 
     use_threads(threads)
     llm = LLM(model, allow_links=allow_links)

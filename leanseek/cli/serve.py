@@ -49,7 +49,7 @@ def serve(
     ] = 30.0,
 ) -> None:
     """Serve a model: OpenAI's API under /v1, a chat page at /."""
-    from leanseek.ops.machine import use_threads
+    from leanseek.machine.device import use_threads
     from leanseek.server.app import Access
     from leanseek.server.connections import Limits
     from leanseek.server.run import serve as run

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import logging
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ class QueueFull(RuntimeError):
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no more requests: it is draining, was stopped, or broke."""
+    """The engine takes no more requests: it is stopping, was stopped, or broke."""
 
 
 class RequestFailed(RuntimeError):
@@ -59,6 +58,7 @@ class Stream:
         """The next delta; the stream ends when all choices have.
 
         Raises:
+            EngineError: what was asked for cannot be done, as shows only now.
             RequestFailed: the request did.
         """
         try:
@@ -74,7 +74,7 @@ class Stream:
         self._open -= delta.finish_reason is not None
         if delta.finish_reason == "error":
             self.close()
-            raise RequestFailed(delta.error)
+            raise EngineError(delta.error) if delta.refused else RequestFailed(delta.error)
         return delta
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class AsyncEngine:
         self.check(prompt_token_ids, params)
         request_id = request_id or f"request-{next(self._ids)}"
         matcher = matcher or self.matcher(params)
-        request = Request(request_id, list(prompt_token_ids), params, priority, time.monotonic(), matcher)
+        request = Request(request_id, list(prompt_token_ids), params, priority, matcher=matcher)
         stream = Stream(self, request_id, params.n, asyncio.get_running_loop())
         with self._lock:
             if not self._accepting or not self.alive:
@@ -220,16 +220,6 @@ class AsyncEngine:
             self._commands.append(request)
             self._lock.notify()
         return stream
-
-    async def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait until those there are have ended; whether they have in time."""
-        self.refuse()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self._streams and self.alive:
-            if deadline is not None and time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(0.02)
-        return True
 
     def _abort(self, request_id: str) -> None:
         with self._lock:
@@ -274,7 +264,8 @@ class AsyncEngine:
             try:
                 self._engine.add(command)
             except Exception as error:
-                self._publish([Delta(command.request_id, finish_reason="error", error=str(error))])
+                refused = isinstance(error, EngineError)
+                self._publish([Delta(command.request_id, finish_reason="error", error=str(error), refused=refused)])
 
     def _publish(self, deltas: Sequence[Delta]) -> None:
         """Hand deltas to their streams, each in its own event loop."""

@@ -19,24 +19,11 @@ from leanseek import ops
 from leanseek.engine import sampler
 from leanseek.engine.outputs import TokenLogprob
 from leanseek.engine.sampler import Choice, Rows
-from leanseek.engine.sequence import Sequence
+from leanseek.engine.sequence import Sequence, Work
+from leanseek.machine.memory import empty
 from leanseek.model import Transformer
-from leanseek.ops.machine import empty
 
 PROMPT_LOGPROB_ROWS = 64  # rows whose logits over the whole vocabulary are held at a time
-
-
-@dataclass(slots=True)
-class Work:
-    """A sequence's part of a step: `count` known tokens, and its drafts when those are the last known ones."""
-
-    sequence: Sequence
-    count: int
-    samples: bool  # whether these are all known tokens: the last row is to become the next
-
-    @property
-    def rows(self) -> int:
-        return self.count + (len(self.sequence.drafts) if self.samples else 0)
 
 
 @dataclass

@@ -12,8 +12,7 @@ import bisect
 from array import array
 
 from leanseek.engine.pages import ROOT, PagePool
-from leanseek.engine.runner import Work
-from leanseek.engine.sequence import Sequence
+from leanseek.engine.sequence import Sequence, Work
 
 OLDEST_SHARE = 4  # one part in so many of a step's prompt rows is the oldest prompt's
 TOGETHER = 4  # times a step's usual rows, for as many short prompts

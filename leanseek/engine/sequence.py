@@ -1,8 +1,9 @@
-"""A request, and the sequences (one per choice) it becomes."""
+"""A request, the sequences (one per choice) it becomes, and their parts of a step."""
 
 from __future__ import annotations
 
 import random
+import time
 from array import array
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int = 0  # lower runs first
-    arrived: float = 0.0  # time.monotonic()
+    arrived: float = field(default_factory=time.monotonic)
     matcher: Matcher | None = None  # of `params.guided`, at its beginning
 
 
@@ -113,6 +114,19 @@ class Sequence:
             delta.usage = self.usage()
             delta.timing = Timing(self.request.arrived, self.scheduled, self.first_token, finished)
         return delta
+
+
+@dataclass(slots=True)
+class Work:
+    """A sequence's part of a step: `count` known tokens, and its drafts when those are the last known ones."""
+
+    sequence: Sequence
+    count: int
+    samples: bool  # whether these are all known tokens: the last row is to become the next
+
+    @property
+    def rows(self) -> int:
+        return self.count + (len(self.sequence.drafts) if self.samples else 0)
 
 
 def seed_of(params: SamplingParams, index: int, fresh: random.Random) -> int:

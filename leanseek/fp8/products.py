@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.fp8.formats import TILE
-from leanseek.fp8.quantize import Coded, Operand, take
 from leanseek.ops import Groups
+from leanseek.ops.formats import TILE
+from leanseek.ops.quantize import Coded, Operand, take
 
 Cuts = list[int]  # where K is cut: a scale is that of a whole piece
 
@@ -73,6 +73,6 @@ def grouped_gradient(a: Operand, b: Operand, groups: Groups, dtype: torch.dtype)
 
 
 def _gpu() -> ModuleType:
-    from leanseek.ops.triton import paths
+    from leanseek.gpu import paths
 
     return paths

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanseek.fp8 import quantize as q
-from leanseek.fp8.formats import TILE, Counts, counts, quantize, spread, tile_scale
-from leanseek.fp8.quantize import Both, Kept, Operand, SwiGLUBackward, Weight
+from leanseek.ops import quantize as q
+from leanseek.ops.formats import TILE, Counts, counts, quantize, spread, tile_scale
 from leanseek.ops.grouped import Groups
+from leanseek.ops.quantize import Both, Kept, Operand, SwiGLUBackward, Weight
 
 PRECISIONS = ("bf16", "fp8", "fp8-tensorwise")
 

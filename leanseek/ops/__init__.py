@@ -27,8 +27,6 @@ from leanseek.ops.select import expert_scores, select_experts
 from leanseek.ops.stack import BlockWeights, Join, StackWeights, stack_step
 from leanseek.ops.swiglu import swiglu
 
-from leanseek.ops import cpu, triton, invariant  # noqa: F401  isort: skip  (they register themselves; the slowest comes last)
-
 __all__ = [
     "AdamW",
     "BlockWeights",

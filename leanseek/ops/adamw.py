@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 
 
 class AdamW(NamedTuple):
@@ -20,12 +20,9 @@ class AdamW(NamedTuple):
     weight_decay: float
 
 
+@op("adamw")
 def adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, rule: AdamW) -> None:
     """Change weight, the BF16 moments and `step` (a number, float32 []) in place. Arithmetic is float32."""
-    pick("adamw", reference, weight, grad, exp_avg, exp_avg_sq)(weight, grad, exp_avg, exp_avg_sq, step, rule)
-
-
-def reference(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, rule: AdamW) -> None:
     m, v = exp_avg.float(), exp_avg_sq.float()
     torch_adamw(
         [weight], [grad], [m], [v], [], [step],

@@ -6,20 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 from leanseek.ops.products import wide
 from leanseek.ops.rotary import rotate
 
 
+@op("causal_attention")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q kᵀ · scale, causal) v.
 
     q [B, T, H, dk]; k [B, T, Hkv, dk]; v [B, T, Hkv, dv]; Hkv divides H (GQA). Returns [B, T, H, dv].
     """
-    return pick("causal_attention", reference, q, k, v)(q, k, v, scale)
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     # torch's fused CPU kernel wants equal head dims: zero columns on the narrower cost less than the unfused path
     width, value_width, dtype = max(q.shape[-1], v.shape[-1]), v.shape[-1], q.dtype
     q, k, v = wide(q, k, v)
@@ -29,6 +26,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out[..., :value_width].transpose(1, 2).to(dtype)
 
 
+@op("mla_attention")
 def mla_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float, interleave: bool
 ) -> Tensor:
@@ -38,13 +36,6 @@ def mla_attention(
     rotary key that all heads share; cos, sin [B or 1, T, rope / 2] float32. The last `rope` of a query and k_rope are
     rotated as `rotate` does. Returns [B, T, H, dv].
     """
-    run = pick("mla_attention", mla_reference, q, kv, k_rope, cos, sin)
-    return run(q, kv, k_rope, cos, sin, scale, interleave)
-
-
-def mla_reference(
-    q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float, interleave: bool
-) -> Tensor:
     nope = q.shape[-1] - k_rope.shape[-1]
     q_nope, q_rope = q.split([nope, k_rope.shape[-1]], dim=-1)
     k_nope, v = kv.split([nope, kv.shape[-1] - nope], dim=-1)

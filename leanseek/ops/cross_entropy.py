@@ -6,22 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 from leanseek.ops.products import wide
 
 CHUNK_LOGITS = 2**22  # logits computed at a time: 16 MiB in float32
 GPU_CHUNKS = 32  # of them at a time on a GPU, which wants more to do at once
 
 
+@op("linear_cross_entropy")
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean over the tokens of -log softmax(hidden · weightᵀ)[target], float32 scalar.
 
     hidden [N, D]; weight [V, D] (cast to hidden's dtype); targets [N] int64, all counted.
     """
-    return pick("linear_cross_entropy", reference, hidden, weight)(hidden, weight, targets)
-
-
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, need_grad)
 
@@ -40,8 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
             logits = F.linear(part, head)
-            run = pick("softmax_cross_entropy", softmax_cross_entropy, logits)
-            lost, grad = run(logits, target, 1 / hidden.shape[0], need)
+            lost, grad = softmax_cross_entropy(logits, target, 1 / hidden.shape[0], need)
             total += lost.sum()
             if grad_hidden is not None and grad_weight is not None:
                 torch.mm(grad, head, out=grad_hidden[start : start + rows])
@@ -55,6 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
 
 
+@op("softmax_cross_entropy")
 def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: bool) -> tuple[Tensor, Tensor]:
     """-log softmax(logits)[target] of each row, [R] float32, and with `need` `share` times its gradient in the place of
     logits [R, V] and their dtype."""

@@ -1,88 +1,147 @@
-"""Which implementation of an op runs: one table, one place.
+"""Which implementation of an op runs: decided here, and nowhere else.
 
-An op's module holds its docstring and torch reference and calls `pick(op, *tensors)`. Fast rooms (`ops/cpu`,
-`ops/triton`) register what they have with a predicate over the same tensors; the first that accepts runs.
+An op is declared once, by its torch reference: `@op` turns the reference into the op, signature and docstring
+included. Rooms with faster forms (`native/`, `gpu/`) register them with a predicate over the op's own arguments; of
+those that accept a call, the one of the highest priority runs, else the reference.
 
-Serving runs under `row_invariant()`, where a row's result must not depend on the rows it shares a call with. That is a
-second table: only implementations registered as row-invariant are in it, torch's own (`invariant.py`) last.
+Serving runs under `row_invariant()`, where a row's result must not depend on the rows it shares a call with. Only forms
+registered as row-invariant run there, torch's own (`invariant.py`) with the lowest priority.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from enum import IntEnum
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+ROOMS = ("leanseek.ops.invariant", "leanseek.native", "leanseek.gpu")  # imported at the first call of an op
+
+
+class Priority(IntEnum):
+    """Of forms that accept the same call the highest runs."""
+
+    TORCH = 0
+    KERNEL = 1
+
+
+class Rows(IntEnum):
+    """Where a form may run: outside `row_invariant()`, within it, or in both places."""
+
+    ANY = 1
+    INVARIANT = 2
+    BOTH = 3
+
 
 @dataclass(frozen=True)
 class Implementation:
-    backend: str  # "cpu", "triton"; "torch" for the row-invariant forms in plain torch
+    backend: str  # "native", "gpu"; "torch" for the row-invariant forms in plain torch
     function: Callable[..., Any]
-    accepts: Callable[..., bool]  # over the op's tensors: device, dtype, shape
+    accepts: Callable[..., bool]  # over the op's arguments: device, dtype, shape
+    priority: Priority
 
 
-_TABLE: dict[tuple[str, bool], list[Implementation]] = {}  # by op and whether it is row-invariant
+OPS: dict[str, Op[..., Any]] = {}  # every op by its name
 _FORCED: list[str] = []  # innermost `use` last
 _SCOPE = threading.local()  # .row_invariant
 
 
-def register(
-    op: str, backend: str, accepts: Callable[..., bool], *, row_invariant: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: `function` computes `op` wherever `accepts(*tensors)` holds, within or outside `row_invariant()`.
-
-    A row-invariant form accepts any number of rows: two that share them by count would not agree in the last bits.
-    """
-
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        _TABLE.setdefault((op, row_invariant), []).append(Implementation(backend, function, accepts))
-        return function
-
-    return add
-
-
-def pick(op: str, reference: Callable[..., Any], *tensors: Tensor | None) -> Callable[..., Any]:
-    """The function that computes `op` on these tensors: a registered one that accepts them, else the reference.
+class Op(Generic[P, R]):
+    """Called, it runs the best implementation for its arguments.
 
     Kernels read memory. Tensors without any (fake, functional, batched, of another class) and calls that are traced go
-    to the reference, or to a row-invariant form, which are torch throughout.
+    to the reference, or to a row-invariant form in torch.
     """
-    if torch.compiler.is_compiling():
-        return reference
-    found = _first(op, getattr(_SCOPE, "row_invariant", False), tensors)
-    return reference if found is None else found.function
+
+    def __init__(self, reference: Callable[P, R], name: str):
+        functools.update_wrapper(self, reference)
+        self.name, self.reference = name, reference
+        self._forms: dict[bool, list[Implementation]] = {False: [], True: []}  # by whether they are row-invariant
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return self.reference(*args, **kwargs)
+        found = self._first(getattr(_SCOPE, "row_invariant", False), args, kwargs)
+        run: Callable[P, R] = self.reference if found is None else found.function
+        return run(*args, **kwargs)
+
+    def register(
+        self, backend: str, accepts: Callable[..., bool], priority: Priority, rows: Rows = Rows.ANY
+    ) -> Callable[[F], F]:
+        """Decorator: the function computes the op wherever `accepts`, called as the op is, holds.
+
+        A row-invariant form accepts any number of rows: two that share them by count would not agree in the last bits.
+        """
+
+        def add(function: F) -> F:
+            for invariant in (False, True):
+                if rows & (Rows.INVARIANT if invariant else Rows.ANY):
+                    forms = self._forms[invariant]
+                    forms.append(Implementation(backend, function, accepts, priority))
+                    forms.sort(key=lambda form: -form.priority)
+            return function
+
+        return add
+
+    def backend(self, row_invariant: bool, *args: Any, **kwargs: Any) -> str:
+        """What a call would run within or outside `row_invariant`: "torch" for the reference."""
+        found = self._first(row_invariant, args, kwargs)
+        return "torch" if found is None else found.backend
+
+    def backends(self, row_invariant: bool) -> list[str]:
+        """Of the registered forms, in the order in which they are asked."""
+        _open_rooms()
+        return [form.backend for form in self._forms[row_invariant]]
+
+    def _first(self, row_invariant: bool, args: Any, kwargs: Any) -> Implementation | None:
+        _open_rooms()
+        if not (forms := self._forms[row_invariant]):
+            return None
+        forced = _FORCED[-1] if _FORCED else None
+        memory = ordinary(*args, *kwargs.values())
+        for form in forms:
+            allowed = form.backend == "torch" or (memory and forced in (None, form.backend))
+            if allowed and form.accepts(*args, **kwargs):
+                return form
+        return None
 
 
-def backend(op: str, row_invariant: bool, *tensors: Tensor | None) -> str:
-    """What `pick` would run within or outside `row_invariant`: "torch" for the reference."""
-    found = _first(op, row_invariant, tensors)
-    return "torch" if found is None else found.backend
+def op(name: str) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Decorator: declare the op of which this function is the torch reference."""
+
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
+        OPS[name] = declared = Op(reference, name)
+        return declared
+
+    return declare
 
 
-def _first(op: str, row_invariant: bool, tensors: tuple[Tensor | None, ...]) -> Implementation | None:
-    forced = _FORCED[-1] if _FORCED else None
-    memory = ordinary(*tensors)
-    for candidate in _TABLE.get((op, row_invariant), ()):
-        allowed = candidate.backend == "torch" or (memory and forced in (None, candidate.backend))
-        if allowed and candidate.accepts(*tensors):
-            return candidate
-    return None
+@functools.cache
+def _open_rooms() -> None:
+    for room in ROOMS:
+        importlib.import_module(room)
 
 
-def ordinary(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors with memory, and a call with them is neither traced nor intercepted."""
+def ordinary(*arguments: object) -> bool:
+    """Whether all tensors among these have memory, and a call with them is neither traced nor intercepted."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or transformed():
         return False
     if torch._C._len_torch_function_stack() and torch.get_default_device().type != "cpu":
         return False  # `with torch.device("meta")`: a kernel's output would have no memory
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_meta) for t in tensors)
+    return all(not isinstance(a, Tensor) or (type(a) in (Tensor, nn.Parameter) and not a.is_meta) for a in arguments)
 
 
 def transformed() -> bool:
@@ -103,7 +162,7 @@ def row_invariant() -> Iterator[None]:
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Force a backend within the context: "torch" (the reference), or "cpu" / "triton" where they accept the tensors.
+    """Force a backend within the context: "torch" (the reference), or "native" / "gpu" where they accept the call.
 
     For tests and measurements; process-wide, so not for threads that run side by side.
     """
@@ -112,8 +171,3 @@ def use(backend: str) -> Iterator[None]:
         yield
     finally:
         _FORCED.pop()
-
-
-def table(row_invariant: bool) -> dict[str, list[str]]:
-    """Backends registered per op, in the order in which they are asked."""
-    return {op: [i.backend for i in found] for (op, rows), found in sorted(_TABLE.items()) if rows == row_invariant}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek.ops.dispatch import ordinary, pick, transformed
+from leanseek.ops.dispatch import op, ordinary, transformed
 from leanseek.ops.linear import dequantize_blocks
 from leanseek.ops.products import linear, multiply
 
@@ -28,11 +28,11 @@ def experts(
         return _all_experts(x, indices, weights, gate_up, down, scales)
     if not ordinary(x, weights, gate_up, down):
         return _opaque(x, indices, weights, gate_up, down, *(scales or (None, None)))
-    run = pick("experts", reference, x, gate_up, *(scales or ()))
-    return run(x, indices, weights, gate_up, down, scales)
+    return grouped_experts(x, indices, weights, gate_up, down, scales)
 
 
-def reference(
+@op("experts")
+def grouped_experts(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
@@ -74,8 +74,7 @@ def _opaque(
     down_scale: Tensor | None,
 ) -> Tensor:
     scales = None if gate_up_scale is None or down_scale is None else (gate_up_scale, down_scale)
-    run = pick("experts", reference, x, gate_up, *(scales or ()))
-    return run(x, indices, weights, gate_up, down, scales)
+    return grouped_experts(x, indices, weights, gate_up, down, scales)
 
 
 @torch.library.custom_op("leanseek::experts_backward", mutates_args=())
@@ -85,7 +84,7 @@ def _opaque_backward(
     with torch.enable_grad():
         # Cast here: inside an operator autograd sees `_Experts`, but no `.to` before it.
         inputs = [t.detach().requires_grad_() for t in (x, weights, gate_up.to(x.dtype), down.to(x.dtype))]
-        out = pick("experts", reference, inputs[0], inputs[2])(inputs[0], indices, *inputs[1:])
+        out = grouped_experts(inputs[0], indices, inputs[1], inputs[2], inputs[3])
         found = torch.autograd.grad(out, inputs, grad)
     return found[0], found[1], found[2].to(gate_up.dtype), found[3].to(down.dtype)
 
@@ -157,7 +156,7 @@ class _Experts(torch.autograd.Function):
         token = order // k
         hidden = _grouped(x.index_select(0, token), gate_up.transpose(1, 2), ends)  # [N·K, 2I]
         weight = weights.flatten()[order].to(x.dtype)
-        act = pick("weighted_swiglu", _weighted, hidden, weight)(hidden, weight)
+        act = weighted_swiglu(hidden, weight)
         out = _grouped(act, down.transpose(1, 2), ends)  # [N·K, D]
         ctx.save_for_backward(x, weight, gate_up, down, hidden, token, place, ends)
         ctx.k = k
@@ -168,31 +167,29 @@ class _Experts(torch.autograd.Function):
         x, weight, gate_up, down, hidden, token, place, ends = ctx.saved_tensors
         grad_out = grad.index_select(0, token)  # [N·K, D]
         grad_act = _grouped(grad_out, down, ends)  # [N·K, I]
-        backward = pick("weighted_swiglu_backward", _weighted_backward, hidden, weight, grad_act)
-        act, grad_hidden, grad_weight = backward(hidden, weight, grad_act)
+        act, grad_hidden, grad_weight = weighted_swiglu_backward(hidden, weight, grad_act)
         grad_down = _grouped(grad_out.t(), act, ends)  # [E, D, I]
         grad_gate_up = _grouped(grad_hidden.t(), x.index_select(0, token), ends)  # [E, 2I, D]
         grad_x = combine_rows(_grouped(grad_hidden, gate_up, ends), place, x.shape[0])
         return grad_x, None, grad_weight[place].view(-1, ctx.k), grad_gate_up, grad_down
 
 
+@op("combine_rows")
 def combine_rows(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
     """The sum of each token's rows: rows [N·K, D] as `route_order` sorts them, place its inverse -> [N, D]."""
-    return pick("combine_rows", _combine, rows)(rows, place, tokens)
-
-
-def _combine(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
     return rows.index_select(0, place).view(tokens, place.numel() // max(1, tokens), rows.shape[1]).sum(1)
 
 
-def _weighted(hidden: Tensor, weight: Tensor) -> Tensor:
+@op("weighted_swiglu")
+def weighted_swiglu(hidden: Tensor, weight: Tensor) -> Tensor:
     """weight [M] · silu(gate) · up of hidden [M, 2I]."""
     gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up * weight[:, None]
 
 
-def _weighted_backward(hidden: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_weighted` again, and the gradients of hidden and weight."""
+@op("weighted_swiglu_backward")
+def weighted_swiglu_backward(hidden: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`weighted_swiglu` again, and the gradients of hidden and weight."""
     gate, up = hidden.chunk(2, dim=-1)
     sig = torch.sigmoid(gate)
     silu = gate * sig

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 from leanseek.ops.products import multiply
 
-if TYPE_CHECKING:
-    from leanseek.ops.triton.tiles import Tiles
-
 BAND = 128  # rows that share a scale in FP8's weight gradients, at most (3.3.2)
+
+
+class Tiles(NamedTuple):
+    """Tile t holds rows start[t] to stop[t] of expert[t]; expert e has tiles first[e] to first[e + 1].
+
+    There are as many places for tiles as any routing of these rows can need, so that nothing waits for the GPU; places
+    that are not needed hold no rows.
+    """
+
+    expert: Tensor  # [T] int32
+    start: Tensor  # [T] int32
+    stop: Tensor  # [T] int32
+    first: Tensor  # [E + 1] int32
+
+
+def group_tiles(ends: Tensor, rows: int, size: int = BAND) -> Tiles:
+    """ends [E] int32: where each expert's rows end; any count, also none. Rows past the last end belong to nobody.
+
+    size: rows of a tile, at most.
+    """
+    n_experts = ends.numel()
+    begins = torch.cat((ends.new_zeros(1), ends[:-1]))
+    first = torch.zeros(n_experts + 1, dtype=torch.int32, device=ends.device)
+    first[1:] = ((ends - begins + size - 1) // size).cumsum(0)
+    tile = torch.arange(rows // size + n_experts, dtype=torch.int32, device=ends.device)
+    expert = torch.searchsorted(first[1:], tile, right=True, out_int32=True)
+    used = expert < n_experts
+    expert = expert.clamp(max=n_experts - 1)
+    start = begins[expert] + (tile - first[expert]) * size
+    stop = torch.minimum(start + size, ends[expert])
+    return Tiles(expert, torch.where(used, start, 0).int(), torch.where(used, stop, 0).int(), first)
 
 
 class Groups:
@@ -42,32 +70,24 @@ class Groups:
     @cached_property
     def tiles(self) -> Tiles | None:
         """The same cuts as a table on the device; None for one group."""
-        from leanseek.ops.triton.tiles import group_tiles
-
         return None if self._ends is None else group_tiles(self._ends, self.rows)
 
 
+@op("grouped_product")
 def grouped_product(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
     """Rows of a [M, K] up to each of `ends` times that group's b [G, N, K]ᵀ -> out [M, N], rounded once to its dtype.
 
     b may be a transposed view. Sums are float32.
     """
-    return pick("grouped_product", _product, a, b, out)(a, b, ends, out)
-
-
-def grouped_gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
-    """aᵀ · b over each group's own rows of a [M, N] and b [M, K] -> out [G, N, K]; zero where there are none."""
-    return pick("grouped_gradient", _gradient, a, b, out)(a, b, ends, out)
-
-
-def _product(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
     for group, (start, stop) in enumerate(pairwise([0, *ends])):
         if stop > start:
             multiply(a[start:stop], b[group].t(), out[start:stop])
     return out
 
 
-def _gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
+@op("grouped_gradient")
+def grouped_gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
+    """aᵀ · b over each group's own rows of a [M, N] and b [M, K] -> out [G, N, K]; zero where there are none."""
     for group, (start, stop) in enumerate(pairwise([0, *ends])):
         if stop > start:
             multiply(a[start:stop].t(), b[start:stop], out[group])

@@ -8,23 +8,29 @@ batch to the next; a mixture of experts then turns a last bit into another exper
 - attention sums fixed blocks of keys in their order;
 - sigmoid and SiLU are spelled with exp, which torch computes alike in the body and the tail of a vector loop.
 tests/ops/test_invariant.py holds each of these claims bit for bit on the machine it runs on. Slower than kernels made
-for this (ops/cpu): the fallback where those are not built.
+for this (native): the fallback where those are not built.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from torch import Tensor
 
-from leanseek.ops.dispatch import register
-from leanseek.ops.experts import route_order
+from leanseek import ops
+from leanseek.machine.device import onednn_linear
+from leanseek.ops.dispatch import Op, Priority, Rows
+from leanseek.ops.experts import grouped_experts, route_order
 from leanseek.ops.latent_attention import CacheIndex
 from leanseek.ops.linear import dense
-from leanseek.ops.products import onednn_linear, wide
+from leanseek.ops.products import wide
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BLOCK_ROWS = 64  # rows of a product where oneDNN is not there: the only number ever asked for
 MIN_ROWS = 16  # rows of a batched product
@@ -32,8 +38,9 @@ BLOCK_KEYS = 128  # cached tokens whose weighted values are one sum
 QUERY_ROWS = 1024  # queries x heads scored at a time
 
 
-def _always(*tensors: Tensor | None) -> bool:
-    return True
+def _invariant(op: Op[..., Any]) -> Callable[[F], F]:
+    """Decorator: the row-invariant form of `op` in torch, for any operands, where no kernel takes them."""
+    return op.register("torch", lambda *_, **__: True, Priority.TORCH, Rows.INVARIANT)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -43,16 +50,16 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         x = x.expand(2, -1) if rows == 1 else x
         return onednn_linear(x.contiguous(), weight)[:rows].to(dtype)
-    blocks = F.pad(x, (0, 0, 0, -rows % BLOCK_ROWS)).split(BLOCK_ROWS)
-    return torch.cat([F.linear(block, weight) for block in blocks])[:rows].to(dtype)
+    blocks = functional.pad(x, (0, 0, 0, -rows % BLOCK_ROWS)).split(BLOCK_ROWS)
+    return torch.cat([functional.linear(block, weight) for block in blocks])[:rows].to(dtype)
 
 
-@register("linear", "torch", _always, row_invariant=True)
+@_invariant(ops.linear)
 def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
     return _product(x.reshape(-1, x.shape[-1]), dense(weight, scale_inv, x.dtype)).view(*x.shape[:-1], weight.shape[0])
 
 
-@register("head_linear", "torch", _always, row_invariant=True)
+@_invariant(ops.head_linear)
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     return _batched(x.transpose(0, 1), weight).transpose(0, 1).to(x.dtype)
 
@@ -61,24 +68,24 @@ def _batched(a: Tensor, b: Tensor) -> Tensor:
     """a [B, M, K] · b [B, K, N], in the dtype that was multiplied."""
     batch, rows = a.shape[:2]
     a, b = wide(a, b)
-    a = F.pad(a, (0, 0, 0, max(0, MIN_ROWS - rows)))
+    a = functional.pad(a, (0, 0, 0, max(0, MIN_ROWS - rows)))
     if batch == 1:  # alone in its batch, a product may be split among threads
         a, b = a.expand(2, -1, -1), b.expand(2, -1, -1)
     return torch.bmm(a, b)[:batch, :rows]
 
 
-@register("swiglu", "torch", _always, row_invariant=True)
+@_invariant(ops.swiglu)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     wide = gate.float()
     return (wide / (1 + (-wide).exp())).to(gate.dtype) * up
 
 
-@register("expert_scores", "torch", _always, row_invariant=True)
+@_invariant(ops.expert_scores)
 def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
     return 1 / (1 + (-logits).exp()) if scoring_func == "sigmoid" else logits.softmax(-1)
 
 
-@register("experts", "torch", _always, row_invariant=True)
+@_invariant(grouped_experts)
 def experts(
     x: Tensor,
     indices: Tensor,
@@ -102,7 +109,7 @@ def experts(
     return out[place].view(n, k, x.shape[1]).sum(1)
 
 
-@register("latent_attention", "torch", _always, row_invariant=True)
+@_invariant(ops.latent_attention)
 def latent_attention(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, value_width: int) -> Tensor:
     out = q.new_empty(*q.shape[:2], value_width)
     offsets = index.row_offsets.tolist()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 from leanseek.ops.products import wide
 
 
@@ -30,16 +30,13 @@ class CacheIndex(NamedTuple):
         return rows.flatten()[:length]
 
 
+@op("latent_attention")
 def latent_attention(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, value_width: int) -> Tensor:
     """Attention of every head over one shared row per cached token.
 
     q [N, H, W] (absorbed query and rotary query); cache [slots, W], the new tokens' rows already written;
     the value of a row is its first `value_width` columns. Causal by `index.positions`. Returns [N, H, value_width].
     """
-    return pick("latent_attention", reference, q, cache)(q, cache, index, scale, value_width)
-
-
-def reference(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, value_width: int) -> Tensor:
     out = q.new_empty(*q.shape[:2], value_width)
     offsets = index.row_offsets.tolist()
     for sequence, (start, stop) in enumerate(pairwise(offsets)):

@@ -6,21 +6,18 @@ import torch
 from torch import Tensor
 
 from leanseek.ops import products
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 
 BLOCK = 128  # side of a weight block that shares one scale (3.3)
 
 
+@op("linear")
 def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
     """x · weightᵀ in x's dtype.
 
     x [..., in]; weight [out, in], of any floating dtype (cast to x's: master weights stay float32 under BF16 compute),
     or float8_e4m3fn with scale_inv [ceil(out/128), ceil(in/128)] float32, or what `quantize_rows` returns.
     """
-    return pick("linear", reference, x, weight, scale_inv)(x, weight, scale_inv)
-
-
-def reference(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
     return products.linear(x, dense(weight, scale_inv, x.dtype))
 
 
@@ -31,16 +28,13 @@ def dense(weight: Tensor, scale_inv: Tensor | None, dtype: torch.dtype) -> Tenso
     return (dequantize_rows if weight.dtype == torch.uint8 else dequantize_blocks)(weight, scale_inv, dtype)
 
 
+@op("quantize_rows")
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """8 bits a value, one scale a row: weight [out, in] -> codes [out, in] uint8, scale_inv [out] float32.
 
     A code is a sign bit and 7 bits of magnitude, so that BF16 holds every code exactly and -0 is as good as 0. A row
     with a NaN or an infinity has the scale NaN: none of it is a number.
     """
-    return pick("quantize_rows", _quantize_rows, weight)(weight)
-
-
-def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), []
     for part, out in zip(weight.split(4096), codes.split(4096), strict=True):  # a part at a time: heads are large
         wide = part.float()

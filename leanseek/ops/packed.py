@@ -1,4 +1,4 @@
-"""Weights as serving multiplies them: the stored bytes in another order, made once at load (ops/cpu/kernels/stored.h).
+"""Weights as serving multiplies them: the stored bytes in another order, made once at load (native/kernels/stored.h).
 
 Nothing is converted: FP8 stays FP8, and a weight takes the memory it took. Packed weights are for inference on the CPU
 with native kernels; elsewhere there are none, and ops take weights as they are stored.
@@ -7,14 +7,13 @@ with native kernels; elsewhere there are none, and ops take weights as they are 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 from leanseek.ops.experts import experts
 from leanseek.ops.linear import BLOCK, dequantize_blocks, linear
 
@@ -133,19 +132,19 @@ def _packed(
         shape = (len(stack), addresses.numel() // PANEL, columns // 2, PANEL, 2)
         data = torch.as_strided(stack, shape, torch.empty(shape, device="meta").stride())
     else:
-        panels = pick("pack_panels", _no_kernels, stack)
-        data = panels(stack, addresses, columns, stride, group if place is Place.WITHIN else 0)
+        data = pack_panels(stack, addresses, columns, stride, group if place is Place.WITHIN else 0)
     checked = torch.zeros(data.shape[:2], dtype=torch.uint8) if data.dtype == torch.float8_e4m3fn else None
     return Packed(data, scale, len(stack), rows, columns, checked)
 
 
-def _no_kernels(*_: object) -> Tensor:
+@op("pack_panels")
+def pack_panels(stack: Tensor, addresses: Tensor, columns: int, stride: int, group: int) -> Tensor:
     raise RuntimeError("weights are packed for native kernels only: ask can_pack first")
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether native kernels multiply this weight, packed."""
-    return pick("pack_panels", _no_kernels, weight) is not _no_kernels
+    return pack_panels.backend(False, weight) != "torch"
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -166,22 +165,15 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return flat[:, : packed.rows, : packed.columns].to(dtype)
 
 
+@op("packed_linear")
 def packed_linear(x: Tensor, weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """x [..., columns] · weightᵀ in `dtype` (x's when None), for a weight that is no stack."""
-    run: Callable[..., Tensor] = pick("packed_linear", _linear, x, weight.data)
-    return run(x, weight, dtype or x.dtype)
+    return linear(x, unpack(weight, x.dtype)[0]).to(dtype or x.dtype)
 
 
-def _linear(x: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
-    return linear(x, unpack(weight, x.dtype)[0]).to(dtype)
-
-
+@op("packed_experts")
 def packed_experts(x: Tensor, indices: Tensor, weights: Tensor, gated: Packed, down: Packed) -> Tensor:
     """As `experts`, with the stack of `pack_gated` and that of down."""
-    return pick("packed_experts", _experts, x, gated.data)(x, indices, weights, gated, down)
-
-
-def _experts(x: Tensor, indices: Tensor, weights: Tensor, gated: Packed, down: Packed) -> Tensor:
     halves = Packed(gated.data, gated.scale, gated.count, gated.data.shape[1] * PANEL, gated.columns)
     wide = unpack(halves, x.dtype).unflatten(1, (-1, 2, HALF))
     gate_up = torch.cat([wide[:, :, i].flatten(1, 2)[:, : gated.rows // 2] for i in (0, 1)], 1)

@@ -6,33 +6,11 @@ the operands are widened to float32, which holds each of their values, and the r
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NARROW = (torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has products of `dtype`. Asked once, by a small one: what cpuid says, ONEDNN_MAX_CPU_ISA may
-    have taken away."""
-    if dtype not in NARROW:
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        onednn_linear(torch.ones(2, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype))
-    except RuntimeError:  # could not create a primitive descriptor
-        return False
-    return True
-
-
-def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, in] · weight [out, in]ᵀ by oneDNN, which torch's own linear asks only for some sizes."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+from leanseek.machine.device import multiplies
 
 
 def wide(*operands: Tensor) -> tuple[Tensor, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 
 
+@op("rotate")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     """Rotate each pair of x's last dimension.
 
@@ -15,10 +16,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     as the published DeepSeek weights need, else (i, i + R/2). The result holds all first halves, then all second
     halves: q·k does not see the order as long as both sides use the same.
     """
-    return pick("rotate", reference, x, cos, sin)(x, cos, sin, interleave)
-
-
-def reference(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
     wide = x.float()
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleave else wide.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)

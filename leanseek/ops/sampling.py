@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 
 GPU_ROWS = 32  # rows at a time
 CPU_ROWS = 1  # a CPU's vector loops end in other code, so there each row goes alone
@@ -36,27 +36,21 @@ class Choice:
         return Choice(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], self.keys[rows])
 
 
+@op("sample")
 def sample(logits: Tensor, choice: Choice) -> Tensor:
     """logits [R, V] float32 -> tokens [R] int64. top_k first, then top_p over what is left, then min_p.
 
     Whatever the logits, a token is one of the vocabulary: a NaN counts as -inf, and of a row whose largest is infinite
     the first that is as large is taken. `finite_rows` tells such rows.
     """
-    return pick("sample", reference, logits)(logits, choice)
-
-
-def reference(logits: Tensor, choice: Choice) -> Tensor:
     step = GPU_ROWS if logits.is_cuda else CPU_ROWS
     parts = [slice(start, start + step) for start in range(0, len(logits), step)]
     return torch.cat([_sample(logits[rows], choice.at(rows)) for rows in parts])
 
 
+@op("finite_rows")
 def finite_rows(logits: Tensor) -> Tensor:
     """logits [R, V] float32 -> bool [R]: no NaN and no infinity in the row."""
-    return pick("finite_rows", _finite_rows, logits)(logits)
-
-
-def _finite_rows(logits: Tensor) -> Tensor:
     return torch.linalg.vector_norm(logits, math.inf, -1).isfinite()  # the largest magnitude; NaN if there is one
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 
 
+@op("expert_scores")
 def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
     """s of eq. 15 from the gate's logits [N, E] float32: their sigmoid (V3) or softmax (V2)."""
-    return pick("expert_scores", _scores, logits)(logits, scoring_func)
-
-
-def _scores(logits: Tensor, scoring_func: str) -> Tensor:
     return logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(-1)
 
 
+@op("select_experts")
+@torch.no_grad()
 def select_experts(
     scores: Tensor, bias: Tensor | None, top_k: int, n_group: int = 1, topk_group: int = 1, group_best: int = 2
 ) -> Tensor:
@@ -26,13 +25,6 @@ def select_experts(
     lie in n_group equal groups, a group scores the sum of its `group_best` highest values (2 in V3, 1 in V2), and only
     experts of the topk_group best groups can be chosen.
     """
-    return pick("select_experts", reference, scores, bias)(scores, bias, top_k, n_group, topk_group, group_best)
-
-
-@torch.no_grad()
-def reference(
-    scores: Tensor, bias: Tensor | None, top_k: int, n_group: int = 1, topk_group: int = 1, group_best: int = 2
-) -> Tensor:
     choice = scores if bias is None else scores + bias
     if n_group > 1:
         grouped = choice.unflatten(1, (n_group, -1))  # [N, G, E/G]

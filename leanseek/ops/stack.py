@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from leanseek.ops.dispatch import pick
+from leanseek.ops.dispatch import op
 from leanseek.ops.latent_attention import CacheIndex
 from leanseek.ops.packed import Packed
 
@@ -79,6 +79,7 @@ class StackWeights:
     norm: Norm
 
 
+@op("stack_step")
 def stack_step(
     weights: StackWeights, tokens: Tensor, hidden: Tensor | None, cache: Tensor, index: CacheIndex
 ) -> Tensor | None:
@@ -87,10 +88,4 @@ def stack_step(
     The blocks' latents are written into cache [blocks or more, slots, W]. None where nothing computes all of it in one
     call on these tensors: then it goes op by op.
     """
-    return pick("stack_step", _op_by_op, weights.embedding, cache)(weights, tokens, hidden, cache, index)
-
-
-def _op_by_op(
-    weights: StackWeights, tokens: Tensor, hidden: Tensor | None, cache: Tensor, index: CacheIndex
-) -> Tensor | None:
     return None

@@ -12,8 +12,8 @@ from torch import Tensor
 from leanseek import fp8
 from leanseek.checkpoint import CheckpointError
 from leanseek.config import ConfigError
+from leanseek.machine.device import default_device, preferred_dtype
 from leanseek.model import Transformer, max_violation
-from leanseek.ops.machine import default_device, preferred_dtype
 from leanseek.training.balance import add_counts, update_biases
 from leanseek.training.config import RunConfig
 from leanseek.training.diagnose import Finding, find_nonfinite, largest_gradient

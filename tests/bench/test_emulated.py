@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from leanseek.bench import generate, train, workers
+from leanseek.bench import generate, machine, train, workers
 
 SIDE = {"tokens_per_second": 10.0, "activation_bytes_per_token": 1.0, "peak_memory_bytes": 1}
 
@@ -17,8 +17,8 @@ SIDE = {"tokens_per_second": 10.0, "activation_bytes_per_token": 1.0, "peak_memo
 def limits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with these GEMM rates in float32 and BF16."""
     rates = dict(zip((torch.float32, torch.bfloat16), request.param, strict=True))
-    monkeypatch.setattr(train, "gemm_rate", lambda dtype, device: rates[dtype])
-    monkeypatch.setattr(train, "read_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(machine, "gemm_rate", lambda dtype, device: rates[dtype])
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e10)
 
 
 @pytest.mark.parametrize(

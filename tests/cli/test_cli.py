@@ -9,13 +9,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from leanseek import InputError, ModelConfig, Transformer, native, save
 from leanseek.cli import app, doctor, main
-from leanseek.ops import cpu
-from leanseek.ops.cpu import library
+from leanseek.native import library
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+}  # fmt: skip
 
 
 def leanseek(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -80,11 +89,11 @@ def test_bad_input_is_one_line_and_exit_2(
 def test_the_instruction_set_can_be_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cleared: Callable[[], None]
 ) -> None:
-    if cpu.usable_variants():
-        plainest = cpu.usable_variants()[-1]
+    if native.usable_variants():
+        plainest = native.usable_variants()[-1]
         monkeypatch.setenv("LEANSEEK_CPU", plainest)
         cleared()
-        assert cpu.status().variant == plainest
+        assert native.status().variant == plainest
     monkeypatch.setenv("LEANSEEK_CPU", "sse2")
     cleared()
     code, said = ended(monkeypatch, capsys, "doctor")
@@ -103,7 +112,7 @@ def cleared() -> Iterator[Callable[[], None]]:
 def test_without_kernels_no_op_runs_on_them() -> None:
     found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU="none").stdout)
     assert found["kernels"] == {"variant": None, "detail": "left out: LEANSEEK_CPU=none"}
-    assert {backend for path in found["ops"] for backend in path["rows"].values()} <= {"torch", "triton"}
+    assert {backend for path in found["ops"] for backend in path["rows"].values()} <= {"torch", "gpu"}
 
 
 def test_report_survives_what_a_run_may_leave_behind(tmp_path: Path) -> None:
@@ -134,3 +143,26 @@ def test_every_command_takes_the_same_device_by_default(monkeypatch: pytest.Monk
     )
     done = CliRunner().invoke(app, ["serve", "/nowhere", "--port", "0"])
     assert isinstance(done.exception, ZeroDivisionError) and asked == [None]
+
+
+@pytest.mark.parametrize("format", ["hf", "hf-fp8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_doctor_names_the_weights_that_are_no_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, value: float
+) -> None:
+    config = ModelConfig(**SMALL)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    save(model, tmp_path / "good", format)
+    app(["doctor", str(tmp_path / "good")], standalone_mode=False)
+    assert capsys.readouterr().out.strip().endswith("tensors, all of them finite")
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight[0, 0] = value
+    model.norm.weight.data[:2] = value
+    with pytest.warns(UserWarning, match="weights hold NaN"):
+        save(model, tmp_path / "bad", format, allow_nonfinite=True)
+    with pytest.raises(InputError, match=r"bad: 2 of \d+ tensors hold NaN or infinity"):
+        app(["doctor", str(tmp_path / "bad"), "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)["nonfinite"]
+    assert found.pop("model.norm.weight") == 2
+    ((name, count),) = found.items()  # of FP8, the block's scale or its codes
+    assert name.startswith("model.layers.0.self_attn.o_proj.weight") and count >= 1

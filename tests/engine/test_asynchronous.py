@@ -1,4 +1,4 @@
-"""The engine behind an event loop: streams, leaving early, a bounded queue, faults, draining and stopping."""
+"""The engine behind an event loop: streams, leaving early, a bounded queue, faults, refusing and stopping."""
 
 import asyncio
 import ctypes
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from leanseek import Transformer
+from leanseek import Transformer, native
 from leanseek.engine import (
     AsyncEngine,
     Delta,
@@ -27,7 +27,6 @@ from leanseek.engine import (
 )
 from leanseek.engine.runner import Runner
 from leanseek.engine.sampler import Rows
-from leanseek.ops import cpu
 
 LONG = SamplingParams(temperature=0, max_tokens=300)
 SHORT = SamplingParams(temperature=0, max_tokens=5)
@@ -205,18 +204,17 @@ def test_an_engine_that_breaks_tells_everyone(
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
-def test_drain_finishes_what_runs_and_takes_no_more(model: Transformer, make_engine: Callable) -> None:
+def test_what_runs_is_finished_once_no_more_is_taken(model: Transformer, make_engine: Callable) -> None:
     async def main() -> None:
         inner = make_engine(model)
         gate = Gate(inner, 2)
         async with started(inner) as engine:
             reader = asyncio.create_task(read(engine.submit([2, 3], SHORT)))
             await gate.until_reached()
-            assert not await engine.drain(timeout=0.0)
+            engine.refuse()
             with pytest.raises(EngineStopped):
                 engine.submit([2, 3], SHORT)
             gate.open()
-            assert await engine.drain()
             assert len(tokens_of(await reader)) == 5
 
     asyncio.run(asyncio.wait_for(main(), 120))
@@ -252,10 +250,9 @@ def test_the_event_loop_never_waits_for_a_step(model: Transformer, make_engine: 
             second.close()
             engine.check([2, 6], SHORT)
             assert engine.stats().steps <= 1 and engine.accepting and engine.alive
-            assert not await engine.drain(timeout=0.0)
+            engine.refuse()
             gate.open()
             assert len(tokens_of(await read(first))) == 5
-            assert await engine.drain()
 
     asyncio.run(asyncio.wait_for(main(), 120))
 
@@ -284,7 +281,8 @@ def test_many_clients_of_which_a_third_leaves(model: Transformer, make_engine: C
             gate = asyncio.Semaphore(24)
             answers = await asyncio.gather(*(client(engine, i, gate) for i in range(90)))
             assert answers.count("served") >= 60 and answers.count("left") >= 10
-            assert await engine.drain()
+            while engine._streams:
+                await asyncio.sleep(0.001)
             assert engine.stats().pages_used == 0
             assert engine.stats().requests == 90
 
@@ -298,7 +296,7 @@ def test_synchronous_requests_do_not_need_a_loop(model: Transformer, make_engine
     assert len(tokens_of([delta for _ in range(6) for delta in engine.step()])) == 5
 
 
-@pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
+@pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
 def test_the_engine_s_thread_runs_on_as_many_threads_as_were_set(
     model: Transformer, make_engine: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from leanseek import Transformer, ops
+from leanseek import Transformer, native, ops
 from leanseek.engine import SamplingParams
-from leanseek.ops import cpu
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, logprobs=5)
 
@@ -23,7 +22,7 @@ def crowd() -> dict[str, list[int]]:
     return found
 
 
-@pytest.fixture(params=["torch", "cpu"] if cpu.usable_variants() else ["torch"])
+@pytest.fixture(params=["torch", "native"] if native.usable_variants() else ["torch"])
 def backend(request: pytest.FixtureRequest):
     """The ops in plain torch, and the native kernels where they are built."""
     with ops.use(request.param):

@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from leanseek import Transformer, ops
+from leanseek import Transformer, native, ops
 from leanseek.engine import Delta, Engine, Request, SamplingParams, Tokenizer
 from leanseek.engine.runner import Runner
 from leanseek.engine.sampler import Rows
 from leanseek.engine.tokenizer import TextStream
-from leanseek.ops import cpu
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12)
 NAMES = ("a", "b", "c")
-PATHS = ["cpu", "torch"] if cpu.usable_variants() else ["torch"]
+PATHS = ["native", "torch"] if native.usable_variants() else ["torch"]
 
 
 def run_all(engine: Engine) -> dict[str, list[Delta]]:

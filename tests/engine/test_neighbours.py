@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from leanseek import LLM, Transformer, checkpoint, ops
+from leanseek import LLM, Transformer, checkpoint, native, ops
 from leanseek.engine import SamplingParams
-from leanseek.ops import cpu, products
+from leanseek.machine.device import NARROW
+from leanseek.ops import products
 
-FORMS = ["torch", "torch, widened", *cpu.usable_variants()]
+FORMS = ["torch", "torch, widened", *native.usable_variants()]
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """No kernels, with what this CPU multiplies and as if it had no narrow products; then each instruction set."""
     if request.param == "torch, widened":
-        monkeypatch.setattr(products, "multiplies", lambda dtype: dtype not in products.NARROW)
-    with ops.use("torch") if request.param.startswith("torch") else cpu.use_variant(request.param):
+        monkeypatch.setattr(products, "multiplies", lambda dtype: dtype not in NARROW)
+    with ops.use("torch") if request.param.startswith("torch") else native.use_variant(request.param):
         yield request.param
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from leanseek import fp8
 from leanseek.checkpoint import blocks as stored
 from leanseek.fp8 import E4M3, E5M2, E5M6, Format
-from leanseek.fp8.formats import counts, encode, quantize, spread, tile_scale
+from leanseek.ops.formats import counts, encode, quantize, spread, tile_scale
 
 BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)  # every value of it
 ONE = torch.ones(())

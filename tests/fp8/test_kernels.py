@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.fp8 import quantize as q
-from leanseek.fp8.quantize import Coded, Kept, Operand
-from leanseek.ops.cpu import usable_variants, use_variant
+from leanseek.native import usable_variants, use_variant
+from leanseek.ops import quantize as q
+from leanseek.ops.quantize import Coded, Kept, Operand
 
 if not usable_variants():
     pytest.skip("no native kernels", allow_module_level=True)

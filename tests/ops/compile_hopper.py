@@ -12,7 +12,7 @@ from compile_triton_fp8 import H100, KINDS, check
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from leanseek.ops.triton import hopper
+from leanseek.gpu import hopper
 
 SHARED_MEMORY = 232448  # bytes that a block can have
 DESCRIPTORS = {

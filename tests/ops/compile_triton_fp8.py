@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leanseek.ops.triton import attention, elementwise, gemm, quantize, swiglu
+from leanseek.gpu import attention, elementwise, gemm, quantize, swiglu
 
 H100 = GPUTarget("cuda", 90, 32)
 KINDS = {

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from leanseek import ops
-from leanseek.ops import cpu
+from leanseek import native, ops
 
-BACKENDS = ["torch", "cpu"] if cpu.usable_variants() else ["torch"]
+BACKENDS = ["torch", "native"] if native.usable_variants() else ["torch"]
 
 
 @pytest.fixture(params=BACKENDS)

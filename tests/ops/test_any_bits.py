@@ -5,19 +5,20 @@ What one row, request or expert holds never reaches another's result.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from leanseek import Transformer, ops
-from leanseek.fp8 import quantize as fp8
-from leanseek.ops import cpu
+from leanseek import Transformer, native, ops
+from leanseek.ops import quantize as fp8
 
-pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
-VARIANTS = list(cpu.usable_variants())
+pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
+VARIANTS = list(native.usable_variants())
 SPECIAL = torch.tensor(
     [0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 1e-38, 3.4e38, -3.4e38, 88.8, -104.0]
 )
@@ -26,8 +27,23 @@ STORED = [torch.float8_e4m3fn, torch.uint8, torch.bfloat16, torch.float32]
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> Iterator[None]:
-    with cpu.use_variant(request.param):
+    with native.use_variant(request.param):
         yield
+
+
+# Whoever adds a kernel adds it to a test below, and here.
+FUZZED = """adamw attention_backward attention_forward experts_backward experts_forward finite_rows fp8_blocks fp8_rows
+fp8_swiglu fp8_swiglu_backward fp8_turn grouped_gradient grouped_product latent_attention pack_panels packed_experts
+packed_linear quantize_rows rms_norm rms_norm_backward rotate sample_rows stack_step swiglu swiglu_backward"""
+WITHOUT_NUMBERS = "interleave_pages read_memory supported"
+
+
+def test_every_kernel_is_fuzzed() -> None:
+    sources = (Path(native.__file__).parent / "kernels").glob("*.cpp")
+    found = {
+        n for s in sources for n in re.findall(r"^KERNEL (\w+)\(|^extern \"C\".* (\w+)\(", s.read_text("utf-8"), re.M)
+    }
+    assert {a or b for a, b in found} == {*FUZZED.split(), *WITHOUT_NUMBERS.split()}
 
 
 def bits(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -77,7 +93,7 @@ def test_tokens_of_any_logits_and_parameters_are_in_the_vocabulary(path: str, vo
         top_k=torch.arange(rows) % (vocab + 2) - 1,
     )
     mild = choice(rows, vocab, temperature=torch.tensor([1e-6, 0.7, 100.0] * 100), top_p=torch.full((rows,), 0.9))
-    with ops.use("torch") if path == "torch" else cpu.use_variant(path):
+    with ops.use("torch") if path == "torch" else native.use_variant(path):
         for each in (mild, choice(rows, vocab, temperature=torch.zeros(rows)), *([wild] if path != "torch" else [])):
             tokens = ops.sample(logits, each)
             assert 0 <= int(tokens.min()) <= int(tokens.max()) < vocab
@@ -107,7 +123,7 @@ def test_rows_that_are_not_finite_are_told(path: str) -> None:
     for row, place, value in zip(bad, (0, 36, 17, 35), (torch.nan, torch.inf, -torch.inf, torch.nan), strict=True):
         rows[row, place] = value
     rows[5, 5], rows[6] = 3.4e38, -3.4e38
-    with ops.use("torch") if path == "torch" else cpu.use_variant(path):
+    with ops.use("torch") if path == "torch" else native.use_variant(path):
         assert (~ops.finite_rows(rows)).nonzero().flatten().tolist() == bad
         assert ops.finite_rows(rows[:, 1:36])[[3, 39]].tolist() == [True, False]
 
@@ -212,7 +228,7 @@ def test_heads_in_eight_bits_keep_what_is_no_number(path: str) -> None:
     """One scale a row: a NaN or an infinity makes a NaN of it, and of no other."""
     weight = torch.randn(70, 33)
     weight[7, 32], weight[20, 0], weight[64, 16] = torch.nan, torch.inf, -torch.inf
-    with ops.use("torch") if path == "torch" else cpu.use_variant(path):
+    with ops.use("torch") if path == "torch" else native.use_variant(path):
         codes, scale = ops.quantize_rows(weight)
         out = torch.randn(3, 33) @ ops.dense(codes, scale, torch.float32).T
         ops.quantize_rows(bits(70, 33))

@@ -117,7 +117,7 @@ def test_latent_attention_of_any_step(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
     new = [data.draw(st.integers(1, length)) for length in lengths]
     q, cache, index, rows = paged(lengths, new, data.draw(st.integers(1, 9)), data.draw(st.integers(0, 2**31)))
-    for scope in (ops.use("torch"), ops.use("cpu"), ops.row_invariant()):
+    for scope in (ops.use("torch"), ops.use("native"), ops.row_invariant()):
         with scope:
             out = ops.latent_attention(q, cache, index, 0.2, VALUE)
         torch.testing.assert_close(out, naive_latent(q, rows, index, 0.2), rtol=1e-5, atol=1e-5)

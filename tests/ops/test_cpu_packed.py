@@ -7,17 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from leanseek import ops
-from leanseek.ops import cpu
+from leanseek import native, ops
 
-pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
-VARIANTS = list(cpu.usable_variants())
+pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
+VARIANTS = list(native.usable_variants())
 KINDS = ["fp8", "bf16", "fp32"]
 
 
 @pytest.fixture(params=VARIANTS)
 def forced(request: pytest.FixtureRequest) -> Iterator[None]:
-    with cpu.use_variant(request.param):
+    with native.use_variant(request.param):
         yield
 
 
@@ -55,7 +54,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_linear(variant: str, kind: str, m: int, n: int, k: int) -> None:
     weight, scale, exact = stored((n, k), kind)
     x = torch.randn(m, k)
-    with cpu.use_variant(variant), ops.row_invariant():
+    with native.use_variant(variant), ops.row_invariant():
         assert close(ops.packed_linear(x, ops.pack(weight, scale)), x @ exact.T)
 
 
@@ -80,7 +79,7 @@ def test_rows_in_eight_bits(variant: str, dtype: torch.dtype, rows: int, columns
     """Bit for bit as the reference, a row of zeros included."""
     weight = torch.randn(rows, columns).to(dtype)
     weight[rows // 2] = 0
-    with cpu.use_variant(variant):
+    with native.use_variant(variant):
         codes, scale = ops.quantize_rows(weight)
     with ops.use("torch"):
         expected, exact = ops.quantize_rows(weight)
@@ -130,7 +129,7 @@ def test_rows_in_bf16(variant: str, kind: str, m: int) -> None:
         weight, scale = ops.quantize_rows(weight)
         exact = ops.dense(weight, scale, torch.float32)
     x = torch.randn(m, 300).bfloat16()
-    with cpu.use_variant(variant):
+    with native.use_variant(variant):
         got = ops.packed_linear(x, ops.pack(weight, scale))
     want = x.double() @ exact.double().T
     magnitude = x.double().abs() @ exact.double().abs().T
@@ -148,7 +147,7 @@ def test_every_fp8_code_is_exact(path: str, dtype: torch.dtype) -> None:
     plain, scale = weight.float(), torch.ones(2, 2)
     bad = plain.isnan()
     assert bad.any(1).nonzero().flatten().tolist() == [0x7F, 0xFF]
-    with ops.use("torch") if path == "torch" else cpu.use_variant(path), ops.row_invariant():
+    with ops.use("torch") if path == "torch" else native.use_variant(path), ops.row_invariant():
         packed = None if path == "torch" else ops.pack(weight, scale)
         for m in (1, 2, 4, 7, 130):
             x = torch.eye(130, dtype=dtype)[:m]
@@ -167,7 +166,7 @@ def test_a_nan_code_stays_in_its_row_and_its_expert(variant: str) -> None:
     gate, up = codes.view(torch.float8_e4m3fn).chunk(2, 1)
     down = torch.randn(3, 128, 96).to(torch.float8_e4m3fn)
     one = torch.full((3, 1, 1), 1e-3)
-    with cpu.use_variant(variant):
+    with native.use_variant(variant):
         gated, down_packed = ops.pack_gated(gate, up, (one, one)), ops.pack(down, one)
         for n in (1, 4, 30):  # twice: what a panel holds is known the second time
             for _ in range(2):
@@ -189,7 +188,7 @@ def test_experts(variant: str, kind: str, tokens: int) -> None:
     x, weights = torch.randn(tokens, 200), torch.rand(tokens, 2)
     indices = torch.randn(tokens, 6).topk(2).indices
     packed = packed_experts(gate_up, up_scale, down, down_scale)
-    with cpu.use_variant(variant), ops.row_invariant():
+    with native.use_variant(variant), ops.row_invariant():
         got = ops.packed_experts(x, indices, weights, *packed)
     with ops.use("torch"):
         assert close(got, ops.experts(x, indices, weights, exact_up, exact_down))
@@ -213,7 +212,7 @@ def cache_case(dtype: torch.dtype, heads: int, width: int, lengths: list[int], n
 def test_latent_attention(variant: str, dtype: torch.dtype, heads: int, width: int, value: int) -> None:
     """Ragged sequences, decode and chunks, contexts on both sides of a chunk of keys."""
     q, cache, index = cache_case(dtype, heads, width, [1, 40, 513, 1100], [1, 7, 2, 1])
-    with cpu.use_variant(variant):
+    with native.use_variant(variant):
         got = ops.latent_attention(q, cache, index, 0.2, value)
     with ops.use("torch"):
         assert close(got, ops.latent_attention(q, cache, index, 0.2, value))
@@ -226,7 +225,7 @@ def test_latent_attention_in_bf16(variant: str, heads: int) -> None:
     """Query, cache and softmax weights in BF16 against the same values in float64."""
     q, cache, index = cache_case(torch.bfloat16, heads, 576, [1, 40, 513, 1100], [1, 7, 2, 1])
     q = (q / 8).bfloat16()
-    with cpu.use_variant(variant):
+    with native.use_variant(variant):
         got = ops.latent_attention(q, cache, index, 0.2, 512).double()
     with ops.use("torch"):
         want = ops.latent_attention(q.double(), cache.double(), index, 0.2, 512)
@@ -249,7 +248,7 @@ def test_a_row_does_not_depend_on_its_batch(variant: str, kind: str, narrow: boo
         torch.rand(37, 2),
         torch.randn(37, 6).topk(2).indices,
     )
-    with cpu.use_variant(variant), ops.row_invariant():
+    with native.use_variant(variant), ops.row_invariant():
         whole = ops.packed_linear(x, packed)
         routed = ops.packed_experts(z, indices, weights, *experts)
         for rows in (slice(0, 1), slice(3, 5), slice(1, 4), slice(7, 20), slice(30, 37)):

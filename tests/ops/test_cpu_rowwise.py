@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leanseek import ops
-from leanseek.ops import cpu
+from leanseek import native, ops
 
-pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
-VARIANTS = cpu.usable_variants()
+pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
+VARIANTS = native.usable_variants()
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -18,7 +17,7 @@ def compare(function, inputs, variant, dtype):  # type: ignore[no-untyped-def]
     found = []
     for exact in (False, True):
         leaves = [(t.float() if exact else t).detach().requires_grad_() for t in inputs]
-        with ops.use("torch") if exact else cpu.use_variant(variant):
+        with ops.use("torch") if exact else native.use_variant(variant):
             out = function(*leaves)
             out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out.dtype))
         found.append([out.detach(), *(leaf.grad for leaf in leaves)])

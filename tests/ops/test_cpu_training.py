@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leanseek import ops
-from leanseek.ops import cpu
+from leanseek import native, ops
 
-pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
-VARIANTS = cpu.usable_variants()
+pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
+VARIANTS = native.usable_variants()
 
 
 def both(function, inputs, variant):  # type: ignore[no-untyped-def]
     """(output, gradients) of the kernel and of the reference, which computes in float32, for a random cotangent."""
     found = []
-    for context in (cpu.use_variant(variant), ops.use("torch")):
+    for context in (native.use_variant(variant), ops.use("torch")):
         leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in inputs]
         if found:
             leaves = [t.float() for t in leaves]

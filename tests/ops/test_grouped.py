@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanseek import ops
-from leanseek.ops import cpu
+from leanseek import native, ops
 
-pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
-VARIANTS = cpu.usable_variants()
+pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
+VARIANTS = native.usable_variants()
 sizes = st.integers(1, 70) | st.sampled_from([96, 127, 130, 257])
 
 
@@ -38,7 +37,7 @@ def test_the_three_products(
     b = torch.randn(len(rows), n, k, generator=generator).bfloat16().to(weight)
     forward, inward = torch.empty(ends[-1], n, dtype=out), torch.empty(ends[-1], k, dtype=out)
     gradient = torch.full(b.shape, float("nan")).to(out)
-    with cpu.use_variant(variant):
+    with native.use_variant(variant):
         ops.grouped_product(a, b, ends, forward)
         ops.grouped_product(c, b.transpose(1, 2), ends, inward)
         ops.grouped_gradient(c, a, ends, gradient)
@@ -71,7 +70,7 @@ def test_experts_in_bf16(variant: str, master: torch.dtype, n: int, k: int, e: i
     ]  # fmt: skip
     probe = torch.randn(n, d).bfloat16()
     found = []
-    for context, kind in ((cpu.use_variant(variant), None), (ops.use("torch"), torch.float32)):
+    for context, kind in ((native.use_variant(variant), None), (ops.use("torch"), torch.float32)):
         leaves = [t.to(kind or t.dtype).clone().requires_grad_() for t in inputs]
         with context:
             out = ops.experts(leaves[0], indices, *leaves[1:])
@@ -91,7 +90,7 @@ def test_adamw_over_bf16_moments(variant: str) -> None:
     start = torch.randn(70_001, generator=generator)
     gradients = [torch.randn(70_001, generator=generator) * 1e-3 for _ in range(3)]
     found = []
-    for context in (cpu.use_variant(variant), ops.use("torch")):
+    for context in (native.use_variant(variant), ops.use("torch")):
         weight, step = start.clone(), torch.zeros(())
         moments = [torch.zeros_like(weight, dtype=torch.bfloat16) for _ in range(2)]
         with context:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
+from leanseek import native
+from leanseek.bench.machine import read_memory
 from leanseek.errors import InputError
-from leanseek.ops import cpu, machine
-from leanseek.threads import cpus
+from leanseek.machine import device, probes
+from leanseek.machine.threads import cpus
 
 
-@pytest.mark.parametrize("variant", cpu.usable_variants())
+@pytest.mark.parametrize("variant", native.usable_variants())
 def test_all_of_the_memory_is_read(variant: str) -> None:
     data, found = torch.randint(-(2**60), 2**60, (3 * 2**17,)), torch.empty((), dtype=torch.int64)
-    with cpu.use_variant(variant):
-        machine._read(data.data_ptr(), data.numel() * 8, found.data_ptr())
+    with native.use_variant(variant):
+        read_memory(data.data_ptr(), data.numel() * 8, found.data_ptr())
     assert found == data.sum()  # both modulo 2^64
 
 
 def test_threads_that_are_asked_for() -> None:
-    machine.use_threads(3)
+    device.use_threads(3)
     assert torch.get_num_threads() == 3
     for count in (0, -1, 4 * cpus() + 1):
         with pytest.raises(InputError, match=f"threads must lie between 1 and .*; {count} does not"):
-            machine.use_threads(count)
+            device.use_threads(count)
 
 
 class Multiplier:
@@ -43,16 +45,16 @@ def test_a_probe_is_bounded_in_time(rate: float, side: int, monkeypatch: pytest.
     """Float32 on two cores, on a slow one, BF16 emulated, and worse: never minutes, and the rate is right."""
     here = Multiplier(rate)
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: here.multiply(a, b))
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: here.now)
-    assert machine.gemm_rate(torch.float32, "cpu") == pytest.approx(rate)
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: here.now)
+    assert probes.gemm_rate(torch.float32, "cpu") == pytest.approx(rate)
     assert here.side == side
-    assert here.now < max(2 * machine.PROBE_SECONDS, 3 * 2 * 128**3 / rate)
+    assert here.now < max(2 * probes.PROBE_SECONDS, 3 * 2 * 128**3 / rate)
 
 
 def test_the_best_of_a_probe_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process took the CPU from every second product."""
     here, calls = Multiplier(1e11), []
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: here.now)
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: here.now)
 
     def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         calls.append(1)
@@ -60,4 +62,4 @@ def test_the_best_of_a_probe_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         return here.multiply(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
-    assert machine.gemm_rate(torch.float32, "cpu") == pytest.approx(1e11)
+    assert probes.gemm_rate(torch.float32, "cpu") == pytest.approx(1e11)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from leanseek.ops import machine, numa
-from leanseek.ops.cpu.library import usable_variants
+from leanseek.machine import memory, numa
+from leanseek.native.library import usable_variants
 
 native = pytest.mark.skipif(not (usable_variants() and numa.memory_nodes()), reason="no kernels, or no /sys of nodes")
 
@@ -85,11 +85,11 @@ def test_weights_are_interleaved_where_there_are_nodes(monkeypatch: pytest.Monke
         asked.append((start, size))
 
     monkeypatch.setattr(numa, "interleave", recorded)
-    machine.empty((machine.HUGE_PAGE,), torch.uint8, "cpu")
+    memory.empty((memory.HUGE_PAGE,), torch.uint8, "cpu")
     assert bool(asked) == (len(numa.memory_nodes()) > 1)
     asked.clear()
     monkeypatch.setattr(numa, "memory_nodes", lambda: (0, 1))
-    weight = machine.empty((2 * machine.HUGE_PAGE,), torch.uint8, "cpu")
+    weight = memory.empty((2 * memory.HUGE_PAGE,), torch.uint8, "cpu")
     ((start, size),) = asked
     assert start % mmap.PAGESIZE == 0
     assert start - weight.data_ptr() < mmap.PAGESIZE

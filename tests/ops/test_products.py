@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanseek import ops
 from leanseek.checkpoint.blocks import quantize_blocks
+from leanseek.machine.device import NARROW
 from leanseek.model import Transformer
 from leanseek.ops import products
 
@@ -31,14 +32,14 @@ class NoNarrowProduct(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__.startswith(PRODUCTS):
             self.seen += 1
-            assert not any(isinstance(a, Tensor) and a.dtype in products.NARROW for a in args), func
+            assert not any(isinstance(a, Tensor) and a.dtype in NARROW for a in args), func
         return func(*args, **kwargs or {})
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoNarrowProduct]:
     """A CPU without narrow products, and no kernels."""
-    monkeypatch.setattr(products, "multiplies", lambda dtype: dtype not in products.NARROW)
+    monkeypatch.setattr(products, "multiplies", lambda dtype: dtype not in NARROW)
     with ops.use("torch"), NoNarrowProduct() as mode:
         yield mode
     assert mode.seen
@@ -63,7 +64,7 @@ def test_the_result_is_rounded_once(row_invariant: bool, emulated: None) -> None
 
 
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
-@pytest.mark.parametrize("dtype", products.NARROW, ids=str)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_a_network_trains(attention: str, dtype: torch.dtype, emulated: None, tiny_model: Callable) -> None:
     """Forward and backward, experts and head included, near the float32 network's gradients."""
     changes = {"attention": attention} if attention == "mla" else {"attention": "gqa", "num_key_value_heads": 2}
@@ -122,10 +123,10 @@ def test_a_network_serves(
 def test_what_onednn_may_not_do_is_found_out() -> None:
     """ONEDNN_MAX_CPU_ISA hides BF16 from oneDNN on CPUs that have it; the answer shows in the dtype to train in."""
     program = (
-        "import torch; from leanseek import ops; from leanseek.ops import machine, products\n"
+        "import torch; from leanseek import ops; from leanseek.machine import device\n"
         "x, w = torch.ones(3, 256).bfloat16(), torch.ones(8, 256).bfloat16()\n"
         "with ops.row_invariant(): assert (ops.linear(x, w) == 256).all()\n"
-        "print(products.multiplies(torch.bfloat16), products.multiplies(torch.float32), machine.preferred_dtype('cpu'))"
+        "print(device.multiplies(torch.bfloat16), device.multiplies(torch.float32), device.preferred_dtype('cpu'))"
     )
     confined = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "LEANSEEK_CPU": "none"}
     done = subprocess.run(

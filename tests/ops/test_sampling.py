@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leanseek import ops
-from leanseek.ops.cpu import usable_variants, use_variant
+from leanseek.native import usable_variants, use_variant
 
 VOCAB = 3001  # no multiple of a vector
 

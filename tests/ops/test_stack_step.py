@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from leanseek import ops
+from leanseek import native, ops
 from leanseek.checkpoint.blocks import quantize_blocks
 from leanseek.config import ModelConfig
 from leanseek.model import Transformer
-from leanseek.ops import cpu
 from tests.conftest import TINY
 
-pytestmark = pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
+pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "v3": {},
@@ -63,12 +62,12 @@ def steps(model: Transformer, counts: list[list[int]]) -> tuple[torch.Tensor, to
 COUNTS = [[5, 12, 1], [1, 1, 1], [3, 1, 7]]
 
 
-@pytest.mark.parametrize("variant", cpu.usable_variants())
+@pytest.mark.parametrize("variant", native.usable_variants())
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_as_op_by_op(name: str, variant: str) -> None:
     model = model_of(NETWORKS[name])
-    with cpu.use_variant(variant), ops.row_invariant():
+    with native.use_variant(variant), ops.row_invariant():
         expected, cache = steps(model, COUNTS)
         model.freeze()
         got, planned_cache = steps(model, COUNTS)
@@ -76,7 +75,7 @@ def test_as_op_by_op(name: str, variant: str) -> None:
     torch.testing.assert_close(planned_cache, cache, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", cpu.usable_variants())
+@pytest.mark.parametrize("variant", native.usable_variants())
 @torch.no_grad()
 def test_an_mtp_module_as_op_by_op(variant: str) -> None:
     """Embedding and hidden state joined (eq. 21), with norms that differ; its latents go behind the main network's."""
@@ -96,7 +95,7 @@ def test_an_mtp_module_as_op_by_op(variant: str) -> None:
         ahead = model.step_ahead(1, hidden, tokens + 1, cache, index)
         return [hidden, ahead, model.logits(ahead), cache]
 
-    with cpu.use_variant(variant), ops.row_invariant():
+    with native.use_variant(variant), ops.row_invariant():
         expected = run()
         model.freeze()
         got = run()
@@ -105,14 +104,14 @@ def test_an_mtp_module_as_op_by_op(variant: str) -> None:
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", cpu.usable_variants())
+@pytest.mark.parametrize("variant", native.usable_variants())
 @torch.no_grad()
 def test_nearer_to_float32_than_bf16_op_by_op(variant: str) -> None:
     """In BF16 the planned step rounds less often. Every expert is chosen, so that no rounding changes the choice."""
     changes = NETWORKS["wide"] | {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
     model = model_of(changes, torch.bfloat16)
     exact, _ = steps(model_of(changes, torch.bfloat16).float(), COUNTS)
-    with cpu.use_variant(variant), ops.row_invariant():
+    with native.use_variant(variant), ops.row_invariant():
         by_op, _ = steps(model, COUNTS)
         model.freeze()
         planned, _ = steps(model, COUNTS)
@@ -121,7 +120,7 @@ def test_nearer_to_float32_than_bf16_op_by_op(variant: str) -> None:
     assert error[0] <= 1.1 * error[1]
 
 
-@pytest.mark.parametrize("variant", cpu.usable_variants())
+@pytest.mark.parametrize("variant", native.usable_variants())
 @torch.no_grad()
 def test_fp8_blocks_and_an_int8_head(variant: str) -> None:
     """Against the same weights dequantised to float32."""
@@ -139,7 +138,7 @@ def test_fp8_blocks_and_an_int8_head(variant: str) -> None:
             getattr(other, leaf).copy_(ops.dequantize_blocks(codes, scale))
     model.quantize_head()
     model.freeze()
-    with cpu.use_variant(variant), ops.row_invariant():
+    with native.use_variant(variant), ops.row_invariant():
         got, _ = steps(model, COUNTS)
         logits = model.head(got)
     expected, _ = steps(exact, COUNTS)

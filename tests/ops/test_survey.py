@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leanseek import ops
-from leanseek.ops import cpu, dispatch, products, survey
+from leanseek import native, ops
+from leanseek.bench import survey
+from leanseek.ops import dispatch, products
 
 CPU = torch.device("cpu")
 
@@ -17,11 +18,12 @@ def found(op: str, use: str, kind: str) -> survey.Path:
 
 def test_every_op_is_asked_for() -> None:
     by_use = {use: {p.op for p in survey.survey(CPU) if p.use == use} for use in ("training", "loading", "serving")}
-    assert set(dispatch.table(False)) <= by_use["training"] | by_use["loading"] | by_use["serving"]
-    assert set(dispatch.table(True)) <= by_use["serving"] | by_use["loading"]
+    for name, op in dispatch.OPS.items():
+        assert name in by_use["training"] | by_use["loading"] | by_use["serving"]
+        assert not op.backends(True) or name in by_use["serving"] | by_use["loading"]
 
 
-@pytest.mark.skipif(not cpu.usable_variants(), reason=f"no kernels here: {cpu.status().detail}")
+@pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
 def test_kernels_and_what_they_do_not_take() -> None:
     for op, use, kind in (
         ("experts", "training", "float32"),
@@ -30,7 +32,7 @@ def test_kernels_and_what_they_do_not_take() -> None:
         ("sample", "serving", "float32"),
         ("quantize_rows", "loading", "bfloat16"),
     ):
-        assert found(op, use, kind).backends == ("cpu", "cpu"), op
+        assert found(op, use, kind).backends == ("native", "native"), op
         assert not found(op, use, kind).declined
     declined = found("experts", "training", "fp8 weights")
     assert declined.backends == ("torch", "torch") and declined.declined
@@ -49,6 +51,6 @@ def test_the_reference_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_decide_where_a_kernel_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = dispatch.Implementation("triton", lambda: None, lambda x, *_: x.shape[0] > 1)
-    monkeypatch.setitem(dispatch._TABLE, ("rms_norm", False), [many])
-    assert found("rms_norm", "training", "float32").backends == ("torch", "triton")
+    many = dispatch.Implementation("gpu", lambda: None, lambda x, *_: x.shape[0] > 1, dispatch.Priority.KERNEL)
+    monkeypatch.setitem(ops.rms_norm._forms, False, [many])
+    assert found("rms_norm", "training", "float32").backends == ("torch", "gpu")

@@ -26,15 +26,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from leanseek import fp8
 from leanseek.bench import kernels
-from leanseek.fp8 import formats
 from leanseek.fp8.products import cuts, exact_product
-from leanseek.fp8.quantize import Coded
-from leanseek.fp8.quantize import quantize_blocks as stored_blocks
-from leanseek.ops import use
-from leanseek.ops.triton import paths
-from leanseek.ops.triton.gemm import grouped_product, grouped_weight_gradient, product
-from leanseek.ops.triton.quantize import (
-    Codes,
+from leanseek.gpu import paths
+from leanseek.gpu.gemm import grouped_product, grouped_weight_gradient, product
+from leanseek.gpu.quantize import (
     quantize_blocks,
     quantize_blocks_both,
     quantize_both,
@@ -42,8 +37,11 @@ from leanseek.ops.triton.quantize import (
     round_e5m6,
     turn_tiles,
 )
-from leanseek.ops.triton.swiglu import swiglu_backward_quantize, swiglu_quantize
-from leanseek.ops.triton.tiles import group_tiles
+from leanseek.gpu.swiglu import swiglu_backward_quantize, swiglu_quantize
+from leanseek.ops import formats, use
+from leanseek.ops.grouped import group_tiles
+from leanseek.ops.quantize import Coded, Codes
+from leanseek.ops.quantize import quantize_blocks as stored_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn
@@ -222,16 +220,16 @@ def test_weight_blocks_are_the_oracles_and_turn_with_the_same_codes(shape: tuple
 
 def test_stored_blocks_are_made_by_this_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op of leanseek/fp8 finds it in the dispatch table; the GPU is pretended where there is none."""
-    monkeypatch.setattr("leanseek.ops.triton.refusal", lambda device: "")
+    monkeypatch.setattr("leanseek.gpu.device.refusal", lambda device: "")
     calls: list[Tensor] = []
 
     def seen(weight: Tensor) -> Codes:
         calls.append(weight)
         return quantize_blocks(weight)
 
-    monkeypatch.setattr("leanseek.ops.triton.quantize.quantize_blocks", seen)
+    monkeypatch.setattr("leanseek.gpu.quantize.quantize_blocks", seen)
     w = draw(192, 300, dtype=torch.float32)
-    with use("triton"):
+    with use("gpu"):
         codes, scales = stored_blocks(w)
     expected, wanted = oracle_tiles(w, False, (128, 128))
     assert len(calls) == 1 and same(codes, expected) and torch.equal(scales, wanted)
@@ -356,7 +354,7 @@ def test_swiglu_backward_quantize(counts: tuple[int, ...] | None) -> None:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanseek.ops.triton.refusal", lambda device: "")
+    monkeypatch.setattr("leanseek.gpu.device.refusal", lambda device: "")
     monkeypatch.setattr(paths, "_RAN", Counter())
 
 
@@ -381,7 +379,7 @@ def near(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize(("m", "k", "n"), [(130, 192, 136), (7, 100, 64)])
 def test_linear_is_that_of_the_exact_arithmetic(m: int, k: int, n: int, on_gpu: None) -> None:
     inputs = torch.randn(m, k).bfloat16(), torch.randn(n, k) * 0.05
-    found = run_layer(fp8.linear, "triton", *inputs)
+    found = run_layer(fp8.linear, "gpu", *inputs)
     assert paths.ran()["product"] and paths.ran()["weight gradient"]
     near(found, run_layer(fp8.linear, "torch", *inputs))
 
@@ -390,7 +388,7 @@ def test_linear_is_that_of_the_exact_arithmetic(m: int, k: int, n: int, on_gpu: 
 def test_mlp_is_that_of_the_exact_arithmetic(size: int, on_gpu: None) -> None:
     """200: gate and up end within a tile, and are padded."""
     inputs = torch.randn(140, 192).bfloat16(), *(torch.randn(size, 192) * 0.1 for _ in range(2)), torch.randn(192, size)
-    near(*(run_layer(fp8.mlp, backend, *inputs) for backend in ("triton", "torch")))
+    near(*(run_layer(fp8.mlp, backend, *inputs) for backend in ("gpu", "torch")))
 
 
 @pytest.mark.parametrize("size", [128, 72])
@@ -401,7 +399,7 @@ def test_experts_are_those_of_the_exact_arithmetic(size: int, on_gpu: None) -> N
         torch.randn(150, 128).bfloat16(), indices, torch.rand(150, 2),
         torch.randn(6, 2 * size, 128) * 0.1, torch.randn(6, 128, size) * 0.1,
     )  # fmt: skip
-    found = run_layer(fp8.experts, "triton", *inputs)
+    found = run_layer(fp8.experts, "gpu", *inputs)
     assert paths.ran()["grouped product"] and paths.ran()["grouped weight gradient"]
     near(found, run_layer(fp8.experts, "torch", *inputs))
     assert not found[3][[2, 5]].any() and not found[4][[2, 5]].any()
@@ -497,7 +495,7 @@ def test_without_a_gpu_every_library_has_a_reason_and_triton_runs(monkeypatch: p
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/bench runs it on the GPU")
 def test_the_bench_of_a_gpu_names_the_path_that_computed_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cases fit the kernels: the smallest size, by the interpreter."""
-    monkeypatch.setattr("leanseek.ops.triton.refusal", lambda device: "")
+    monkeypatch.setattr("leanseek.gpu.device.refusal", lambda device: "")
     found: dict[str, dict[str, Any]] = {}
     for group in kernels._gpu_cases(128, torch.device("cpu")):
         found |= kernels._take_turns(group, 1, torch.device("cpu"))
@@ -533,7 +531,7 @@ def test_the_path_that_runs_on_this_gpu_agrees_with_the_oracle(form: str) -> Non
 @pytest.mark.parametrize("counts", [(300,), (0, 130, 1, 0, 128, 41)])
 def test_our_own_for_sm90_agrees_with_the_oracle(counts: tuple[int, ...]) -> None:
     """Rows and columns that end within a tile, experts without rows."""
-    from leanseek.ops.triton import hopper
+    from leanseek.gpu import hopper
 
     ends, on_device = ends_of(*counts)
     tiles, x, dy = group_tiles(on_device, ends[-1]), draw(ends[-1], 528), draw(ends[-1], 272)

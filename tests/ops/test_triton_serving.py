@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanseek.ops.triton.refusal", lambda device: "")
+    monkeypatch.setattr("leanseek.gpu.device.refusal", lambda device: "")
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,7 +37,7 @@ def blocks(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def served(function: Callable[..., Tensor], *inputs: object) -> Tensor:
-    with ops.use("triton"), ops.row_invariant(), torch.inference_mode():
+    with ops.use("gpu"), ops.row_invariant(), torch.inference_mode():
         return function(*inputs)
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.ops import rotary
-from leanseek.ops.triton.training import _attends as attends
+from leanseek.gpu.training import _attends as attends
 
 pytest.importorskip("triton")
 
@@ -20,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanseek.ops.triton.refusal", lambda device: "")
+    monkeypatch.setattr("leanseek.gpu.device.refusal", lambda device: "")
 
 
 def run(function: Callable[..., Tensor], backend: str, *inputs: Tensor) -> list[Tensor]:
@@ -33,7 +32,7 @@ def run(function: Callable[..., Tensor], backend: str, *inputs: Tensor) -> list[
 
 def agree(function: Callable[..., Tensor], *inputs: Tensor) -> None:
     """Within a step of BF16 of the largest value; float32 within sums in another order."""
-    found, expected = run(function, "triton", *inputs), run(function, "torch", *inputs)
+    found, expected = run(function, "gpu", *inputs), run(function, "torch", *inputs)
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -79,7 +78,7 @@ def test_heads_are_placed_and_their_gradients_gathered(
     heads: int, nope: int, rope: int, v: int, interleave: bool
 ) -> None:
     """eq. 3, 4, 8, 9 and back again; k_R is a slice of what one product writes, and angles differ by sequence."""
-    from leanseek.ops.triton.attention import gather_gradients, place_heads
+    from leanseek.gpu.attention import gather_gradients, place_heads
 
     batch, length = 2, 5
     q = torch.randn(batch, length, heads, nope + rope, device=DEVICE, requires_grad=True)
@@ -88,8 +87,8 @@ def test_heads_are_placed_and_their_gradients_gathered(
     angles = torch.rand(batch, length, rope // 2, device=DEVICE) * 6
     turn = angles.cos(), angles.sin()
     k_rope = latent[..., 7:]
-    query = torch.cat((q[..., :nope], rotary.reference(q[..., nope:], *turn, interleave)), -1)
-    shared = rotary.reference(k_rope.unsqueeze(-2), *turn, interleave).expand(-1, -1, heads, -1)
+    query = torch.cat((q[..., :nope], ops.rotate.reference(q[..., nope:], *turn, interleave)), -1)
+    shared = ops.rotate.reference(k_rope.unsqueeze(-2), *turn, interleave).expand(-1, -1, heads, -1)
     key = torch.cat((kv[..., :nope], shared), -1)
     found = place_heads(q.detach(), kv.detach(), k_rope.detach(), *turn, interleave)
     torch.testing.assert_close(found, (query, key), rtol=1e-6, atol=1e-6)
@@ -124,7 +123,7 @@ def test_adamw_is_torchs_in_float32_rounded_once() -> None:
         state += [torch.zeros((), device=DEVICE)]
     for step in range(3):
         grad = torch.randn(37, 70, generator=torch.Generator().manual_seed(step)).to(DEVICE)
-        for backend, (weight, m, v, count) in (("triton", ours), ("torch", theirs)):
+        for backend, (weight, m, v, count) in (("gpu", ours), ("torch", theirs)):
             with ops.use(backend):
                 ops.adamw(weight, grad, m, v, count, rule)
     assert int(ours[3]) == 3

@@ -1,0 +1,8 @@
+"""Native kernels for CPUs with AVX2 or AVX-512 (sources in kernels/). Where none is built, the torch references run."""
+
+from leanseek.native.library import Status, status, usable_variants, use_variant
+
+if usable_variants():
+    from leanseek.native import attention, experts, fp8, grouped, packed, rowwise, sampling, stack  # noqa: F401  (they register themselves)
+
+__all__ = ["Status", "status", "usable_variants", "use_variant"]
