@@ -26,6 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
+BACKENDS = ("torch", "native", "gpu")
 ROOMS = ("leanseek.ops.invariant", "leanseek.native", "leanseek.gpu")  # imported at the first call of an op
 
 
@@ -163,7 +164,12 @@ def use(backend: str) -> Iterator[None]:
     """Force a backend within the context: "torch" (the reference), or "native" / "gpu" where they accept the call.
 
     For tests and measurements; process-wide, so not for threads that run side by side.
+
+    Raises:
+        ValueError: there is no backend of that name.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     _FORCED.append(backend)
     try:
         yield

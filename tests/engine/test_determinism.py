@@ -42,7 +42,7 @@ def crowd() -> dict[str, list[int]]:
     return found
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=["torch", "native"])
 def backend(request: pytest.FixtureRequest):
     """The ops in plain torch, and the native kernels where they are built."""
     with ops.use(request.param):
