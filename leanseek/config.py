@@ -23,8 +23,8 @@ class ConfigError(InputError):
     """A configuration that cannot be a network; the message is one line and says how to mend it."""
 
 
-# Bounds far beyond any network, so that a slip of the finger is told before it takes hours or all memory.
-Size = Annotated[int, Field(ge=0, le=2**20)]  # 0 where a network does without; what it needs, `_sizes` checks
+# Bounds far above any real network: a typo is reported before it costs hours or all memory.
+Size = Annotated[int, Field(ge=0, le=2**20)]  # 0 if the network has no such part; `_sizes` checks what it needs
 Layers = Annotated[int, Field(ge=0, le=2**12)]
 Number = Annotated[int, Field(ge=0, le=2**16)]
 Ids = Annotated[int, Field(ge=0, lt=2**24)]
@@ -34,7 +34,7 @@ Real = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
 class _Checked:
-    """A dataclass whose fields hold what their annotations say, however it is made."""
+    """A dataclass that checks its fields against their annotations, however it is made."""
 
     def __post_init__(self) -> None:
         for name, value in checked(self._structure(), vars(self), self._where(), ConfigError):
@@ -78,7 +78,7 @@ class YarnConfig(_Checked):
 
     @property
     def rotary_scale(self) -> float:
-        """What cos and sin are multiplied by: mscale(factor, mscale) / mscale(factor, mscale_all_dim)."""
+        """The factor of cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim)."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -87,7 +87,7 @@ class YarnConfig(_Checked):
 
     @property
     def softmax_scale(self) -> float:
-        """What the attention's softmax scale is multiplied by: mscale(factor, mscale_all_dim) squared."""
+        """The factor of the attention's softmax scale: mscale(factor, mscale_all_dim) squared."""
         return self._mscale(self.factor, self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
@@ -286,7 +286,7 @@ class ModelConfig(_Checked):
         # HF writes these for its own bookkeeping; MLA has no such heads
         names -= {"num_key_value_heads", "head_dim", "attention"}
         values |= {name: hf[name] for name in names if hf.get(name) is not None}
-        for none in ("q_lora_rank", "bos_token_id", "eos_token_id"):  # null means that there is none
+        for none in ("q_lora_rank", "bos_token_id", "eos_token_id"):  # null means none
             if none in hf or none == "q_lora_rank":
                 values[none] = hf.get(none)
         if isinstance(values.get("eos_token_id"), list):
@@ -362,7 +362,7 @@ class ModelConfig(_Checked):
         """The network of `configs/{name}.toml`.
 
         Raises:
-            ConfigError: there is no such preset; the message lists them.
+            ConfigError: unknown preset; the message lists them.
         """
         return cls.from_dict(read_toml(preset_path(name), ConfigError)["model"])
 
@@ -432,7 +432,7 @@ def preset_path(name: str) -> Path:
     """The TOML file of a preset.
 
     Raises:
-        ConfigError: there is no such preset; the message lists them.
+        ConfigError: unknown preset; the message lists them.
     """
     folder = presets_folder()
     path = folder / f"{name}.toml"

@@ -196,7 +196,7 @@ def special_tokens(tokenizer: Tokenizer, folder: Path) -> SpecialTokens:
     Raises:
         TokenizerError: a file names a token that the tokenizer lacks, or there is no end token at all.
     """
-    config = read_object(folder / CONFIG)
+    config = read_optional_json(folder / CONFIG, TokenizerError)
     end = named_token(folder, "eos_token", tokenizer)
     ends = ([] if end is None else [end]) + _ids(folder / GENERATION, "eos_token_id", tokenizer)
     ends = ends or _ids(folder / "config.json", "eos_token_id", tokenizer) or _known(_ENDS, tokenizer)
@@ -214,15 +214,6 @@ def special_tokens(tokenizer: Tokenizer, folder: Path) -> SpecialTokens:
     return SpecialTokens(begin, tuple(dict.fromkeys(ends)), tuple(leading))
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; {} where there is no file.
-
-    Raises:
-        TokenizerError: not JSON, not an object, or of unreasonable size.
-    """
-    return read_optional_json(path, TokenizerError)
-
-
 def named(value: str | dict[str, Any] | None) -> str | None:
     """The text of a token as a tokenizer_config.json gives it: that, or an object with more about it."""
     return value.get("content") if isinstance(value, dict) else value
@@ -235,7 +226,7 @@ def named_token(folder: Path, key: str, tokenizer: Tokenizer) -> int | None:
         TokenizerError: it is not a token of the tokenizer.
     """
     for name in (CONFIG, MAP):
-        value = named(read_object(folder / name).get(key))
+        value = named(read_optional_json(folder / name, TokenizerError).get(key))
         if value is None:
             continue
         token = tokenizer.token_to_id(value) if isinstance(value, str) else None
@@ -248,7 +239,7 @@ def named_token(folder: Path, key: str, tokenizer: Tokenizer) -> int | None:
 
 
 def _ids(path: Path, key: str, tokenizer: Tokenizer) -> list[int]:
-    value = read_object(path).get(key)
+    value = read_optional_json(path, TokenizerError).get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < 2**32 or tokenizer.id_to_token(token) is None:

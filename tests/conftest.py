@@ -95,3 +95,11 @@ def randomise() -> Callable[..., None]:
 def tiny_tokens() -> torch.Tensor:
     """[2, 20] tokens of the tiny vocabulary."""
     return torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def without_report() -> Iterator[None]:
+    """Runs of this process draw no report.html, which takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanseek.training.report.write_report", lambda *_: None)
+        yield

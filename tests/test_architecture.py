@@ -124,12 +124,27 @@ def test_text_has_an_encoding(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "call",
-    ["open(p)", "open(p, 'w')", "p.open()", "p.open('a')", "p.read_text()", "p.write_text('x')", "open(p, mode='r')"],
+    [
+        *(
+            "open(p)",
+            "open(p, 'w')",
+            "p.open()",
+            "p.open('a')",
+            "p.read_text()",
+            "p.write_text('x')",
+            "open(p, mode='r')",
+        ),
+        *("run(c, text=True)", "subprocess.Popen(c, universal_newlines=True)", "TemporaryFile('w+')"),
+        "tempfile.NamedTemporaryFile(mode='w')",
+    ],
 )
 def test_calls_without_an_encoding_are_seen(call: str) -> None:
     assert list(_without_encoding(ast.parse(call)))
     assert not list(_without_encoding(ast.parse(call[:-1] + ("" if call[-2] == "(" else ", ") + "encoding='utf-8')")))
     assert not list(_without_encoding(ast.parse("open(p, 'rb'); p.open('wb'); read_text(p); os.open(p, 0)")))
+    assert not list(
+        _without_encoding(ast.parse("run(c); TemporaryFile(); NamedTemporaryFile('w+b'); run(c, text=False)"))
+    )
 
 
 def _without_encoding(tree: ast.AST) -> Iterator[int]:
@@ -139,17 +154,17 @@ def _without_encoding(tree: ast.AST) -> Iterator[int]:
             continue
         method = isinstance(node.func, ast.Attribute)
         name = node.func.attr if method else getattr(node.func, "id", "")
+        given = {k.arg: k.value for k in node.keywords}
         if method and name in ("read_text", "write_text"):
             yield node.lineno
-        if name != "open":
+        if any(isinstance(v := given.get(k), ast.Constant) and v.value for k in ("text", "universal_newlines")):
+            yield node.lineno  # a subprocess
+        temporary = name in ("TemporaryFile", "NamedTemporaryFile", "SpooledTemporaryFile")
+        if name != "open" and not temporary:
             continue
-        place = 0 if method else 1
-        mode = (
-            node.args[place]
-            if len(node.args) > place
-            else next((k.value for k in node.keywords if k.arg == "mode"), None)
-        )
-        if mode is None and not (method and node.args):
+        place = 0 if method or temporary else 1
+        mode = node.args[place] if len(node.args) > place else given.get("mode")
+        if mode is None and not temporary and not (method and node.args):
             yield node.lineno
         if isinstance(mode, ast.Constant) and isinstance(mode.value, str) and "b" not in mode.value:
             yield node.lineno

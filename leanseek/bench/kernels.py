@@ -26,7 +26,7 @@ ROUNDS = 15
 class Case(NamedTuple):
     name: str
     work: Callable[[], object]
-    flops: float = 0.0  # of a call; 0: it is memory that bounds it
+    flops: float = 0.0  # per call; 0 if memory bounds it
     bytes: float = 0.0  # read and written by a call, at least
     against: str = ""  # the case that this one is compared with
     op: str = ""  # of `paths.ran`: which path computed it

@@ -41,7 +41,7 @@ def bench_load(model: str | Path, requests: int) -> dict[str, Any]:
         watch = _Memory(server.process.pid)
         with subprocess.Popen(
             [sys.executable, "-m", "leanseek.bench.load", server.host, str(server.port)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
         ) as probe:  # fmt: skip
             start = time.perf_counter()
             ends = asyncio.run(_everyone(server, requests))

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def cache_root() -> Path:
-    """Where models to measure are kept unless said otherwise."""
+    """Default folder of the models to measure."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanseek" / "bench"
 
 
@@ -49,12 +48,10 @@ def random_model(preset: str, format: Literal["fp8", "bf16", "fp32"], root: Path
     with _locked(root, folder.name):
         if folder.is_dir():
             return folder
-        for left in root.glob(f".{folder.name}.partial-*"):  # whoever made it is dead: the lock is ours
-            shutil.rmtree(left)
         tensors = list(_tensors(config, format))
         with atomic_folder(folder) as partial:
             write_json(partial / "config.json", config.to_hf() | described(tensors))
-            _tokenizer(config).save(str(partial / "tokenizer.json"))
+            (partial / "tokenizer.json").write_text(_tokenizer(config).to_str(), encoding="utf-8")
             write_weights(partial, tensors, config, SHARD_BYTES)
     return folder
 

@@ -153,7 +153,7 @@ class Server:
     def __init__(self, folder: Path, *options: str):
         self.started = time.perf_counter()
         command = [sys.executable, "-m", "leanseek", "serve", str(folder), "--port", "0", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
         assert self.process.stderr
         said = self.process.stderr.readline()
         match = re.search(r" at http://([^:]+):(\d+)", said)

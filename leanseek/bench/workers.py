@@ -31,9 +31,17 @@ class Worker:
     """A started worker. `error` is set, in one line, when it could not start."""
 
     def __init__(self, command: list[str]):
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # not a pipe: it would fill up unread
+        # not a pipe: it would fill up unread
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, start_new_session=True
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=self._said,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
         )
         self.ready = self._read()
 

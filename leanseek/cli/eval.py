@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from leanseek.cli.generate import AllowLinks
+from leanseek.cli.terminal import spelled
 from leanseek.errors import InputError
 
 
@@ -56,7 +57,10 @@ def evaluate(
         print(json.dumps({"model": model, "results": results}))
         return
     for name, figures in results.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if value is not None))
+        print(
+            f"{spelled(name)}: "
+            + ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if value is not None)
+        )
 
 
 def _harness() -> Any:

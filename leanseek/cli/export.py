@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +31,8 @@ def export(
     from rich.markup import escape
 
     from leanseek import checkpoint
-    from leanseek.checkpoint.files import writing
     from leanseek.reading import shorten
+    from leanseek.writing import partial_folder, writing
 
     if format not in ("hf", "hf-fp8", "gguf"):
         raise checkpoint.CheckpointError(f"--format {format!r} is not one of hf, hf-fp8, gguf")
@@ -48,10 +47,10 @@ def export(
                 checkpoint.load_ema(model, folder)
             left = checkpoint.save(model, out, format, tokenizer, beside=folder, **allowed)
         elif ema:
-            with writing(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.ema-") as averaged:
+            with writing(out), partial_folder(out, "ema") as averaged:
                 model = checkpoint.load_ema(checkpoint.load(folder, allow_links=allow_links), folder)
-                checkpoint.save(model, Path(averaged) / folder.name, beside=folder, **allowed)
-                checkpoint.export_gguf(Path(averaged) / folder.name, out, dtype, tokenizer, **allowed)
+                checkpoint.save(model, averaged / folder.name, beside=folder, **allowed)
+                checkpoint.export_gguf(averaged / folder.name, out, dtype, tokenizer, **allowed)
         else:
             checkpoint.export_gguf(folder, out, dtype, tokenizer, **allowed)
     nothing = "" if tokenizer else "; there was no tokenizer to write beside it"

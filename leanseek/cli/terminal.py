@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
+import warnings
 
 from leanseek.errors import InputError
 from leanseek.reading import shorten
@@ -17,6 +19,9 @@ def prepare() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+    if logging.lastResort:  # what writes the log where nobody set one up
+        logging.lastResort.setFormatter(_LogFormat())
+    warnings.formatwarning = lambda message, *_, **__: f"leanseek: {spelled(str(message))}\n"
 
 
 def given_text(text: str, what: str = "the prompt") -> str:
@@ -31,12 +36,24 @@ def given_text(text: str, what: str = "the prompt") -> str:
         raise InputError(f"{what} is not text: its bytes are not UTF-8") from None
 
 
+def spelled(text: str, kept: str = "") -> str:
+    """A text whose control characters, but for those kept, are spelled (`\\x1b`), so that they move nothing."""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
 def shown(text: str) -> str:
-    """A model's text for standard output: in a terminal, control characters are spelled, so that they move nothing."""
+    """A model's text for standard output: spelled in a terminal, as it is in a file."""
     with contextlib.suppress(ValueError):  # a closed stream
         if sys.stdout.isatty():
-            return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+            return spelled(text, "\n\t")
     return text
+
+
+class _LogFormat(logging.Formatter):
+    """Spelled, and further lines indented: what clients and files say forges no entry."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return spelled(super().format(record), "\n").replace("\n", "\n    ")
 
 
 def report(error: Exception) -> None:

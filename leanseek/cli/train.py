@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from leanseek.cli.terminal import given_text, spelled
 from leanseek.errors import InputError
+from leanseek.reading import shorten
 
 
 def train(
@@ -29,8 +31,9 @@ def train(
 
     if resume and minutes is not None:
         raise InputError("--minutes sets the length of a run when it starts; leave it away with --resume")
-    named = [] if name is None else [f"name={json.dumps(name)}"]
-    settings = RunConfig.load(config, [*(overrides or []), *named])
+    named = [] if name is None else [f"name={json.dumps(given_text(name, '--name'))}"]
+    given = [given_text(override, shorten(override)) for override in overrides or []]
+    settings = RunConfig.load(config, [*given, *named])
     if minutes is not None:
         settings, line = fit_steps(settings, minutes)
         print(line, file=sys.stderr)
@@ -38,7 +41,7 @@ def train(
     if as_json:
         print(json.dumps(done._asdict() | {"folder": str(done.folder)}))
         return
-    print(f"{done.folder}: {done.step} steps, {done.tokens:,} tokens in {done.seconds:,.0f} s")
+    print(f"{spelled(str(done.folder))}: {done.step} steps, {done.tokens:,} tokens in {done.seconds:,.0f} s")
     if done.val_loss is not None:
         print(f"validation loss {done.val_loss:.4f}, {done.val_bits_per_byte:.4f} bits per byte")
-    print(f"report: {done.folder / 'report.html'}")
+    print(f"report: {spelled(str(done.folder / 'report.html'))}")

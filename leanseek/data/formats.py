@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from leanseek.errors import InputError
+from leanseek.reading import shorten
 
 # A book in one .txt would land whole in the training or the validation split. Longer texts are cut into documents of
 # about this many characters, and never more than twice as many.
@@ -262,9 +263,12 @@ def _parquet(path: Path, limit: int) -> Iterator[Document]:
 
     strings = (pyarrow.StringScalar, pyarrow.LargeStringScalar)
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_CHUNK) as table:
+        # opened here: a path goes to pyarrow in UTF-8, whatever bytes name the file
+        with path.open("rb") as file, pyarrow.parquet.ParquetFile(file, buffer_size=_CHUNK) as table:
             if "text" not in table.schema_arrow.names:
-                raise DataError(f"{path} has no column 'text' (it has {', '.join(table.schema_arrow.names)})")
+                raise DataError(
+                    f"{path} has no column 'text' (it has {shorten(', '.join(table.schema_arrow.names), 300)})"
+                )
             column = table.schema.names.index("text") if "text" in table.schema.names else None
             for number in range(table.num_row_groups):
                 group = table.metadata.row_group(number)

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,12 +37,20 @@ from leanseek.data.shards import (
     read_token_bytes,
     summary,
     to_json,
-    write_atomic,
     write_manifest,
 )
-from leanseek.data.tokenizer import load_tokenizer, save_tokenizer, token_bytes, tokenizer_files, train_tokenizer
-from leanseek.errors import Interrupted, RunError
+from leanseek.data.tokenizer import (
+    TOKENIZER_FILES,
+    load_tokenizer,
+    save_tokenizer,
+    token_bytes,
+    tokenizer_files,
+    train_tokenizer,
+)
+from leanseek.errors import Interrupted
 from leanseek.machine.threads import cpus
+from leanseek.reading import shorten
+from leanseek.writing import LOCK, alone, replace_file, writing
 
 __all__ = ["is_validation", "prepare"]
 
@@ -133,13 +140,16 @@ def prepare(
         shard_tokens,
     )
     try:
-        _claim(out, settings)
-        if not (out / "manifest.json").is_file():
-            share = _share(found.files, validation_fraction, seed, max_document)
-            source = _Source(found.files, share, seed, max_document)
-            _write(out, source, settings, tokenizer, workers or cpus())
-    except OSError as error:
-        raise _disk_error(out, error) from None
+        with writing(out, "make room, and the same command goes on", DataError):
+            if (out / "manifest.json").is_file():
+                _claim(out, settings)
+            else:
+                out.mkdir(parents=True, exist_ok=True)
+                with alone(out / LOCK, DataError(f"{out} is being prepared by another process; wait for it")):
+                    _claim(out, settings)
+                    share = _share(found.files, validation_fraction, seed, max_document)
+                    source = _Source(found.files, share, seed, max_document)
+                    _write(out, source, settings, tokenizer, workers or cpus())
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; {out} keeps its whole shards, and the same command goes on") from None
     return summary(out, len(found.files), tuple(found.skipped))
@@ -147,7 +157,7 @@ def prepare(
 
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
-    name = os.fsencode(path).decode("utf-8", "surrogateescape")  # the same in every locale
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")  # the same in every locale, and JSON
     return [name, status.st_size, status.st_mtime_ns]
 
 
@@ -160,19 +170,17 @@ def _digest(tokenizer: Path) -> str:
     return whole.hexdigest()
 
 
-def _disk_error(out: Path, error: OSError) -> Exception:
-    why = f"{error.filename or out}: {error.strerror or error}"
-    if error.errno in (ENOSPC, EDQUOT, EFBIG, EIO):
-        return RunError(f"{out} cannot be written ({why}); make room, and the same command goes on")
-    return DataError(f"{out} cannot be used for the shards ({why}); choose another --out")
-
-
 def _claim(out: Path, settings: _Settings) -> None:
-    """Write what this folder is for, or check that it is for the same."""
+    """Write what this folder is for, or check that it is for the same; before its first shard it can become another.
+
+    Raises:
+        DataError: it holds other files, or shards of other settings.
+    """
     path = out / "settings.json"
     if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, to_json(asdict(settings)))
+        if other := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
+            raise DataError(f"{out} holds {shorten(other[0])}, which is not of data prepare; choose another --out")
+        replace_file(path, to_json(asdict(settings)))
         return
     try:
         before = reading.read_json(path, DataError)
@@ -180,6 +188,11 @@ def _claim(out: Path, settings: _Settings) -> None:
         raise DataError(f"{path} is corrupt ({error}); delete {out} and run data prepare again") from None
     changed = [key for key, value in asdict(settings).items() if before.get(key) != value]
     if not changed:
+        return
+    if not any((out / name).exists() for name in ("00000.json", "manifest.json")):  # an input was mended, say
+        for name in TOKENIZER_FILES:
+            (out / name).unlink(missing_ok=True)
+        replace_file(path, to_json(asdict(settings)))
         return
     mend = "choose another --out or delete that folder"
     if "version" in changed:
@@ -247,7 +260,7 @@ def _place_tokenizer(out: Path, source: _Source, given: Path | None, settings: _
     save_tokenizer(tokenizer, out, given)  # one without an end token is refused before any work is done
     content = io.BytesIO()
     np.save(content, token_bytes(tokenizer))
-    write_atomic(out / "token_bytes.npy", content.getvalue())  # last: marks the tokenizer as done
+    replace_file(out / "token_bytes.npy", content.getvalue())  # last: marks the tokenizer as done
 
 
 def _write_shards(out: Path, source: _Source, settings: _Settings, workers: int, progress: Progress) -> list[Entry]:

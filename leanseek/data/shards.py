@@ -24,7 +24,9 @@ from pydantic import Field
 
 from leanseek import reading
 from leanseek.data.formats import DataError
+from leanseek.errors import InputError
 from leanseek.reading import Count, S, Structure, checked
+from leanseek.writing import replace_file
 
 SPLITS = ("train", "validation")
 _CHECKED = ("tokenizer.json", "token_bytes.npy")
@@ -58,6 +60,12 @@ class Manifest(Structure):
 
     files: dict[Literal["tokenizer.json", "token_bytes.npy"], Crc] = Field(default_factory=dict)
     shards: list[Entry]
+
+
+class _Stamps(Structure):
+    """What was found in each file: its size, mtime, ctime, inode and checksum, and the largest value in it."""
+
+    files: dict[str, Annotated[list[int], Field(min_length=6, max_length=6)]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def read_json(path: Path, kind: type[S]) -> S:
 def write_manifest(folder: Path, shards: list[Entry]) -> None:
     """Mark the folder as complete."""
     files = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
-    write_atomic(folder / "manifest.json", to_json({"files": files, "shards": [s.model_dump() for s in shards]}))
+    replace_file(folder / "manifest.json", to_json({"files": files, "shards": [s.model_dump() for s in shards]}))
 
 
 def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
@@ -177,7 +185,7 @@ class Shards:
         try:
             path = _stamp_path(self.folder)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, to_json(self._stamped))
+            replace_file(path, to_json(self._stamped))
         except (OSError, RuntimeError):  # RuntimeError: no home
             return
 
@@ -219,11 +227,11 @@ def _stamp_path(folder: Path) -> Path:
 
 
 def _read_stamps(folder: Path) -> dict[str, list[int]]:
-    """{file: [size, mtime, ctime, inode, checksum, largest value]}; {} where none can be read."""
+    """{} where none can be read."""
     try:
-        found = json.loads(_stamp_path(folder).read_bytes())
-        return {str(k): v for k, v in found.items() if isinstance(v, list) and all(type(i) is int for i in v) and v}
-    except (OSError, ValueError, RuntimeError, AttributeError):
+        found = {"files": reading.read_json(_stamp_path(folder))}
+        return checked(_Stamps, found, "").files
+    except (InputError, RuntimeError):  # RuntimeError: no home
         return {}
 
 
@@ -247,7 +255,7 @@ class ShardWriter:
         """Bring the shard to disk; returns its entry for the manifest. `following`: file and document after it."""
         counts = {split: writer.close() for split, writer in self.splits.items()}
         entry = Entry.model_validate({"dtype": self.dtype.name, "next": following, **counts})
-        write_atomic(self.path, to_json(entry.model_dump()))  # last: marks the shard as done
+        replace_file(self.path, to_json(entry.model_dump()))  # last: marks the shard as done
         return entry
 
 
@@ -274,20 +282,10 @@ class _SplitWriter:
         self.file.close()
         Path(self.file.name).replace(self.path)
         ends = np.array(self.ends, dtype=np.int64).tobytes()
-        write_atomic(self.path.with_suffix(".ends"), ends)
+        replace_file(self.path.with_suffix(".ends"), ends)
         counts = {"documents": len(self.ends), "tokens": self.tokens, "bytes": self.bytes}
         return counts | {"crc32": self.crc, "ends_crc32": zlib.crc32(ends)}
 
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()  # ASCII: a path may hold bytes that are no text
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """The whole file or nothing of it, also when the machine stops in between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

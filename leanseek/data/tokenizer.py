@@ -12,12 +12,14 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from leanseek.data.formats import DataError, pieces
-from leanseek.tokens import BOS, CONFIG, EOS, GENERATION, MAP, PAD, open_tokenizer, read_object, special_tokens
+from leanseek.reading import read_optional_json
+from leanseek.tokens import BOS, CONFIG, EOS, GENERATION, MAP, PAD, open_tokenizer, special_tokens
 
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 SPECIAL = (BOS, EOS, PAD, *FIM)
 LONGEST_TOKEN = 256  # characters: a run of 100,000 dashes would otherwise become a token of its own
 TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = ("token_bytes.npy", "tokenizer.json", CONFIG, GENERATION, TEMPLATE)  # of a shard folder
 
 # What the merges may not cross: V3's own patterns, to the letter, since llama.cpp has them compiled in under a name and
 # splits otherwise for any other. Punctuation takes the line breaks that follow it into one token, numbers come in
@@ -85,7 +87,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, given: Path | None = None
     files = {path.name: path for path in tokenizer_files(given)} if given is not None else {}
     source = files["tokenizer.json"].parent if len(files) > 1 else folder
     special = special_tokens(tokenizer, source)
-    config = read_object(files[CONFIG]) if CONFIG in files else {}
+    config = read_optional_json(files[CONFIG]) if CONFIG in files else {}
     named = {"bos_token": special.bos, "eos_token": special.eos[0], "pad_token": tokenizer.token_to_id(PAD)}
     for key, token in named.items():
         if config.get(key) is None and token is not None:

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import logging
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -59,6 +58,7 @@ class Stream:
         """The next delta; the stream ends when all choices have.
 
         Raises:
+            EngineError: what was asked for cannot be done, as shows only now.
             RequestFailed: the request did.
         """
         try:
@@ -74,7 +74,7 @@ class Stream:
         self._open -= delta.finish_reason is not None
         if delta.finish_reason == "error":
             self.close()
-            raise RequestFailed(delta.error)
+            raise EngineError(delta.error) if delta.refused else RequestFailed(delta.error)
         return delta
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class AsyncEngine:
         self.check(prompt_token_ids, params)
         request_id = request_id or f"request-{next(self._ids)}"
         matcher = matcher or self.matcher(params)
-        request = Request(request_id, list(prompt_token_ids), params, priority, time.monotonic(), matcher)
+        request = Request(request_id, list(prompt_token_ids), params, priority, matcher=matcher)
         stream = Stream(self, request_id, params.n, asyncio.get_running_loop())
         with self._lock:
             if not self._accepting or not self.alive:
@@ -264,7 +264,8 @@ class AsyncEngine:
             try:
                 self._engine.add(command)
             except Exception as error:
-                self._publish([Delta(command.request_id, finish_reason="error", error=str(error))])
+                refused = isinstance(error, EngineError)
+                self._publish([Delta(command.request_id, finish_reason="error", error=str(error), refused=refused)])
 
     def _publish(self, deltas: Sequence[Delta]) -> None:
         """Hand deltas to their streams, each in its own event loop."""

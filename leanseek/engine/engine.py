@@ -174,7 +174,6 @@ class Engine:
         if request.request_id in self._sequences:
             raise EngineError(f"request {request.request_id!r} is already running")
         matcher = request.matcher or self.matcher(params)
-        arrived = request.arrived or time.monotonic()
         room = self.max_model_len - len(prompt)
         choices: list[Sequence] = []
         self._serial += 1
@@ -191,7 +190,7 @@ class Engine:
             sequence = Sequence(
                 request=request,
                 index=index,
-                order=(arrived + request.priority * PRIORITY_SECONDS, self._serial, index),
+                order=(request.arrived + request.priority * PRIORITY_SECONDS, self._serial, index),
                 seed=seed_of(params, index, self._fresh),
                 max_tokens=room if params.max_tokens is None else params.max_tokens,
                 leader=choices[0] if choices else None,
@@ -352,13 +351,18 @@ class Engine:
     # ---- ends ----
 
     def _fail(self, sequence: Sequence, error: Exception) -> Delta:
-        if isinstance(error, GuideFailed):  # the guide's fault, told whole
-            return self._finish(sequence, "error", error=str(error))
+        if isinstance(error, GuideFailed):
+            return self._finish(sequence, "error", error=str(error), refused=True)
         log.error("request %s failed", sequence.request_id, exc_info=error)
         return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
     def _finish(
-        self, s: Sequence, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None
+        self,
+        s: Sequence,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+        refused: bool = False,
     ) -> Delta:
         """End a sequence; its last delta."""
         s.finish_reason = reason
@@ -370,7 +374,7 @@ class Engine:
         self._finished[reason] += 1
         self._totals["cached_tokens"] += s.cached_tokens
         delta = s.delta(time.monotonic())
-        delta.stop_reason, delta.error = stop_reason, error
+        delta.stop_reason, delta.error, delta.refused = stop_reason, error, refused
         return delta
 
     # ---- measures ----

@@ -18,6 +18,7 @@ from leanseek.engine import guide_worker
 from leanseek.engine.confined import Confined, Overtaxed
 from leanseek.engine.params import EngineError, Guide
 from leanseek.engine.tokenizer import Tokenizer
+from leanseek.reading import shorten
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,55 @@ MAX_GUIDE = 65_536  # characters: compiling takes up to their square
 COMPILE_S = 3.0
 KEPT_GRAMMARS = 32  # compiled ones, for requests that share a schema
 KEPT_CHARACTERS = 4 * MAX_GUIDE  # of their sources: memory follows it
-MAX_MESSAGE = 200  # characters of what llguidance says
-# What it says about itself rather than about the guide.
-_INTERNAL = re.compile(r"panic|assertion|verbose|state|fuel|internal|\((And|Or|Not|Concat|Regex|SearchRegex)\b", re.I)
+
+# What llguidance says about a guide, and what a client is told then, with shortened parts of the guide. Everything else
+# it says is about itself: "it cannot be compiled".
+_REASONS = [
+    (re.compile(pattern, re.DOTALL), told)
+    for pattern, told in (
+        (r"regex parse error:.*\nerror: ([^\n]+)", "not a valid regular expression: {}"),
+        (r"lookarounds not supported", "not a valid regular expression: ^, $ and \\b inside it are not supported"),
+        (r"Invalid type: (.+?)(?:\n|$)", "there is no type {}"),
+        (r"Unknown format: (.+?)(?:\n|$)", "the format {} is not supported"),
+        (r"Pointer '(.+?)' does not exist", "a $ref points to {}, which does not exist"),
+        (r"Resource '(.+?)' is not present", "{} lies outside the schema; references must stay within it"),
+        (r"Invalid URI (?:reference )?'(.+?)'", "{} is not an address"),
+        (r"Unimplemented keys: \[([^\n]+)\]", "not supported in a schema: {}"),
+        (r"oneOf constraints are not supported", "oneOf is supported where its schemas exclude each other; use anyOf"),
+        (r"min/maxProperties only", "minProperties and maxProperties are supported where all properties are required"),
+        (r"Unsatisfiable schema: ([^\n]+)", "no output fits it: {}"),
+        (r"Expected positive integer for '(\w+)'", "{} must be a whole number of at least 0"),
+        (r"Expected f64 for '(\w+)'", "{} must be a number"),
+        (r"Expected (\w+) for '(\w+)' item", "{1} must hold values of type {0}"),
+        (r"Expected (\w+) for '(\w+)'", "{1} must be of type {0}"),
+        (r"range (?:start|end) must|invalid range order", "a range goes from one character or number to a higher one"),
+        (r"schema must be an object", "a schema must be an object or a boolean"),
+        (r"(\$?\w+ must be an? [\w ]+)", "{}"),
+        (r"type must be", "type must be a string or a list of strings"),
+        (r"(?:regex for (?:integer|float) range|too many digits)", "a bound or multipleOf has too many digits"),
+        (r"invalid multiple of", "multipleOf must be above 0"),
+        (r"Expecting object schema", "a schema must be an object"),
+        (r"NoExtension", "no output fits it"),
+        (r'unknown name: "(.+?)"', "there is no rule {}"),
+        (r'unknown special token: "?(.+?)"?;', "there is no token {}"),
+        (r"Token range end too large: (\d+)", "token {} is not in the vocabulary"),
+        (r"(?:invalid token range|invalid digit found)", "token ids are written like <[5]> or <[5-9]>"),
+        (r'duplicate rule: "(.+?)"', "there are two rules {}"),
+        (r'circular reference in token "(.+?)"', "the token {} is made of itself"),
+        (r"(?:Empty grammar|no start rule)", 'it has no rule "start"'),
+        (r"unknown grammar (\S+)", "there is no grammar {}"),
+        (r"Unknown common regex: (\S+?);", "there is nothing named {} to import"),
+        (r"Unknown attribute: (\w+)", "there is no attribute {}"),
+        (r"& is only supported", "& joins tokens (whose names are in capitals), not rules"),
+        (r"(?:lexer error\n|Expected (?:token|value)|expecting rule|failed to parse \"%)", "the syntax is wrong here"),
+        (r" at line \d+ column \d+", "the schema is not JSON"),
+    )
+]
+_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")  # line and column in a grammar
 
 
-class GuideFailed(RuntimeError):
-    """A guide that compiled cannot be followed to its end."""
+class GuideFailed(EngineError):
+    """A guide that compiled cannot be followed to its end: it asks for too much."""
 
 
 class Matcher:
@@ -85,7 +128,7 @@ class Matcher:
 
     def _fail(self) -> NoReturn:
         """What llguidance says is about its own state: for the log, not for a client."""
-        log.error("llguidance: %s", self._inner.get_error())
+        log.warning("a form cannot be followed: %s", shorten(self._inner.get_error(), 200))
         raise GuideFailed("the output's form takes too much work to follow; make it simpler")
 
 
@@ -165,7 +208,7 @@ class Grammars:
                 raise ValueError(answer["error"])
             return Matcher(guide_worker.compile_guide(vocabulary, guide.kind, guide.source), self._vocab_size)
         except ValueError as error:
-            raise EngineError(f"{name}: {_told(str(error))}") from None
+            raise EngineError(f"{name}: {_told(guide.kind, str(error))}") from None
 
     def close(self) -> None:
         """End the processes."""
@@ -173,12 +216,12 @@ class Grammars:
             self._trial.close()
 
 
-def _told(message: str) -> str:
+def _told(kind: str, message: str) -> str:
     """What a client is told of llguidance's words: one line about the guide, nothing about the library."""
-    line = (message.strip() or "not valid").splitlines()[0]
-    if line.startswith("NoExtension"):
-        return "no output fits it"
-    if _INTERNAL.search(line):
-        return "it cannot be compiled; make it simpler"
-    line = "".join(character if character.isprintable() else "�" for character in line)
-    return line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + "…"
+    message = message.replace("\r", "\n")
+    place = _PLACE.match(message) if kind == "grammar" and "JSON schema" not in message else None
+    where = f"line {place[1]}, column {place[2]}: " if place else ""
+    for pattern, told in _REASONS:
+        if found := pattern.search(message):
+            return where + told.format(*(shorten(part, 100) for part in found.groups()))
+    return where + "it cannot be compiled: it is wrong, or takes too much; make it simpler"

@@ -6,9 +6,11 @@ It imports nothing of leanseek, so that a process starts fast.
 from __future__ import annotations
 
 import json
+import random
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ MEMORY_BYTES = 1 << 30
 STACK_BYTES = 4 << 20  # half of what the server's threads have: what just fits here fits there
 # A step of a guide is worked out while everybody waits, so its work is bounded, and so is what a guide may remember.
 LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
+# What is too large to follow mostly shows at the first steps already: beginnings that are tried, their steps, seconds.
+TRIED, TRIED_STEPS, TRIED_S = 4, 64, 0.5
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}  # room to indent, and no endless blank for a weak model
 
 
@@ -72,25 +76,52 @@ def compile_guide(vocabulary: llguidance.LLTokenizer, kind: str, source: str) ->
     return matcher
 
 
-def _bytes_vocabulary(size: int, special: Mapping[str, str], eos: Sequence[int]) -> llguidance.LLTokenizer:
-    """Single bytes under the first ids that are free, and the special tokens under theirs."""
+def _bytes_vocabulary(
+    size: int, special: Mapping[str, str], eos: Sequence[int]
+) -> tuple[llguidance.LLTokenizer, list[int]]:
+    """Single bytes under the first ids that are free, and the special tokens under theirs; the ids of the bytes."""
     named = {int(token): text.encode() for token, text in special.items()}
     free = [token for token in range(size + 256) if token not in named and token not in eos][:256]
     size = max(size, free[-1] + 1)
     tokens = [named.get(token, b"") for token in range(size)]
     for byte, token in enumerate(free):
         tokens[token] = bytes([byte])
-    return make_vocabulary(tokens, sorted(named), eos, lambda text: [free[byte] for byte in text.encode()])
+    return make_vocabulary(tokens, sorted(named), eos, lambda text: [free[byte] for byte in text.encode()]), free
+
+
+def _try(compiled: llguidance.LLMatcher, ids: Sequence[int]) -> None:
+    """Write beginnings of outputs: bytes that the guide allows, by chance.
+
+    Raises:
+        ValueError: a step takes too much.
+    """
+    end = time.monotonic() + TRIED_S
+    for seed in range(TRIED):
+        _follow(compiled.deep_copy(), ids, random.Random(seed), end)
+
+
+def _follow(matcher: llguidance.LLMatcher, ids: Sequence[int], chance: random.Random, end: float) -> None:
+    closing = {ids[byte] for byte in b'"]}'}  # preferred, so that it gets behind the first string of JSON
+    for _ in range(TRIED_STEPS):
+        mask = matcher.compute_bitmask()
+        allowed = [token for token in ids if mask[token >> 3] >> (token & 7) & 1]
+        if matcher.is_error() or matcher.is_stopped() or not allowed or time.monotonic() > end:
+            break
+        preferred = [token for token in allowed if token in closing]
+        if not matcher.consume_token(chance.choice(preferred if preferred and chance.random() < 0.5 else allowed)):
+            break
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
 
 
 def _main() -> None:
     """Lines of JSON: the vocabulary in, {} out; then (kind, source) in, {} or {"error"} out, again and again."""
-    vocabulary = _bytes_vocabulary(**json.loads(sys.stdin.readline()))
+    vocabulary, ids = _bytes_vocabulary(**json.loads(sys.stdin.readline()))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print("{}", flush=True)
     for line in sys.stdin:
         try:
-            compile_guide(vocabulary, *json.loads(line)).deep_copy()
+            _try(compile_guide(vocabulary, *json.loads(line)), ids)
             answer = {}
         except Exception as error:
             answer = {"error": str(error)}

@@ -238,7 +238,7 @@ class LLM:
                     continue
                 delta = inbox.popleft()
                 if delta.error is not None:
-                    raise RunError(f"{delta.request_id} failed: {delta.error}")
+                    raise (EngineError if delta.refused else RunError)(f"{delta.request_id} failed: {delta.error}")
                 if delta.finish_reason is not None:
                     own[delta.request_id] -= 1
                     if not own[delta.request_id]:
@@ -281,7 +281,7 @@ class LLM:
                 try:
                     self.engine.add(command)
                 except EngineError as error:  # it may be another thread's
-                    deltas.append(Delta(command.request_id, finish_reason="error", error=str(error)))
+                    deltas.append(Delta(command.request_id, finish_reason="error", error=str(error), refused=True))
             if step:
                 deltas += self.engine.step()
         finally:

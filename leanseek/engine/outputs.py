@@ -51,6 +51,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or string; None for the end-of-sequence token
     error: str | None = None
+    refused: bool = False  # the error is about what was asked for
     usage: Usage | None = None  # with finish_reason
     timing: Timing | None = None  # with finish_reason
 

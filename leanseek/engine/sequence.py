@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from array import array
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int = 0  # lower runs first
-    arrived: float = 0.0  # time.monotonic()
+    arrived: float = field(default_factory=time.monotonic)
     matcher: Matcher | None = None  # of `params.guided`, at its beginning
 
 

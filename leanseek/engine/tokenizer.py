@@ -13,7 +13,7 @@ import tokenizers
 from leanseek.engine.params import EngineError
 from leanseek.engine.spans import Spans, SpanTracker
 from leanseek.errors import InputError
-from leanseek.reading import checked
+from leanseek.reading import checked, read_optional_json
 from leanseek.tokens import (
     CONFIG,
     Names,
@@ -22,7 +22,6 @@ from leanseek.tokens import (
     encode,
     named_token,
     open_tokenizer,
-    read_object,
 )
 
 
@@ -41,7 +40,7 @@ class Tokenizer:
         self.file = folder / "tokenizer.json"
         try:
             self.inner = open_tokenizer(self.file)
-            checked(Names, read_object(folder / CONFIG), str(folder / CONFIG))
+            checked(Names, read_optional_json(folder / CONFIG), str(folder / CONFIG))
             self._before, self._after = around(self.inner)
             self.bos_token_id = self._leading_token(folder)
         except InputError as error:
@@ -57,7 +56,7 @@ class Tokenizer:
 
     def _leading_token(self, folder: Path) -> int | None:
         """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
-        if not read_object(folder / "tokenizer_config.json").get("add_bos_token"):
+        if not read_optional_json(folder / CONFIG).get("add_bos_token"):
             return None
         return named_token(folder, "bos_token", self.inner)
 

@@ -1,4 +1,4 @@
-"""Code that a model wrote, run in a process of its own with limits. They stop accidents; they are no prison."""
+"""Runs code that a model wrote, in its own process with limits. The limits stop accidents; they are not a sandbox."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ exec(compile(open("program.py", encoding="utf-8").read(), "program.py", "exec"),
 
 def passes(program: str) -> bool:
     """Whether a Python program runs to its end, in an empty folder, without environment and within limits."""
-    word = secrets.token_hex(16)  # printed after the last line: an early exit is no pass
+    word = secrets.token_hex(16)  # printed after the last line, so that an early exit does not pass
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "limits.py").write_text(f"{_LIMITS}print({word!r})\n", encoding="utf-8")
         Path(folder, "program.py").write_text(program, encoding="utf-8", errors="replace")
@@ -37,7 +37,7 @@ def passes(program: str) -> bool:
             )  # fmt: skip
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2 * SECONDS)  # it may sleep, which is no CPU time
+                process.wait(2 * SECONDS)  # sleeping takes no CPU time
         finally:
             with contextlib.suppress(ProcessLookupError):  # and whatever it has started
                 os.killpg(process.pid, signal.SIGKILL)

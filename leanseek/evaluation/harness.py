@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from leanseek.errors import InputError
 from leanseek.evaluation.scoring import Ask, Scorer
 
-MAX_TOKENS = 256  # of an answer, where the task does not say
+MAX_TOKENS = 256  # per answer, if the task sets no limit
 
 
 class HarnessModel(TemplateLM):
@@ -42,7 +42,7 @@ class HarnessModel(TemplateLM):
         ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, cut into windows of which each token is scored once."""
+        """Log-likelihoods of whole texts, cut into windows so that each token is scored once."""
         pairs, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)

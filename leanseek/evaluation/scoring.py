@@ -1,4 +1,4 @@
-"""What every evaluation asks of a model: how likely a continuation is, and what it would say."""
+"""What every evaluation needs from a model: the likelihood of a continuation, and generated text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Scorer:
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context stands for: the beginning, or where there is no such token the end of another text."""
+        """The stand-in for an empty context: the BOS token, or EOS if there is no BOS."""
         bos = self._llm.engine.config.bos_token_id
         return self.end_token_id if bos is None else bos
 
@@ -62,7 +62,7 @@ class Scorer:
         return before, whole[len(before) :]
 
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        """Of each (context, continuation); what exceeds the context window is cut off at the left."""
+        """Log-likelihood of each (context, continuation); text beyond the context window is cut off at the left."""
         scores: list[Score] = []
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
         for first in range(0, len(pairs), AT_ONCE):
@@ -77,7 +77,7 @@ class Scorer:
         return scores
 
     def answer(self, asks: Sequence[Ask]) -> list[str]:
-        """What the model says after each prompt, up to a stop string."""
+        """The model's text after each prompt, up to a stop string."""
         texts: list[str] = []
         for first in range(0, len(asks), AT_ONCE):
             prompts, params = [], []

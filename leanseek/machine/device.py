@@ -27,8 +27,8 @@ def preferred_dtype(device: torch.device | str) -> torch.dtype:
 
 @functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has products of `dtype`. Asked once, by a small one: what cpuid says, ONEDNN_MAX_CPU_ISA may
-    have taken away."""
+    """Whether this CPU multiplies `dtype`. Found out once, with a small product: ONEDNN_MAX_CPU_ISA may disable what
+    cpuid reports."""
     if dtype not in NARROW:
         return True
     if not torch.backends.mkldnn.is_available():
@@ -41,17 +41,17 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, in] · weight [out, in]ᵀ by oneDNN, which torch's own linear asks only for some sizes."""
+    """x [M, in] · weight [out, in]ᵀ by oneDNN; torch's own linear uses it for some sizes only."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def use_threads(count: int | None) -> None:
-    """Run torch and the native kernels, which share its pool, on `count` CPU threads; None leaves their number alone.
+    """Run torch and the native kernels, which share its pool, on `count` CPU threads; None changes nothing.
 
-    OpenMP keeps the number for each thread apart; a thread that begins later has it from its first native kernel on.
+    OpenMP keeps this number per thread; a thread started later picks it up at its first native kernel.
 
     Raises:
-        InputError: fewer than one, or more than four for each of the CPUs that this process may use.
+        InputError: `count` is below one or above four per CPU that this process may use.
     """
     if count is None:
         return

@@ -20,7 +20,7 @@ HUGE_PAGE = 2**21  # bytes
 
 
 def memory(device: torch.device | str) -> int:
-    """Bytes that this process may have on a device: the machine's, or what a control group or `ulimit -v` leaves."""
+    """Bytes this process may use on a device: all memory, or what its control group or `ulimit -v` allows."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     limits = [psutil.virtual_memory().total]
@@ -33,9 +33,9 @@ def memory(device: torch.device | str) -> int:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """As torch.empty; on the CPU Linux is asked for huge pages, interleaved over the memory nodes if there are several.
+    """Like torch.empty; on Linux CPUs with huge pages, interleaved over the memory nodes if there are several.
 
-    Weights read once a token then miss fewer address lookups, and take the bandwidth of all nodes.
+    Weights that are read once per token then cause fewer TLB misses and use the bandwidth of all nodes.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     size = tensor.numel() * tensor.element_size()
@@ -49,6 +49,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
 
 
 def read_ahead(start: int, size: int) -> None:
-    """Have Linux read a mapped file from the disk before its pages are asked for one by one."""
+    """Ask Linux to read a mapped file from disk ahead of the page faults."""
     if sys.platform == "linux":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_WILLNEED)

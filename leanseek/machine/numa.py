@@ -1,4 +1,4 @@
-"""Memory nodes: where a machine has several, the pages of weights are dealt out over them, as every core reads all."""
+"""Memory nodes: on a machine with several, weights are interleaved over them, because every core reads all weights."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def parse_list(text: str) -> list[int]:
 
 @functools.cache
 def memory_nodes() -> tuple[int, ...]:
-    """Nodes with memory and with a CPU that this process may run on; none where the system names none.
+    """Nodes that have memory and a CPU this process may run on; empty if the system reports none.
 
-    Memory without CPUs (CXL) is slow, and that of a socket that a process keeps off is far: weights lie in neither.
+    Memory without CPUs (CXL) is slow, and memory of another socket is far away: both are left out.
     """
     try:
         cpus = os.sched_getaffinity(0)
@@ -45,9 +45,9 @@ def memory_nodes() -> tuple[int, ...]:
 
 
 def interleave(start: int, size: int, nodes: Sequence[int]) -> str | None:
-    """Have the `size` bytes from address `start` on, whole pages not touched yet, dealt out over `nodes`.
+    """Interleave `size` bytes from address `start`, whole pages not yet touched, over `nodes`.
 
-    None, or why it was refused: such memory is as good, only slower.
+    Returns None, or why the system refused: the memory then works as well, only slower.
     """
     if not sys.platform.startswith("linux"):
         return "only Linux interleaves"
@@ -63,7 +63,7 @@ def interleave(start: int, size: int, nodes: Sequence[int]) -> str | None:
 
 
 def placement() -> str:
-    """One line for `leanseek doctor`: how many nodes, and whether weights are interleaved over them."""
+    """One line for `leanseek doctor`: the number of nodes, and whether weights are interleaved."""
     nodes = memory_nodes()
     if len(nodes) < 2:
         return f"{max(1, len(nodes))}, nothing to interleave"

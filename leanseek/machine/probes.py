@@ -14,16 +14,16 @@ PROBE_SECONDS = 1.0
 def gemm_rate(
     dtype: torch.dtype, device: torch.device | str, size: int | None = None, seconds: float = PROBE_SECONDS
 ) -> float:
-    """Measured FLOP/s of square products, the best seen in about `seconds`.
+    """The best FLOP/s measured for square matrix products within about `seconds`.
 
-    Their side doubles from 128 up to `size` (2048, on a GPU 8192) while there is time: a dtype that is emulated at a
-    thousandth of the speed is judged by smaller products, and soon.
+    The side doubles from 128 up to `size` (2048; 8192 on a GPU) while time is left, so a dtype that is emulated at a
+    thousandth of the speed is measured on small products instead of taking minutes.
     """
     device = torch.device(device)
     size, side, best = size or (8192 if device.type == "cuda" else 2048), 128, 0.0
     end = time.perf_counter() + seconds
     while True:
-        a = torch.randn(side, side, device=device).to(dtype)  # a chip draws less power, and runs faster, on constants
+        a = torch.randn(side, side, device=device).to(dtype)  # constants draw less power and would run faster
         took = min(call_seconds(lambda a=a: a @ a, device, 5, end))  # type: ignore[misc]
         best = max(best, 2 * side**3 / took)
         if 2 * side > size or time.perf_counter() + 2 * 8 * took > end:  # twice as wide, at least two of them
@@ -32,7 +32,7 @@ def gemm_rate(
 
 
 def call_seconds(work: Callable[[], object], device: torch.device, repeats: int, end: float = math.inf) -> list[float]:
-    """What each of `repeats` calls took, after one that is not counted; fewer, but one, where `end` comes first."""
+    """Seconds of each of `repeats` calls after one warm-up call; at least one, fewer if the time `end` comes first."""
     times: list[float] = []
     while len(times) <= repeats and (len(times) < 2 or time.perf_counter() < end):
         start = time.perf_counter()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them: the user has chosen
-SPINS = "5000"  # of a thread that waits, before it sleeps: some tenth of a millisecond (docs/kernels.md, Threads)
+SPINS = "5000"  # spins of a waiting thread before it sleeps: about 0.1 ms (docs/kernels.md, Threads)
 _PROC, _CPUS = Path("/proc/self"), Path("/sys/devices/system/cpu")
 
 

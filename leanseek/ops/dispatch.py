@@ -107,9 +107,11 @@ class Op(Generic[P, R]):
 
     def _first(self, row_invariant: bool, args: Any, kwargs: Any) -> Implementation | None:
         _open_rooms()
+        if not (forms := self._forms[row_invariant]):
+            return None
         forced = _FORCED[-1] if _FORCED else None
         memory = ordinary(*args, *kwargs.values())
-        for form in self._forms[row_invariant]:
+        for form in forms:
             allowed = form.backend == "torch" or (memory and forced in (None, form.backend))
             if allowed and form.accepts(*args, **kwargs):
                 return form

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from leanseek.ops.dispatch import op
 
-GPU_ROWS = 32  # rows at a time on a GPU; a CPU's vector loops end in other code, so there each row goes alone
+GPU_ROWS = 32  # rows at a time
+CPU_ROWS = 1  # a CPU's vector loops end in other code, so there each row goes alone
 FIRST_LOOK = 256  # largest weights looked at for a cut before more are
 UNIT = 2.0**40  # a weight of 1 as an integer: the sum over any vocabulary stays below 2**63
 
@@ -42,7 +43,7 @@ def sample(logits: Tensor, choice: Choice) -> Tensor:
     Whatever the logits, a token is one of the vocabulary: a NaN counts as -inf, and of a row whose largest is infinite
     the first that is as large is taken. `finite_rows` tells such rows.
     """
-    step = GPU_ROWS if logits.is_cuda else 1
+    step = GPU_ROWS if logits.is_cuda else CPU_ROWS
     parts = [slice(start, start + step) for start in range(0, len(logits), step)]
     return torch.cat([_sample(logits[rows], choice.at(rows)) for rows in parts])
 

@@ -268,7 +268,7 @@ async def _tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any
         raise ApiError(400, "give either prompt or messages")
     if request.messages is not None:
         prompt = await service.render(request.messages, request.tools, request.chat_template_kwargs, request)
-        tokens = await service.encode(prompt, add_special_tokens=False)
+        tokens = await service.encode(prompt, add_special_tokens=False, whole=True)
     else:
         tokens = await service.encode(request.prompt or "", request.add_special_tokens, whole=True)
     return {"count": len(tokens), "max_model_len": service.engine.max_model_len, "tokens": tokens}

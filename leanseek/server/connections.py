@@ -190,6 +190,7 @@ class Server(uvicorn.Server):
             http=partial(Connection, limits=limits, notice=self._notice),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
+            log_config=None,  # ours is the log of its process
             log_level="error",  # its warnings are about what clients send: a line for each bad request
             access_log=False,
             server_header=False,

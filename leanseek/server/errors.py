@@ -82,9 +82,10 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _of_validation(error: ValidationError) -> ApiError:
-    """Of several errors the deepest: where a value may be of many kinds, it is about the kind that was meant."""
+    """Of several errors the deepest, and of those the one that is not about the kind of a value: where it may be of
+    many kinds, that is about the kind that was meant."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
-    told = max(errors, key=lambda each: len(each["loc"]))
+    told = max(errors, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     if told["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {told['msg']}")
     where = ".".join(str(part) for part in told["loc"] if isinstance(part, int) or _is_field(part))

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 from leanseek.engine import EngineStopped, RequestFailed
+from leanseek.errors import InputError
 from leanseek.server.chat import begin_chat
 from leanseek.server.errors import ApiError, as_api_error
 from leanseek.server.events import EventStream
@@ -186,7 +187,7 @@ class _Answer:
                     for event in self._call(call):
                         yield event
                 reason = delta.finish_reason
-        except (RequestFailed, EngineStopped) as error:
+        except (InputError, RequestFailed, EngineStopped) as error:
             self.error = as_api_error(error)
         for event in self._close("completed" if reason == "stop" else "incomplete"):
             yield event
@@ -203,7 +204,8 @@ class _Answer:
             "total_tokens": usage["total_tokens"],
         }
         if self.error:
-            self.response |= {"status": "failed", "error": {"code": "server_error", "message": str(self.error)}}
+            code = "server_error" if self.error.status >= 500 else "invalid_prompt"  # of the two that OpenAI has
+            self.response |= {"status": "failed", "error": {"code": code, "message": str(self.error)}}
         elif reason == "length":
             self.response |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         else:

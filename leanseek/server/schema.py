@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 Int = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+MOST_TOKENS = 2**20  # of a text: more than any context
+Tokens = Annotated[list[TokenId], Field(max_length=MOST_TOKENS)]
 Object = dict[str, JsonValue]
 
 
@@ -220,7 +222,7 @@ class ChatRequest(Sampling, Ending):
 
 
 class CompletionRequest(Sampling):
-    prompt: str | list[TokenId] | Annotated[list[str | list[TokenId]], Field(min_length=1, max_length=1024)]
+    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, max_length=1024)]
     suffix: str | None = None
     n: Int | None = None
     best_of: Int | None = None
@@ -381,4 +383,4 @@ class TokenizeRequest(Ending):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Tokens

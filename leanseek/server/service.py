@@ -25,6 +25,7 @@ from leanseek.engine.confined import LANES
 from leanseek.server.errors import ApiError
 from leanseek.server.metrics import Metrics
 from leanseek.server.schema import (
+    MOST_TOKENS,
     Content,
     Ending,
     Message,
@@ -40,6 +41,7 @@ from leanseek.server.templates import ChatTemplate
 T = TypeVar("T")
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
+LONG_TEXT = 2**17  # characters: more takes so long to encode that others shall not wait for a thread behind it
 
 # Fields of a request that are the engine's under the same name.
 _SAMPLING = (
@@ -73,12 +75,14 @@ class Service:
     # Templates and guides may keep a thread waiting for seconds: not those that everything else uses.
     _templates: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(LANES, "template"))
     _guides: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(LANES, "guide"))
+    _long_texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "text"))
+    _texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "text"))
 
     def close(self) -> None:
         """Let go of what still waits for a template or a guide."""
         self.template.close()
-        self._templates.shutdown(wait=False, cancel_futures=True)
-        self._guides.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._templates, self._guides, self._long_texts, self._texts):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def _apart(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, partial(function, *arguments))
@@ -92,19 +96,28 @@ class Service:
     async def encode(self, text: str, add_special_tokens: bool, whole: bool = False) -> list[int]:
         """Token ids; in a thread, because a long text takes long.
 
-        whole: read the text to its end, even when its tokens exceed the context
+        whole: read the text to its end, even when its tokens exceed the context, up to MOST_TOKENS
 
         Raises:
             EngineError: the tokenizer cannot take the text.
             ApiError: it is much longer than the context; splitting 16 MB takes seconds.
         """
         most = self.engine.max_model_len
+        bound = f"the context is {most}, answer included"
+        if whole and most < MOST_TOKENS:
+            most, bound = MOST_TOKENS, f"at most {MOST_TOKENS} are told"
+        least = self.tokenizer.least_tokens(text)
         try:
-            if (least := self.tokenizer.least_tokens(text)) >= most:
-                raise TooLong(f"the text has at least {least} tokens; the context is {most}, answer included")
-            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens, None if whole else most)
-        except TooLong as error:
-            raise ApiError(400, str(error), code="context_length_exceeded") from None
+            if least >= most:
+                raise TooLong
+            pool = self._long_texts if len(text) > LONG_TEXT else self._texts
+            ids = await self._apart(pool, self.tokenizer.encode, text, add_special_tokens, most)
+            if whole and len(ids) > most:  # seen in its last part
+                raise TooLong
+            return ids
+        except TooLong:
+            message = f"the text has at least {max(least, most)} tokens; {bound}"
+            raise ApiError(400, message, code="context_length_exceeded") from None
 
     async def render(
         self,
@@ -194,7 +207,7 @@ class Generation:
         """(which request, delta): requests one after the other, though they run together.
 
         Raises:
-            RequestFailed, EngineStopped: the engine ended a request.
+            EngineError, RequestFailed, EngineStopped: the engine ended a request.
         """
         try:
             for number, stream in enumerate(self._streams):

@@ -20,7 +20,7 @@ from pydantic import Field
 from leanseek.config import ModelConfig
 from leanseek.engine import Confined, Overtaxed, Tokenizer
 from leanseek.errors import InputError
-from leanseek.reading import Structure, checked, read_optional_json, read_text
+from leanseek.reading import Structure, check_links, checked, read_optional_json, read_text
 from leanseek.server import jinja_worker
 from leanseek.server.parsers import DEEPSEEK_V3_TOOLS, DEEPSEEK_V31_TOOLS, KIMI_K2_TOOLS, THINK, ToolFormat
 from leanseek.tokens import Added, Names, named
@@ -224,20 +224,25 @@ def _with_tools(
     return [first | {"content": f"{first['content']}\n\n{text}"}, *rest]
 
 
-def load_chat_template(source: Path | Mapping[str, Any], bos_token: str = "", file: Path | None = None) -> ChatTemplate:
+def load_chat_template(
+    source: Path | Mapping[str, Any], bos_token: str = "", file: Path | None = None, allow_links: bool = False
+) -> ChatTemplate:
     """The chat template of a model folder, or of the contents of a tokenizer_config.json.
 
     Args:
         bos_token: for folders that do not name one
         file: a template to take instead of the folder's
+        allow_links: follow links out of the folder
 
     Raises:
-        TemplateError: a file is not what it should be.
+        TemplateError: a file is not what it should be, or a link out of the folder.
     """
     config: dict[str, Any] = {}
     tokens: set[str] = set()
     text: str | None = None
     if isinstance(source, Path):
+        if not allow_links:
+            check_links(source, TemplateError)
         config = read_optional_json(source / "tokenizer_config.json", TemplateError)
         spec, where = read_optional_json(source / "tokenizer.json", TemplateError), str(source / "tokenizer.json")
         tokens = {token.content for token in checked(_Spec, spec, where, TemplateError).added_tokens}
@@ -272,7 +277,7 @@ def template_of(tokenizer: Tokenizer, config: ModelConfig, file: Path | None = N
     """`load_chat_template` for a model that is loaded."""
     bos = config.bos_token_id
     bos_token = "" if bos is None else tokenizer.token_bytes(bos).decode(errors="replace")
-    return load_chat_template(tokenizer.file.parent, bos_token, file)
+    return load_chat_template(tokenizer.file.parent, bos_token, file, allow_links=True)  # judged when it was loaded
 
 
 def _read_template(file: Path) -> str:

@@ -7,7 +7,6 @@ resumed run, which needs only a checkpoint and a step number, repeats the uninte
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import signal
 import threading
@@ -21,7 +20,6 @@ import torch
 
 from leanseek import planning
 from leanseek.checkpoint import CheckpointError, load
-from leanseek.checkpoint.files import writing
 from leanseek.checkpoint.training import (
     STATE,
     Resumed,
@@ -38,10 +36,11 @@ from leanseek.machine.probes import gemm_rate
 from leanseek.model import Transformer
 from leanseek.reading import parse_toml
 from leanseek.training.config import RunConfig
-from leanseek.training.metrics import Metrics, replace_text
+from leanseek.training.metrics import Metrics
 from leanseek.training.resume import Position, changes, check_data, position, size
 from leanseek.training.schedules import batch_size
 from leanseek.training.trainer import StepResult, Trainer
+from leanseek.writing import LOCK, alone, replace_file, writing
 
 MAX_SKIPPED = 3  # steps in a row that were not applied, before the run gives up
 
@@ -107,17 +106,13 @@ def _alone(folder: Path) -> Iterator[None]:
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with path.open("a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder} is being trained by another process; wait, or choose another --name") from None
+    taken = ConfigError(f"{folder} is being trained by another process; wait, or choose another --name")
+    with alone(folder / LOCK, taken):
         try:
             yield
         finally:
-            if made and [p.name for p in folder.iterdir()] == [path.name]:  # nothing came of it
-                path.unlink()
+            if made and [p.name for p in folder.iterdir()] == [LOCK]:  # nothing came of it
+                (folder / LOCK).unlink()
                 folder.rmdir()
 
 
@@ -171,7 +166,7 @@ def _begin(run: RunConfig, folder: Path) -> _Start:
         raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
     trainer = Trainer(run)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "config.toml", run.to_toml())
+    replace_file(folder / "config.toml", run.to_toml().encode())
     return _Start(trainer)
 
 
@@ -185,7 +180,7 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
     if found is None:  # killed before the first checkpoint
-        replace_text(folder / "config.toml", run.to_toml())
+        replace_file(folder / "config.toml", run.to_toml().encode())
         return _Start(Trainer(run))
     if run.train.steps < found.step:
         raise ConfigError(f"train.steps = {run.train.steps}, but {folder} has done {found.step} steps already")
@@ -194,7 +189,7 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
     where, moved = position(then, run, data, found)
     trainer = _restored(run, found)
     set_aside(folder, found.step)
-    replace_text(folder / "config.toml", run.to_toml())
+    replace_file(folder / "config.toml", run.to_toml().encode())
     lines = (*changes(then, run, found.step), *moved)
     return _Start(trainer, found.step, where, int(found.state.get("skipped", 0)), tuple(broken), lines)
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from leanseek.errors import InputError
 from leanseek.reading import Count, Structure, checked, parse_json, read_bytes
+from leanseek.writing import replace_file
 
 _LARGEST = 2**31  # bytes: a row has some 1000
 _SAY_EVERY = 30  # seconds between lines where there is no terminal for a bar
@@ -53,16 +54,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is, at any instant, the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 class Metrics:
     """Appends a JSON object a line, mirrors its numbers to TensorBoard, and draws the bar on stderr.
 
@@ -74,10 +65,11 @@ class Metrics:
 
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["step"] <= start] if start else []
-        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.last = {key: value for row in kept for key, value in row.items()}  # the newest value of every key
         self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.folder = os.open(folder, os.O_RDONLY)
+        self.board = SummaryWriter(f"{self._utf8_name(folder)}/tensorboard", purge_step=start + 1 if start else None)
         self.said = time.monotonic()
         self.began = time.monotonic() - self.last.get("elapsed_s", 0.0)
         self.progress = Progress(
@@ -99,6 +91,12 @@ class Metrics:
         self.progress.stop()
         self.file.close()
         self.board.close()
+        os.close(self.folder)
+
+    def _utf8_name(self, folder: Path) -> str:
+        """A path of the folder for TensorBoard, which names files in UTF-8, whatever the locale's encoding is."""
+        same = str(folder).encode("utf-8", "replace") == os.fsencode(folder)
+        return str(folder) if same else f"/proc/self/fd/{self.folder}"
 
     @property
     def elapsed(self) -> float:

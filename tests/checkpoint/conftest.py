@@ -68,7 +68,7 @@ def _network(**changes: object) -> Transformer:
     return model.eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def network() -> Callable[..., Transformer]:
     """network(**changes): a random model of the small config with `changes`."""
     return _network

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from leanseek.checkpoint import CheckpointError, export_gguf, save, write_model
 from leanseek.checkpoint.gguf import pre_tokenizer_name, unsupported_by_llama_cpp
@@ -171,8 +171,13 @@ def test_a_tokenizer_of_ours_splits_like_v3_which_llama_cpp_has_by_name(script):
 def test_pre_tokenizers_of_the_family_are_known():
     spec = json.loads(V3_TOKENIZER.read_text("utf-8"))
     assert pre_tokenizer_name(V3_TOKENIZER, spec) == "deepseek-v3"
-    v2 = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "[\r\n]"}}]}
+    patterns = ["[\r\n]", r"\s?[A-Za-zµÀ-Ö]+", r"\s?[!-/:-~]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+"]
+    v2 = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": p}} for p in patterns]}
     assert pre_tokenizer_name(V3_TOKENIZER, {"pre_tokenizer": v2}) == "deepseek-llm"
+    patterns[1:4] = [r"\s?\p{L}+", r"\s?\p{P}+"]  # deepseek-coder's, which begins alike
+    coder = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": p}} for p in patterns]}
+    with pytest.raises(CheckpointError, match="has no name"):
+        pre_tokenizer_name(V3_TOKENIZER, {"pre_tokenizer": coder})
 
 
 def changed(how):
@@ -203,6 +208,43 @@ def changed(how):
 def test_tokenizers_that_llama_cpp_would_split_otherwise_are_refused(how, network, tmp_path):
     with pytest.raises(CheckpointError, match=r"llama.cpp (has no name|does not apply)"):
         pre_tokenizer_name(Path("tokenizer.json"), changed(how))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("model", "ignore_merges", True),
+        ("model", "end_of_word_suffix", "</w>"),
+        ("token", "lstrip", True),
+        ("token", "rstrip", True),
+        ("token", "single_word", True),
+    ],
+)
+def test_tokenizers_that_llama_cpp_would_merge_otherwise_are_refused(part, key, value, network, tokenizer, tmp_path):
+    spec = json.loads((tokenizer / "tokenizer.json").read_text())
+    (spec["model"] if part == "model" else spec["added_tokens"][1])[key] = value
+    (tokenizer / "tokenizer.json").write_text(json.dumps(spec))
+    save(network(), tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=f"has {key}, which llama.cpp does not apply"):
+        export_gguf(tmp_path / "hf", tmp_path / "out.gguf", tokenizer_from=tokenizer)
+
+
+@pytest.mark.parametrize("config", [None, "from tokenizer_config.json"])
+@pytest.mark.parametrize("own", [None, "of its own\n皇"])
+@pytest.mark.parametrize("more", [{}, {"tool_use": "for tools"}])
+def test_the_chat_template_is_the_one_that_serve_takes(config, own, more, network, tokenizer, tmp_path):
+    if config:
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps({"chat_template": config}))
+    if own:
+        (tokenizer / "chat_template.jinja").write_text(own, encoding="utf-8")
+    for name, text in more.items():
+        (tokenizer / "additional_chat_templates").mkdir()
+        (tokenizer / f"additional_chat_templates/{name}.jinja").write_text(text)
+    save(network(), tmp_path / "hf")
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf", tokenizer_from=tokenizer)
+    fields, _ = read(tmp_path / "out.gguf")
+    assert fields.get("tokenizer.chat_template") == (own or config)
+    assert fields.get("tokenizer.chat_template.tool_use") == (more.get("tool_use") if own else None)
 
 
 def test_all_end_tokens_and_the_sampling_defaults_arrive(network, tokenizer, tmp_path):
@@ -250,3 +292,90 @@ def test_an_existing_file_and_an_unknown_type_are_refused(network, tmp_path):
     with pytest.raises(CheckpointError, match="exists"):
         export_gguf(tmp_path, tmp_path / "out.gguf")
     assert (tmp_path / "out.gguf").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "mine.json"])
+def test_a_lone_tokenizer_file_comes_with_its_merges_and_nothing_of_its_neighbours(name, network, tokenizer, tmp_path):
+    """Beside a file of another name lies what belongs to another tokenizer."""
+    save(network(), tmp_path / "hf")
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone" / name).write_text((tokenizer / "tokenizer.json").read_text())
+    if name != "tokenizer.json":
+        (tmp_path / "lone/tokenizer.json").write_text("not this one")
+        (tmp_path / "lone/tokenizer_config.json").write_text('{"eos_token": "<s>", "chat_template": "no"}')
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf", tokenizer_from=tmp_path / "lone" / name)
+    fields, _ = read(tmp_path / "out.gguf")
+    merges = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["merges"]
+    assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+    assert fields["tokenizer.ggml.eos_token_id"] == 1 and "tokenizer.chat_template" not in fields
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "begins", "ends"),
+    [
+        ({}, None, False, False),
+        ({"bos_token": "<s>", "add_bos_token": True}, None, True, False),
+        ({"bos_token": "<s>", "add_bos_token": False}, "<s> $A", True, False),  # the template is what acts
+        ({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": "none"}, "<s> $A </s>", True, True),
+    ],
+)
+def test_what_encoding_puts_around_a_text_arrives(config, template, begins, ends, network, tokenizer, tmp_path):
+    path = tokenizer / "tokenizer.json"
+    inner = Tokenizer.from_file(str(path))
+    if template:
+        special = [("<s>", 0), ("</s>", 1)]
+        inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        inner.save(str(path))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    save(network(), tmp_path / "hf", tokenizer_from=tokenizer)
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf")
+    fields, _ = read(tmp_path / "out.gguf")
+    assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == (begins, ends)
+    inner.post_processor = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 0)])
+    inner.save(str(path))
+    with pytest.raises(CheckpointError, match=r"puts the tokens \[0, 0\] before a text"):
+        export_gguf(tmp_path / "hf", tmp_path / "more.gguf", tokenizer_from=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"tokenizer_config.json": '{"chat_template": "old"}'}, "old"),
+        ({"tokenizer_config.json": '{"chat_template": "old"}', "chat_template.jinja": "\ufeffnew ü"}, "new ü"),
+        ({"chat_template.jinja": "new"}, "new"),
+    ],
+)
+def test_the_chat_template_is_the_one_that_serves(files, expected, network, tokenizer, tmp_path):
+    for name, text in files.items():
+        (tokenizer / name).write_text(text, encoding="utf-8")
+    save(network(), tmp_path / "hf", tokenizer_from=tokenizer)
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf")
+    assert read(tmp_path / "out.gguf")[0]["tokenizer.chat_template"] == expected
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizer_that_leads_out_of_its_folder_is_refused(name, network, tokenizer, tmp_path):
+    save(network(), tmp_path / "hf")
+    outside = tmp_path / "outside"
+    outside.write_text((tokenizer / name).read_text() if name == "tokenizer.json" else '{"chat_template": "secret"}')
+    (tokenizer / name).unlink(missing_ok=True)
+    (tokenizer / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match=f"{name} is a link to .*--allow-links"):
+        export_gguf(tmp_path / "hf", tmp_path / "out.gguf", tokenizer_from=tokenizer)
+    assert not list(tmp_path.glob("*out.gguf*"))
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf", tokenizer_from=tokenizer, allow_links=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["layers.1.mlp.experts.down_proj", "embed_tokens.weight", "norm.weight"])
+def test_weights_that_are_no_numbers_are_written_only_when_allowed(name, value, network, tmp_path):
+    model = network()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = value
+    write_model(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"weights hold NaN or infinity: .* \(1\); nothing is written"):
+        export_gguf(tmp_path, tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*out.gguf*"))
+    with pytest.warns(UserWarning, match="weights hold NaN"):
+        export_gguf(tmp_path, tmp_path / "out.gguf", allow_nonfinite=True)
+    assert sum(int((~values(t).isfinite()).sum()) for t in read(tmp_path / "out.gguf")[1].values()) == 1

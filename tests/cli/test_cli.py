@@ -7,18 +7,37 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from leanseek import native
-from leanseek.cli import app
+from leanseek import InputError, ModelConfig, Transformer, native, save
+from leanseek.cli import app, doctor, main
+from leanseek.native import library
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+}  # fmt: skip
 
 
 def leanseek(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     run = [sys.executable, "-m", "leanseek", *arguments]
     return subprocess.run(run, capture_output=True, text=True, env=os.environ | environment)
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    """How a command that fails in this process ends: its exit code, and standard error."""
+    monkeypatch.setattr(sys, "argv", ["leanseek", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code, capsys.readouterr().err
 
 
 def test_info_prints_one_json_object() -> None:
@@ -28,11 +47,13 @@ def test_info_prints_one_json_object() -> None:
     assert figures["kv_bytes_per_token"] == 70_272
 
 
-def test_doctor_names_a_path_for_every_op() -> None:
+def test_doctor_names_a_path_for_every_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(leanseek("doctor", "--json").stdout)
     assert found["training_dtype"] in ("float32", "bfloat16")
     assert {"linear", "experts", "latent_attention"} <= {path["op"] for path in found["ops"]}
-    text = leanseek("doctor").stdout
+    monkeypatch.setattr(doctor, "examine", lambda: found)
+    doctor.doctor()
+    text = capsys.readouterr().out
     assert max(map(len, text.splitlines()[6:])) <= 100  # the table of ops fits a terminal
     assert found["kernels"]["detail"] and found["cpus"] >= 1
     assert f"a thread without work: {found['waiting']}" in text
@@ -55,26 +76,43 @@ def test_doctor_names_a_path_for_every_op() -> None:
         (("bench", "train", "--peers", "megatron"), "no peer 'megatron'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(arguments: tuple[str, ...], message: str) -> None:
-    done = leanseek(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_line_and_exit_2(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = ended(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in said
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
 
 
-def test_the_instruction_set_can_be_named() -> None:
+def test_the_instruction_set_can_be_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cleared: Callable[[], None]
+) -> None:
     if native.usable_variants():
         plainest = native.usable_variants()[-1]
-        found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU=plainest).stdout)
-        assert found["kernels"]["variant"] == plainest
+        monkeypatch.setenv("LEANSEEK_CPU", plainest)
+        cleared()
+        assert native.status().variant == plainest
+    monkeypatch.setenv("LEANSEEK_CPU", "sse2")
+    cleared()
+    code, said = ended(monkeypatch, capsys, "doctor")
+    assert code == 2
+    assert said.startswith("leanseek: LEANSEEK_CPU=sse2 names no kernels for this CPU; choose ")
+    assert said.count("\n") == 1
+
+
+@pytest.fixture
+def cleared() -> Iterator[Callable[[], None]]:
+    """Forgets which kernels there are: at each call, and at the end."""
+    yield library._usable.cache_clear
+    library._usable.cache_clear()
+
+
+def test_without_kernels_no_op_runs_on_them() -> None:
     found = json.loads(leanseek("doctor", "--json", LEANSEEK_CPU="none").stdout)
     assert found["kernels"] == {"variant": None, "detail": "left out: LEANSEEK_CPU=none"}
     assert {backend for path in found["ops"] for backend in path["rows"].values()} <= {"torch", "gpu"}
-    done = leanseek("doctor", LEANSEEK_CPU="sse2")
-    assert done.returncode == 2
-    assert done.stderr.startswith("leanseek: LEANSEEK_CPU=sse2 names no kernels for this CPU; choose ")
-    assert done.stderr.count("\n") == 1
 
 
 def test_report_survives_what_a_run_may_leave_behind(tmp_path: Path) -> None:
@@ -105,3 +143,26 @@ def test_every_command_takes_the_same_device_by_default(monkeypatch: pytest.Monk
     )
     done = CliRunner().invoke(app, ["serve", "/nowhere", "--port", "0"])
     assert isinstance(done.exception, ZeroDivisionError) and asked == [None]
+
+
+@pytest.mark.parametrize("format", ["hf", "hf-fp8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_doctor_names_the_weights_that_are_no_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, value: float
+) -> None:
+    config = ModelConfig(**SMALL)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    save(model, tmp_path / "good", format)
+    app(["doctor", str(tmp_path / "good")], standalone_mode=False)
+    assert capsys.readouterr().out.strip().endswith("tensors, all of them finite")
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight[0, 0] = value
+    model.norm.weight.data[:2] = value
+    with pytest.warns(UserWarning, match="weights hold NaN"):
+        save(model, tmp_path / "bad", format, allow_nonfinite=True)
+    with pytest.raises(InputError, match=r"bad: 2 of \d+ tensors hold NaN or infinity"):
+        app(["doctor", str(tmp_path / "bad"), "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)["nonfinite"]
+    assert found.pop("model.norm.weight") == 2
+    ((name, count),) = found.items()  # of FP8, the block's scale or its codes
+    assert name.startswith("model.layers.0.self_attn.o_proj.weight") and count >= 1

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 
 from leanseek import cli
 from leanseek.bench import load
-from leanseek.cli import app, info, terminal
+from leanseek.cli import app, doctor, info, terminal
 from leanseek.data.prepare import prepare
 from leanseek.errors import InputError
 from leanseek.native.library import openmp_path
@@ -100,6 +102,24 @@ def test_what_is_written_in_an_ascii_locale_is_read_again(tmp_path: Path) -> Non
     assert again.token_ids == output["token_ids"]
 
 
+@pytest.mark.parametrize("name", [b"w\xf6rter", "皇帝".encode("gb18030")])
+def test_text_whose_name_is_not_utf_8_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, out = Path(os.fsdecode(name) + ".txt"), Path(os.fsdecode(name))
+    text.write_text("a b c\n\nd e f", encoding="utf-8")
+    first, second = (prepare([text], out, train_vocab=270, workers=1) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("override", ["data.path=\udcf6", "name=l\udce4ufe", "model.attention=\udcff"])
+def test_a_setting_that_is_no_text_is_refused(tmp_path: Path, override: str) -> None:
+    (tmp_path / "run.toml").write_text(TINY, encoding="utf-8")
+    with pytest.raises(InputError, match="not UTF-8"):
+        app(["train", str(tmp_path / "run.toml"), override], standalone_mode=False)
+
+
 @pytest.mark.parametrize("text", ["König", "", "皇帝", "a\nb"])
 def test_an_argument_that_the_locale_cannot_hold_is_utf8(text: str) -> None:
     assert terminal.given_text(text.encode().decode("ascii", "surrogateescape")) == text
@@ -135,6 +155,46 @@ def test_a_models_words_move_nothing_in_a_terminal(monkeypatch: pytest.MonkeyPat
     shown = terminal.shown(f"a\n\t{text}é皇")
     assert shown.startswith("a\n\t") and shown.endswith("é皇")
     assert shown[3:].isprintable()
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b]0;owned\x07", "\x9b31m", "over\rwritten", "one\nWARNING:forged", "\u2028", "\udcff"]
+)
+def test_a_log_entry_moves_nothing_and_forges_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """In the message, in what it quotes, and in an exception's traceback."""
+    monkeypatch.setattr(logging.lastResort, "formatter", None)
+    terminal.prepare()
+    entry = {"name": "leanseek.server", "levelno": logging.ERROR, "levelname": "ERROR"}
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        given = {"msg": "failed: %s", "args": (text,), "exc_info": (ValueError, error, error.__traceback__)}
+        logging.lastResort.handle(logging.makeLogRecord(entry | given))
+    first, *further = capsys.readouterr().err.splitlines()
+    assert first.startswith("failed: ") and len(further) >= 4
+    assert all(line.startswith("    ") for line in further)
+    assert all(line.isprintable() for line in (first, *further))
+
+
+@pytest.mark.parametrize("text", ["\x1b]0;owned\x07", "\x9b31m", "over\rwritten", "one\ntwo"])
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    terminal.prepare()
+    line = warnings.formatwarning(UserWarning(text), UserWarning, "file.py", 1, "source")
+    assert line.startswith("leanseek: ") and line.count("\n") == 1 and line[:-1].isprintable()
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;owned\x07", "\x9b31m", "over\rwritten", "one\ntwo"])
+def test_doctor_spells_the_names_of_tensors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(doctor, "examine_weights", lambda *_: {"tensors": 2, "nonfinite": {name: 3}})
+    with pytest.raises(InputError):
+        doctor.doctor("model")
+    said = capsys.readouterr().out
+    assert said.endswith(": 3 values are NaN or infinity\n") and said[:-1].isprintable()
 
 
 @pytest.mark.parametrize("message", ["\x1b[31mred", "one\ntwo", "x" * 10**7, "[/red]", "\udcff"])

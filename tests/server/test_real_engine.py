@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from leanseek import LLM, SamplingParams
+from leanseek.engine import EngineError, Guide
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 
@@ -51,6 +52,35 @@ def test_a_prompts_logprobs_are_those_of_generating_it(real: Any, client: openai
     scored = ask(model="test-model", prompt="To be" + made.text, echo=True, logprobs=1, max_tokens=0).choices[0]
     assert scored.logprobs.tokens[-8:] == made.logprobs.tokens[:8]
     assert scored.logprobs.token_logprobs[-8:] == pytest.approx(made.logprobs.token_logprobs[:8], abs=1e-3)
+
+
+# Both compile; the first fails at its first step, the second behind what a trial sees.
+@pytest.mark.parametrize("start", ["x{1000000}", "/[b-c]{80}/ x{1000000}"])
+def test_a_form_that_cannot_be_followed_is_the_clients_fault(
+    real: Any, client: openai.OpenAI, model_folder: Path, start: str
+) -> None:
+    grammar = f'start: {start}\nx: "a"'
+    form = {"structured_outputs": {"grammar": grammar}, "max_tokens": 90}
+    chat = {"messages": MESSAGES} | form
+    told = []
+    for path, body in (
+        ("/v1/completions", {"prompt": "To be"} | form),
+        ("/v1/chat/completions", chat),
+        ("/v1/responses", {"input": "Hi", "structured_outputs": form["structured_outputs"]}),
+    ):
+        whole = real.http.post(path, json=body)
+        assert whole.status_code == 400, whole.text
+        told.append(whole.json()["error"])
+    streamed = real.http.post("/v1/chat/completions", json=chat | {"stream": True})
+    if streamed.status_code == 200:
+        *_, last, _ = streamed.text.strip().split("\n\n")
+        told.append(json.loads(last.removeprefix("data: "))["error"])
+    for error in told:
+        assert error["type"] == "invalid_request_error" and error["message"].endswith("make it simpler")
+    with pytest.raises(EngineError, match="make it simpler"):
+        params = SamplingParams(max_tokens=90, guided=Guide.grammar(grammar))
+        LLM(model_folder, cache_gib=0.002).generate("To be", params)
+    idle(real)
 
 
 def test_structured_output_holds_its_schema(client: openai.OpenAI) -> None:

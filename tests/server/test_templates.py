@@ -302,3 +302,14 @@ def test_closing_ends_what_is_being_rendered() -> None:
         time.sleep(0.5)
         template.close()
         assert isinstance(slow.exception(timeout=3), TemplateError)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "tokenizer.json"])
+def test_a_folder_whose_files_lead_out_of_it_has_no_template(tmp_path: Path, name: str) -> None:
+    """Any client of a server could read what a linked template holds."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_text('{"chat_template": "secret", "added_tokens": []}')
+    (tmp_path / "model" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(TemplateError, match=f"{name} is a link to .*--allow-links"):
+        load_chat_template(tmp_path / "model")
+    load_chat_template(tmp_path / "model", allow_links=True)

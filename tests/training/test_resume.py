@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from leanseek import load
+from leanseek import cli, load
 from leanseek.checkpoint import training as checkpoints
 from leanseek.checkpoint.training import newest_checkpoint, read_checkpoint, steps_on_disk
 from leanseek.cli import app
@@ -71,6 +73,7 @@ warmup_steps = 3
 [checkpoint]
 every = 5
 """
+pytestmark = pytest.mark.usefixtures("without_report")
 CLOCKS = ("tokens_per_second", "flops_per_second", "mfu", "elapsed_s")
 
 
@@ -129,20 +132,38 @@ def finished(whole: Path, tmp_path: Path) -> Path:
 # ---- kill -9, signals ----
 
 
-def start(place: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "leanseek", "train", str(place / "run.toml"), f"data.path={place / 'shards'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *flags], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def command(place: Path, *flags: str) -> list[str]:
+    return ["train", str(place / "run.toml"), f"data.path={place / 'shards'}", *flags]
 
 
-def wait_for(child: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
+def start(place: Path, folder: Path, *flags: str) -> BaseProcess:
+    """The command in a fork of this process, which has imported everything; what it says is in folder/said."""
+
+    def run() -> None:
+        os.chdir(folder)
+        sys.stdout = sys.stderr = open("said", "w", encoding="utf-8")  # noqa: SIM115
+        sys.argv = ["leanseek", *command(place, *flags)]
+        cli.main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    return child
+
+
+def wait_for(child: BaseProcess, moment: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not moment():
-        assert child.poll() is None, child.communicate()[1]
+        assert child.is_alive(), child.exitcode
         assert time.monotonic() < deadline
         time.sleep(0.0005)
+
+
+def end(child: BaseProcess, number: int) -> int | None:
+    """Its exit code after that signal."""
+    assert child.pid is not None
+    os.kill(child.pid, number)
+    child.join(60)
+    return child.exitcode
 
 
 def rows(run: Path, count: int) -> bool:
@@ -156,19 +177,20 @@ def partial(run: Path) -> bool:
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place: Path, whole: Path, tmp_path: Path) -> None:
     """Losses, gradient norms, loads, violations, validation: all numbers of every row, and in the end every weight.
 
-    Killed before the first checkpoint, while one is written, and between two.
+    Killed before the first checkpoint, while one is written, and between two; gone on with by a process of its own.
     """
     run = tmp_path / "runs/run"
     for number, moment in enumerate((lambda: rows(run, 4), lambda: partial(run), lambda: rows(run, 16))):
         child = start(place, tmp_path, *["--resume"] * (number > 0))
         wait_for(child, moment)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-    last = start(place, tmp_path, "--resume", "--json")
-    stdout, stderr = last.communicate()
-    assert last.returncode == 0, stderr
-    assert json.loads(stdout)["step"] == 24
-    assert "resumed at step" in stderr
+        assert end(child, signal.SIGKILL) == -signal.SIGKILL
+    last = subprocess.run(
+        [sys.executable, "-m", "leanseek", *command(place, "--resume", "--json")],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert last.returncode == 0, last.stderr
+    assert json.loads(last.stdout)["step"] == 24
+    assert "resumed at step" in last.stderr
     assert history(run) == history(whole)
     for name in ("model.safetensors", "state.safetensors"):
         assert (run / "checkpoints/step-24" / name).read_bytes() == (whole / "checkpoints/step-24" / name).read_bytes()
@@ -181,12 +203,10 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_reached_and_exits_130(
     run = tmp_path / "runs/run"
     child = start(place, tmp_path)
     wait_for(child, lambda: rows(run, 8))
-    child.terminate()
-    _, stderr = child.communicate(timeout=60)
-    assert child.returncode == 130
-    step = steps_on_disk(run)[-1]
-    assert f"stopped at step {step}; go on with --resume" in stderr
-    assert "Traceback" not in stderr
+    assert end(child, signal.SIGTERM) == 130
+    step, said = steps_on_disk(run)[-1], (tmp_path / "said").read_text()
+    assert f"stopped at step {step}; go on with --resume" in said
+    assert "Traceback" not in said
     assert history(run) == [row for row in history(whole) if row["step"] <= step]
     go(resume=True, runs=tmp_path / "runs")
     assert history(run) == history(whole)
@@ -482,16 +502,11 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_has_ended(place: Pat
     run = tmp_path / "runs/run"
     first = start(place, tmp_path, "train.steps=4000", "checkpoint.every=4000")
     wait_for(first, lambda: rows(run, 8))
-    for flags in ((), ("--resume",), ("train.steps=5000",)):
-        second = start(place, tmp_path, *flags)
-        _, stderr = second.communicate()
-        assert second.returncode == 2
-        assert stderr.strip().splitlines() == [
-            "leanseek: runs/run is being trained by another process; wait, or choose another --name"
-        ]
-    assert first.poll() is None
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    for resume, changes in ((False, ()), (True, ()), (False, ("train.steps=5000",))):
+        with pytest.raises(ConfigError, match="is being trained by another process; wait, or choose another --name"):
+            train(config(place, *changes), resume=resume, runs=tmp_path / "runs")
+    assert first.is_alive()
+    end(first, signal.SIGKILL)
     assert train(config(place), resume=True, runs=tmp_path / "runs").step == 24
     found = [row["step"] for row in history(run) if "loss" in row]
     assert found == list(range(1, 25))

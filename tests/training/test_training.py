@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tomllib
 from pathlib import Path
 
@@ -341,6 +342,21 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match=r"train.device = 'cuda:99'"):
         Trainer(but(train={"device": "cuda:99"}))
+
+
+@pytest.mark.parametrize("name", [b"l\xe4ufe", "\u7687\u5e1d".encode("gb18030"), "\u7687".encode()])
+def test_a_run_whose_name_is_not_utf_8_has_its_figures(tmp_path: Path, name: bytes) -> None:
+    """TensorBoard spells a path in UTF-8; in a locale with another encoding every foreign name is like this."""
+    from leanseek.training import metrics
+
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    for start in (0, 1):
+        with metrics.Metrics(folder, 9, start) as seen:
+            seen.write({"step": start + 1, "loss": 3.0})
+    written = list((folder / "tensorboard").iterdir())
+    assert len(written) == 2 and all(b"loss" in file.read_bytes() for file in written)
+    assert [row["step"] for row in metrics.read_rows(folder / "metrics.jsonl")] == [1, 2]
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
