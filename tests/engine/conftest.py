@@ -9,6 +9,7 @@ import tokenizers
 import torch
 
 from leanseek import ModelConfig, Transformer
+from leanseek.backends import backend_of
 from leanseek.engine import Engine, Request, SamplingParams, Tokenizer
 from leanseek.ops import sampling
 
@@ -105,7 +106,7 @@ def cache_gib() -> Callable[[int], float]:
 def make_engine(cache_gib: Callable[[int], float]) -> Callable[..., Engine]:
     """make_engine(model, **options) with a cache of 3,000 tokens, so that checking the books is quick."""
     return lambda model, tokenizer=None, **options: Engine(
-        model, tokenizer, **{"cache_gib": cache_gib(3000), "seed": 0} | options
+        backend_of(model), tokenizer, **{"cache_gib": cache_gib(3000), "seed": 0} | options
     )
 
 
