@@ -394,7 +394,13 @@ def test_a_loss_that_stays_nonfinite_ends_the_run_and_reaches_no_checkpoint(
     go: Callable[..., Summary], tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match=r"step \d+: output of .* is not finite .* (there is no checkpoint|is whole)"):
-        go("optimizer.lr=1e30", "optimizer.clip=1e30", "schedule.warmup_steps=0", "checkpoint.every=1")
+        go(
+            "optimizer.lr=1e30",
+            "optimizer.weight_decay=0",
+            "optimizer.clip=1e30",
+            "schedule.warmup_steps=0",
+            "checkpoint.every=1",
+        )
     run = tmp_path / "run"
     assert events(run).count("skipped") == 3
     for step in steps_on_disk(run):
@@ -403,12 +409,22 @@ def test_a_loss_that_stays_nonfinite_ends_the_run_and_reaches_no_checkpoint(
         assert all(p.isfinite().all() for p in load(folder).parameters())
 
 
-def test_a_weight_that_is_not_finite_reaches_no_checkpoint(go: Callable[..., Summary], tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_reaches_no_checkpoint(
+    go: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step whose loss and gradients are finite may still overflow a weight."""
+    step = Trainer.step
+
+    def overflowing(self: Trainer, tokens: torch.Tensor, number: int):  # type: ignore[no-untyped-def]
+        result = step(self, tokens, number)
+        next(self.model.parameters()).data[0] = torch.inf
+        return result
+
+    monkeypatch.setattr(Trainer, "step", overflowing)
     with pytest.raises(
         RunError, match=r"is not finite, so no checkpoint was written.*there is no checkpoint to resume"
     ):
-        go("optimizer.lr=1e39", "schedule.warmup_steps=0", "checkpoint.every=1", "train.eval_every=9")
+        go("checkpoint.every=1", "train.eval_every=9")
     assert steps_on_disk(tmp_path / "run") == []
 
 
