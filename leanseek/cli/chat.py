@@ -69,6 +69,9 @@ def chat(
             except InputError as error:  # the conversation outgrew the context, or the template refuses it
                 console.print(shorten(str(error), 1000), style="red", markup=False)
                 continue
+            except KeyboardInterrupt:  # while the prompt is made, or at the answer's very end: as if it were not said
+                console.print("\nstopped", style="dim")
+                continue
             messages += [said, {"role": "assistant", "content": answer}]
             console.print(figures, style="dim")
 
