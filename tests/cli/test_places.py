@@ -329,3 +329,15 @@ def test_a_missing_temporary_folder_is_one_line(
     monkeypatch.setattr(cli, "app", Path("/nowhere/x").read_bytes)
     with pytest.raises(FileNotFoundError):  # a failure of ours
         cli.main()
+
+
+@pytest.mark.parametrize("gib", [1, 3])
+def test_doctor_tells_the_memory_of_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: int
+) -> None:
+    from leanseek.cli import doctor
+    from leanseek.machine import memory
+
+    (tmp_path / "memory.max").write_text(str(gib << 30), encoding="ascii")
+    monkeypatch.setattr(memory, "groups", lambda _: [tmp_path])
+    assert doctor.examine()["memory_bytes"] == gib << 30
