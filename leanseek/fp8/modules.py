@@ -18,6 +18,7 @@ PRECISIONS = tuple(RECIPES)
 
 
 class Linear(plain.Linear):
+    weight: nn.Parameter
     cast: Cast
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,6 +26,9 @@ class Linear(plain.Linear):
 
 
 class MLP(plain.MLP):
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
     cast: Cast
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,6 +36,8 @@ class MLP(plain.MLP):
 
 
 class Experts(moe.Experts):
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
     cast: Cast
 
     def products(self, sent: Dispatched) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from leanseek.ops.dispatch import op, ordinary, transformed
 from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
-from leanseek.ops.linear import dense, linear
+from leanseek.ops.linear import linear
 from leanseek.ops.swiglu import swiglu, weighted_swiglu, weighted_swiglu_backward
+from leanseek.ops.weights import FORMATS, QuantizedWeight, StoredWeight, dense
 
 
 class Dispatched(NamedTuple):
@@ -36,21 +37,13 @@ class Dispatched(NamedTuple):
         return Dispatched(rows, self.ends, self.weights)
 
 
-def experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
     """Σ_k weights[n, k] · down_e(silu(gate_e x_n) · up_e x_n) with e = indices[n, k]; [N, D] in x's dtype.
 
-    x [N, D]; indices [N, K] int64; weights [N, K] float32; gate_up [E, 2I, D] (gate rows first); down [E, D, I];
-    scales: scale_inv of FP8 gate_up and down, as in `linear`.
+    x [N, D]; indices [N, K] int64; weights [N, K] float32; gate_up [E, 2I, D] (gate rows first); down [E, D, I].
     """
     sent = expert_dispatch(x, indices, weights, gate_up.shape[0])
-    return expert_combine(expert_products(sent, gate_up, down, scales), sent)
+    return expert_combine(expert_products(sent, gate_up, down), sent)
 
 
 def expert_dispatch(x: Tensor, indices: Tensor, weights: Tensor, n_experts: int) -> Dispatched:
@@ -59,16 +52,15 @@ def expert_dispatch(x: Tensor, indices: Tensor, weights: Tensor, n_experts: int)
     return Dispatched(x, ends, weights.flatten().index_select(0, order), order // indices.shape[1], place)
 
 
-def expert_products(
-    sent: Dispatched, gate_up: Tensor, down: Tensor, scales: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """weights[r] · down_e(silu(gate_e row_r) · up_e row_r) of each row, [M, D]; weights and scales as in `experts`."""
+def expert_products(sent: Dispatched, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
+    """weights[r] · down_e(silu(gate_e row_r) · up_e row_r) of each row, [M, D]; weights as in `experts`."""
     if ordinary(sent.x, sent.weights, gate_up, down):
-        return products_of_rows(*sent, gate_up, down, scales)
+        return products_of_rows(*sent, gate_up, down)
     x, ends, weights, *_ = sent.gathered()
     if not torch.compiler.is_compiling() and transformed():
-        return _every_expert(x, ends, weights, gate_up, down, scales)
-    return _opaque(x, ends, weights, gate_up, down, *(scales or (None, None)))
+        return _every_expert(x, ends, weights, dense(gate_up, x.dtype), dense(down, x.dtype))
+    (up_data, *up_rest), (down_data, *down_rest) = _flat(gate_up), _flat(down)
+    return _opaque(x, ends, weights, up_data, down_data, *up_rest, *down_rest)
 
 
 def expert_combine(rows: Tensor, sent: Dispatched) -> Tensor:
@@ -133,12 +125,11 @@ def products_of_rows(
     weights: Tensor,
     token: Tensor | None,
     place: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
+    gate_up: StoredWeight,
+    down: StoredWeight,
 ) -> Tensor:
-    if scales is not None:
-        return each_expert(x, ends, weights, token, place, gate_up, down, scales)
+    if isinstance(gate_up, QuantizedWeight) or isinstance(down, QuantizedWeight):
+        return each_expert(x, ends, weights, token, place, gate_up, down)
     return _Products.apply(x, ends, weights, token, place, gate_up, down)
 
 
@@ -178,26 +169,34 @@ def each_expert(
     weights: Tensor,
     token: Tensor | None,
     place: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
+    gate_up: StoredWeight,
+    down: StoredWeight,
 ) -> Tensor:
-    """One expert at a time as two linears, for inference: of FP8 weights no more than one lies dequantised, and where
-    those are row-invariant so is this."""
+    """One expert at a time as two linears, for inference: of quantised weights one expert is dense at a time, and
+    where the linears are row-invariant so is this."""
     rows = x if token is None else x.index_select(0, token)
     out, start = torch.empty_like(rows), 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            up_scale, down_scale = (None, None) if scales is None else (scales[0][expert], scales[1][expert])
-            gate, up = linear(rows[start:end], gate_up[expert], up_scale).chunk(2, dim=-1)
+            gate, up = linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
             act = swiglu(gate, up) * weights[start:end, None].to(x.dtype)
-            out[start:end] = linear(act, down[expert], down_scale)
+            out[start:end] = linear(act, down[expert])
         start = end
     return out
 
 
 # Groups are as long as the routing makes them, which no tracer can follow: to a compiler or an exporter the products
-# are one operator, which finds tensors with memory when it runs.
+# are one operator, which finds tensors with memory when it runs. Its arguments are tensors and strings.
+
+
+def _flat(weight: StoredWeight) -> tuple[Tensor, Tensor | None, str]:
+    return (
+        (weight.data, weight.scale, weight.format.name) if isinstance(weight, QuantizedWeight) else (weight, None, "")
+    )
+
+
+def _whole(data: Tensor, scale: Tensor | None, format: str) -> StoredWeight:
+    return data if scale is None else QuantizedWeight(data, scale, FORMATS[format])
 
 
 @torch.library.custom_op("leanseek::expert_products", mutates_args=())
@@ -208,10 +207,12 @@ def _opaque(
     gate_up: Tensor,
     down: Tensor,
     gate_up_scale: Tensor | None,
+    gate_up_format: str,
     down_scale: Tensor | None,
+    down_format: str,
 ) -> Tensor:
-    scales = None if gate_up_scale is None or down_scale is None else (gate_up_scale, down_scale)
-    return products_of_rows(rows, ends, weights, None, None, gate_up, down, scales)
+    both = _whole(gate_up, gate_up_scale, gate_up_format), _whole(down, down_scale, down_format)
+    return products_of_rows(rows, ends, weights, None, None, *both)
 
 
 @torch.library.custom_op("leanseek::expert_products_backward", mutates_args=())
@@ -226,7 +227,7 @@ def _opaque_backward(
 
 
 @_opaque.register_fake
-def _(rows: Tensor, *_: Tensor | None) -> Tensor:
+def _(rows: Tensor, *_: object) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
@@ -241,17 +242,14 @@ def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     drows, *rest = _opaque_backward(grad, *ctx.saved_tensors)
-    return drows, None, *rest, None, None
+    return drows, None, *rest, None, None, None, None
 
 
 _opaque.register_autograd(_gradients, setup_context=_keep)
 
 
-def _every_expert(
-    rows: Tensor, ends: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, scales: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def _every_expert(rows: Tensor, ends: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Every expert on every row, most of them times zero: nothing that a transform cannot follow."""
-    gate_up, down = (dense(w, s, rows.dtype) for w, s in zip((gate_up, down), scales or (None, None), strict=True))
     row, begins = torch.arange(rows.shape[0], device=rows.device)[:, None], torch.cat((ends.new_zeros(1), ends[:-1]))
     share = weights[:, None] * ((row >= begins) & (row < ends))  # [M, E]
     gate, up = torch.einsum("md,eid->mei", rows, gate_up).chunk(2, dim=-1)

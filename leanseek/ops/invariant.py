@@ -27,8 +27,8 @@ from leanseek.machine.device import onednn_linear
 from leanseek.ops.dispatch import Op, Priority, Rows
 from leanseek.ops.experts import each_expert, products_of_rows
 from leanseek.ops.latent_attention import CacheIndex
-from leanseek.ops.linear import dense
 from leanseek.ops.products import wide
+from leanseek.ops.weights import StoredWeight, dense
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,8 +55,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @_invariant(ops.linear)
-def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    return _product(x.reshape(-1, x.shape[-1]), dense(weight, scale_inv, x.dtype)).view(*x.shape[:-1], weight.shape[0])
+def linear(x: Tensor, weight: StoredWeight) -> Tensor:
+    return _product(x.reshape(-1, x.shape[-1]), dense(weight, x.dtype)).view(*x.shape[:-1], weight.shape[0])
 
 
 @_invariant(ops.head_linear)
