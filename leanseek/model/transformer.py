@@ -6,6 +6,7 @@ Two ways through: `hidden` over whole sequences (training, evaluation), `step` o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import cast
 
@@ -42,13 +43,21 @@ class Transformer(nn.Module):
         self._stacks: list[ops.StackWeights | None] = [None] * (1 + len(self.mtp))
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> Transformer:
-        """Normal weights with std `initializer_range` (4.2), norms at one, balancing biases at zero; returns self."""
+    def init_weights(self, seed: int) -> Transformer:
+        """Normal weights with std `initializer_range` (4.2), norms at one, balancing biases at zero; returns self.
+
+        Each tensor, and each expert of a stack, is drawn by itself from (seed, name): a part of the network, or a rank
+        that holds some of the experts, draws what the whole would.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                continue
+            stacked = parameter.ndim == 3  # experts
+            for number, matrix in enumerate(parameter if stacked else [parameter]):
+                key = hashlib.blake2b(f"{seed}/{name}/{number}".encode(), digest_size=8).digest()
+                generator = torch.Generator(matrix.device).manual_seed(int.from_bytes(key))
+                matrix.normal_(0.0, self.config.initializer_range, generator=generator)
         for name, buffer in self.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()

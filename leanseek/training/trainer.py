@@ -55,7 +55,7 @@ class Trainer:
         self.device = default_device() if run.train.device == "auto" else _device(run.train.device)
         self.dtype = preferred_dtype(self.device) if run.train.dtype == "auto" else getattr(torch, run.train.dtype)
         if model is None:
-            model = Transformer(run.model).init_weights(torch.Generator().manual_seed(run.train.seed))
+            model = Transformer(run.model).init_weights(run.train.seed)
         self.model = model.to(self.device)
         fp8.apply(self.model, run.train.precision)
         self.optimizer = build_optimizer(self.model, run.optimizer, run.moments)
@@ -63,7 +63,7 @@ class Trainer:
         self.ema = EMA(self.model, run.optimizer.ema) if run.optimizer.ema else None
 
     def step(self, tokens: Tensor, step: int) -> StepResult:
-        """Train on tokens [B, T + 1 + D]; `step` counts from 0 and sets the schedules. Waits once for the device."""
+        """Train on tokens [B, T + lookahead]; `step` counts from 0 and sets the schedules. Waits once for the device."""
         run = self.run
         tokens = tokens.to(self.device)
         counts: dict[int, Tensor] = {}
@@ -107,7 +107,7 @@ class Trainer:
         )
 
     def forward(self, tokens: Tensor, step: int = 0) -> Losses:
-        """The losses that step `step` would differentiate, of tokens [B, T + 1 + D] on the device."""
+        """The losses that step `step` would differentiate, of tokens [B, T + lookahead] on the device."""
         return losses(
             self.model,
             tokens,
@@ -120,9 +120,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor) -> tuple[float, float, int]:
-        """Sums over tokens [B, T + 1 + D]: negative log-likelihood, MTP's, and the number of targets."""
+        """Sums over tokens [B, T + lookahead]: negative log-likelihood, MTP's, and the number of targets."""
         found = losses(self.model, tokens.to(self.device), dtype=self.dtype)
-        targets = tokens.shape[0] * (tokens.shape[1] - 1 - self.run.model.num_nextn_predict_layers)
+        targets = tokens.shape[0] * (tokens.shape[1] - self.run.model.lookahead)
         return float(found.main) * targets, float(found.mtp) * targets, targets
 
     def nonfinite_weight(self) -> str | None:

@@ -43,7 +43,7 @@ def make_model() -> Callable[..., Transformer]:
 
     def make(seed: int = 0, **changes: Any) -> Transformer:
         config = ModelConfig(**CONFIG | changes)
-        return Transformer(config).init_weights(torch.Generator().manual_seed(seed)).requires_grad_(False)
+        return Transformer(config).init_weights(seed).requires_grad_(False)
 
     return make
 

@@ -138,7 +138,7 @@ def test_the_sequence_loss_reaches_the_gate() -> None:
     """Megatron-Bridge#5165: silently zero."""
     assert BalanceConfig().sequence_alpha == 1e-4  # on unless a run turns it off
     assert Trainer(RUN).step(tokens(), 0).balance_loss > 1e-4
-    model = Transformer(MODEL).init_weights(torch.Generator().manual_seed(0))
+    model = Transformer(MODEL).init_weights(0)
     off, on = losses(model, tokens()), losses(model, tokens(), sequence_alpha=0.5)
     assert float(off.balance.detach()) == 0
     assert float(on.balance.detach()) > 0.5 * 0.9 * 3  # about α per MoE layer, 2 + 1 of MTP
@@ -165,7 +165,7 @@ def test_balancing_by_the_bias_evens_the_load() -> None:
 def test_mtp_loss_is_the_mean_over_depths() -> None:
     """Megatron-LM#1532: summed, it exploded. Two modules with the same output have the loss of one."""
     deep = dataclasses.replace(MODEL, num_nextn_predict_layers=2)
-    model = Transformer(deep).init_weights(torch.Generator().manual_seed(0))
+    model = Transformer(deep).init_weights(0)
     batch = torch.randint(0, 67, (2, 12 + 3))
     found = losses(model, batch, mtp_weight=0.3)
     hidden, _ = model.hidden(batch[:, :12])
