@@ -81,6 +81,7 @@ def build(root: Path) -> None:
         write(root / name / "tokenizer_config.json", config)
         special = {key: tokenizer[key] for key in ("bos_token", "eos_token") if tokenizer.get(key)}
         write(root / name / "special_tokens_map.json", special)
+        (root / name / "chat_template.jinja").write_text("{{ messages[0].content }}é", encoding="utf-8")
         generation = {"eos_token_id": [1, 2], "bos_token_id": 0, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
         more = {"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "max_new_tokens": 4}
         write(root / name / "generation_config.json", generation | more)
@@ -140,7 +141,7 @@ def toml(path: Path) -> None:
 # folder, file in it ("" for the folder itself being the file), what opens it, and what is given to that
 TARGETS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     *(("whole", name, serve) for name in ("config.json", "generation_config.json", "tokenizer_config.json",
-      "special_tokens_map.json", "tokenizer.json", "model.safetensors", "mtp.safetensors")),
+      "special_tokens_map.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "mtp.safetensors")),
     ("whole", "config.json", info), ("sharded", "model.safetensors.index.json", serve), ("fp8", "config.json", serve),
     ("fp8", "model.safetensors", serve), ("shards", "manifest.json", dataset), ("shards", "token_bytes.npy", dataset),
     ("shards", "00000.train.ends", dataset), ("shards", "00000.train.bin", dataset), ("shards", "tokenizer.json", dataset),
@@ -207,7 +208,7 @@ def raw(content: bytes, rng: random.Random) -> bytes:
 def mangle(path: Path, rng: random.Random) -> str:
     """Change the file; returns what was done."""
     content = path.read_bytes()
-    if rng.random() < 0.15 or path.suffix in (".npy", ".bin", ".ends"):
+    if rng.random() < 0.15 or path.suffix in (".npy", ".bin", ".ends", ".jinja"):
         if rng.random() < 0.1:
             path.unlink()
             os.mkfifo(path)

@@ -22,6 +22,7 @@ from leanseek.checkpoint.blocks import as_bf16, as_fp8
 from leanseek.checkpoint.files import Lazy, atomic_folder, write_json
 from leanseek.checkpoint.hf import described, write_weights
 from leanseek.config import ModelConfig
+from leanseek.errors import InputError
 from leanseek.model import Transformer
 
 STD = 0.02
@@ -40,7 +41,7 @@ def random_model(preset: str, format: Literal["fp8", "bf16", "fp32"], root: Path
     format) wherever it is made. The folder appears whole or not at all, and what a killed process left is removed.
 
     Raises:
-        ConfigError: there is no such preset.
+        InputError: there is no such preset, or nothing can be written under `root`.
     """
     config = ModelConfig.preset(preset)
     described_by = json.dumps([config.to_dict(), STD], sort_keys=True)
@@ -59,8 +60,14 @@ def random_model(preset: str, format: Literal["fp8", "bf16", "fp32"], root: Path
 @contextlib.contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
     """One process at a time; the system lets go of the lock when its holder dies."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / f".{name}.lock", "w", encoding="utf-8") as file:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / f".{name}.lock", "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(
+            f"{root}, where models to measure are kept, cannot be written: {error.strerror}; set XDG_CACHE_HOME"
+        ) from None
+    with lock as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -47,6 +47,11 @@ def main() -> None:
         locale = f"the locale's encoding ({error.encoding}) cannot write the name {name!r}; set PYTHONUTF8=1"
         terminal.report(InputError(locale))
         sys.exit(2)
+    except FileNotFoundError as error:
+        if "usable temporary directory" not in str(error):
+            raise
+        terminal.report(InputError(f"{error.strerror}: set TMPDIR to a folder that can be written"))
+        sys.exit(2)
     except RunError as error:
         terminal.report(error)
         sys.exit(1)

@@ -23,8 +23,8 @@ HELP = "/system TEXT sets the system prompt, /reset starts anew, /exit ends; Ctr
 
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face folder or a run")],
-    max_tokens: Annotated[int | None, typer.Option(help="tokens of an answer  [default: no limit]")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy  [default: the model's, else 0.8]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="tokens of an answer  (default: no limit)")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy  (default: the model's, else 0.8)")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed and words give the same answers")] = None,
     threads: Threads = None,
     allow_links: AllowLinks = False,
@@ -68,6 +68,9 @@ def chat(
                 answer, figures = _answer(llm, template, [*messages, said], params)
             except InputError as error:  # the conversation outgrew the context, or the template refuses it
                 console.print(shorten(str(error), 1000), style="red", markup=False)
+                continue
+            except KeyboardInterrupt:  # while the prompt is made, or at the answer's very end: as if it were not said
+                console.print("\nstopped", style="dim")
                 continue
             messages += [said, {"role": "assistant", "content": answer}]
             console.print(figures, style="dim")

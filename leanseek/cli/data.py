@@ -27,7 +27,7 @@ def prepare(
     train_tokenizer: Annotated[int | None, typer.Option(metavar="VOCAB", help="train one of this size")] = None,
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = 0.05,
     seed: Annotated[int, typer.Option(help="of the validation split")] = 0,
-    workers: Annotated[int | None, typer.Option(help="processes  [default: one for each CPU that may be used]")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes  (default: one for each CPU that may be used)")] = None,
     follow_links: Annotated[bool, typer.Option("--follow-links", help="read what links in folders point to")] = False,
     max_document: Annotated[int, typer.Option(metavar="MiB", help="the most a row or a line may have")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,

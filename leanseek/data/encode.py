@@ -64,7 +64,7 @@ class Encoders:
 
     def __init__(self, workers: int, folder: Path, fraction: float, seed: int):
         self.settings = json.dumps([str(folder), fraction, seed]).encode()
-        self.log = tempfile.TemporaryFile()  # what the processes say; the end of it explains a death  # noqa: SIM115
+        self.log = tempfile.TemporaryFile(dir=folder)  # what the processes say; the end of it explains a death  # noqa: SIM115
         self.pool = ThreadPoolExecutor(workers)
         self.idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self.children: list[subprocess.Popen[bytes]] = []

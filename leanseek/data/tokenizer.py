@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from leanseek.data.formats import DataError, pieces
 from leanseek.reading import read_optional_json
-from leanseek.tokens import BOS, CONFIG, EOS, GENERATION, MAP, PAD, open_tokenizer, special_tokens
+from leanseek.tokens import BOS, CONFIG, EOS, GENERATION, MAP, PAD, around, open_tokenizer, special_tokens
 
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 SPECIAL = (BOS, EOS, PAD, *FIM)
@@ -94,12 +94,26 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, given: Path | None = None
             config[key] = tokenizer.id_to_token(token)
     if config.pop("auto_map", None) is not None or "tokenizer_class" not in config:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if list(special.leading) != around(tokenizer)[0]:
+        tokenizer = _beginning_with(tokenizer, special.leading[0])
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write(folder / CONFIG, config)
     if len(special.eos) > 1:
         _write(folder / GENERATION, {"eos_token_id": list(special.eos)})
     if TEMPLATE in files:
         shutil.copyfile(files[TEMPLATE], folder / TEMPLATE)
+
+
+def _beginning_with(tokenizer: Tokenizer, token: int) -> Tokenizer:
+    """The tokenizer, putting `token` before a text by its own post-processor: transformers 5 does not heed
+    `add_bos_token` where a class of its own would have done so, and the model was trained with the token."""
+    spec, name = json.loads(tokenizer.to_str()), tokenizer.id_to_token(token)
+    first, a, b = {"SpecialToken": {"id": name, "type_id": 0}}, *({"Sequence": {"id": i, "type_id": 0}} for i in "AB")
+    named = {name: {"id": name, "ids": [token], "tokens": [name]}}
+    step = {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b], "special_tokens": named}
+    before = [spec["post_processor"]] if spec["post_processor"] else []
+    spec["post_processor"] = {"type": "Sequence", "processors": [*before, step]} if before else step
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 def _write(path: Path, value: dict[str, object]) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import logging
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -116,6 +117,9 @@ class RunConfig:
         for key, value in _numbers(self):
             if not math.isfinite(value):
                 raise ConfigError(f"{key} = {shorten(repr(value))} must be a finite number")
+            if value and not _TINY <= abs(value) <= _HUGE:
+                what = "0" if abs(value) < _TINY else "infinite"
+                raise ConfigError(f"{key} = {value!r} is {what} in float32; use 1.2e-38 to 3.4e38")
         if self.schedule.warmup_steps < 0:
             warmup = _warmup(self.train.steps, self.schedule.decay_start)
             object.__setattr__(self, "schedule", dataclasses.replace(self.schedule, warmup_steps=warmup))
@@ -210,8 +214,19 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("schedule.warmup_steps", lambda v: v >= -1, "must not be negative (-1: by the length of the run)"),
     ("train.seed", lambda v: v < 2**63, "must be below 2^63"),
+    (
+        "train.steps train.log_every train.eval_every train.eval_sequences checkpoint.every checkpoint.keep_last "
+        "checkpoint.keep_every data.seq_len schedule.warmup_steps",
+        lambda v: v < 2**31,
+        "must be below 2^31",
+    ),
+    ("train.batch_size train.micro_batch_size", lambda v: v <= 2**20, "must be at most 1,048,576 sequences"),
+    (
+        "train.device",
+        lambda v: re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", v) is not None,
+        "is not one of auto, cpu, cuda, cuda:0, cuda:1 ...",
+    ),
     ("optimizer.lr optimizer.eps optimizer.clip", lambda v: v > 0, "must be positive"),
-    ("optimizer.eps", lambda v: v >= 2**-126, "is 0 in float32; use at least 1.2e-38"),
     (
         "train.ramp data.fim_rate schedule.decay_start schedule.decay_end schedule.last_start balance.bias_freeze "
         "balance.bias_update_decay mtp.late_start",
@@ -230,6 +245,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 _V3_WARMUP = 2000  # steps (4.2)
+_TINY, _HUGE = 2.0**-126, 2.0**128 * (1 - 2**-24)  # of float32, in which all of it is computed
 
 
 def _warmup(steps: int, decay_start: float) -> int:
@@ -261,6 +277,11 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
     ):
         if value > peak:
             yield f"{low} = {value} is above {high} = {peak}, so the rate would rise where it is to fall; lower {low}"
+    if o.lr * o.weight_decay >= 1:
+        yield (
+            f"optimizer.lr = {o.lr} times optimizer.weight_decay = {o.weight_decay} is 1 or more: each step "
+            "would turn the sign of every weight; lower one of them"
+        )
     if t.batch_size_start > t.batch_size:
         yield f"train.batch_size_start = {t.batch_size_start} is above train.batch_size = {t.batch_size}"
     if t.batch_size_start and not t.ramp:

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -172,10 +173,14 @@ def _begin(run: RunConfig, folder: Path) -> _Start:
 
 def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
     if not (folder / "config.toml").is_file():
+        if all(p.name.startswith(".") for p in folder.iterdir()):  # killed before its first file
+            return _begin(run, folder)
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
     before = RunConfig.load(str(folder / "config.toml"), [])
     if before.model != run.model:
-        raise ConfigError(f"[model] is not the one of {folder / 'config.toml'}; a run keeps its network")
+        pairs = ((f.name, getattr(before.model, f.name), getattr(run.model, f.name)) for f in fields(before.model))
+        key, was, now = next((key, was, now) for key, was, now in pairs if was != now)
+        raise ConfigError(f"model.{key} = {now!r}, but {folder} has {was!r}; a run keeps its network")
     found, broken = newest_checkpoint(folder)
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")

@@ -166,3 +166,10 @@ def test_doctor_names_the_weights_that_are_no_numbers(
     assert found.pop("model.norm.weight") == 2
     ((name, count),) = found.items()  # of FP8, the block's scale or its codes
     assert name.startswith("model.layers.0.self_attn.o_proj.weight") and count >= 1
+
+
+@pytest.mark.parametrize("command", ["data prepare", "serve", "chat", "generate"])
+def test_help_shows_what_an_option_is_when_left_away(command: str) -> None:
+    """rich takes a word in brackets for a style, and swallows it."""
+    done = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})
+    assert "(default: " in done.output

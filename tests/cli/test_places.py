@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -290,3 +291,41 @@ def test_a_place_that_cannot_be_written_is_one_line(
     monkeypatch.setattr(Path, "mkdir", read_only)
     with pytest.raises(InputError, match="Read-only file system"):
         app(arguments, standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["data", "fetch", "shakespeare", "--out", "new"], ["bench", "serve", "--preset", "bench-30m"]]
+)
+def test_a_cache_or_a_corpus_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def read_only(self: Path, *_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(InputError, match=r"cannot be written.*Read-only file system"):
+        app(arguments, standalone_mode=False)
+
+
+def test_text_is_prepared_without_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text("a b c\n\nd e f", encoding="utf-8")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    prepare([tmp_path / "text.txt"], tmp_path / "out", train_vocab=270, workers=1)
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith((".", "tmp"))]
+
+
+def test_a_missing_temporary_folder_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr(cli, "app", tempfile.gettempdir)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "set TMPDIR" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "app", Path("/nowhere/x").read_bytes)
+    with pytest.raises(FileNotFoundError):  # a failure of ours
+        cli.main()

@@ -16,6 +16,7 @@ from leanseek import LLM, InputError, SamplingParams, checkpoint
 from leanseek.data.loader import TokenDataset
 from leanseek.data.prepare import prepare
 from leanseek.data.tokenizer import load_tokenizer
+from leanseek.engine import Tokenizer
 from leanseek.training import RunConfig, train
 
 TEXTS = [f"the king {i} shall speak of war and of honour" for i in range(60)]
@@ -227,3 +228,26 @@ def test_a_long_run_of_one_character_trains_and_encodes(tmp_path: Path) -> None:
     held = TokenDataset(tmp_path / "out", "validation", 16)
     total = sum(int(sizes[shard].sum()) for shard in (*data.shards, *held.shards))
     assert total == 70_000
+
+
+@pytest.mark.parametrize("class_name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("stored", [None, "byte level", "template"])
+def test_transformers_begins_a_text_as_the_documents_began(
+    given: Path, tmp_path: Path, class_name: str, stored: str | None
+) -> None:
+    """`add_bos_token` is heeded by classes of transformers 4; what is prepared says it in the tokenizer.json."""
+    transformers = pytest.importorskip("transformers")
+    inner = tokenizers.Tokenizer.from_file(str(given / "tokenizer.json"))
+    if stored == "byte level":
+        inner.post_processor = processors.ByteLevel(trim_offsets=False)
+    elif stored == "template":
+        inner.post_processor = processors.TemplateProcessing(single="<|go|> $A", special_tokens=[("<|go|>", 0)])
+    inner.save(str(given / "tokenizer.json"))
+    named = {"bos_token": "<|go|>", "eos_token": "<|stop|>", "add_bos_token": True, "tokenizer_class": class_name}
+    (given / "tokenizer_config.json").write_text(json.dumps(named))
+    prepare([tmp_path / "text.jsonl"], tmp_path / "out", tokenizer=given, workers=1, validation_fraction=0.0)
+    document = np.fromfile(tmp_path / "out/00000.train.bin", np.uint16)[:-1].tolist()
+    first = document[: document.index(2)]  # up to the end token of the first document
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert first[0] == 0 and first.count(0) == 1
+    assert theirs(TEXTS[0])["input_ids"] == first == Tokenizer(tmp_path / "out").encode(TEXTS[0])

@@ -23,7 +23,7 @@ from leanseek import LLM, SamplingParams, Transformer, checkpoint
 from leanseek.cli import chat, generate
 from leanseek.engine import EngineError, Guide, Tokenizer
 from leanseek.errors import InputError
-from leanseek.server.templates import template_of
+from leanseek.server.templates import ChatTemplate, template_of
 
 SMALL = {"cache_gib": 0.001}
 
@@ -345,6 +345,28 @@ def test_chat_interrupted_before_the_first_token(folder: Path, llm: LLM, monkeyp
     monkeypatch.setattr(llm.engine, "step", interrupt)
     answer, figures = chat._answer(llm, template, [{"role": "user", "content": "hi"}], SamplingParams())
     assert answer == "" and re.fullmatch(r"stopped after \d+\.\d\d s, before the first token", figures)
+
+
+def test_chat_survives_an_interrupt_wherever_it_comes(
+    command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the template renders, and while the text is encoded: the next line is answered."""
+    places = iter([(ChatTemplate, "render"), (Tokenizer, "encode")])
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        interrupting.undo()
+        raise KeyboardInterrupt
+
+    def read() -> str | None:
+        if place := next(places, None):
+            interrupting.setattr(*place, interrupt)
+        return next(lines, None)
+
+    interrupting, lines = pytest.MonkeyPatch(), iter(["one", "two", "three"])
+    monkeypatch.setattr(chat, "_read", read)
+    result = command("chat", str(folder), "--max-tokens", "2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("stopped\n") == 2 and result.stdout.count("tokens/s") == 1
 
 
 def test_chat_keeps_the_conversation(command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

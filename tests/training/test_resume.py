@@ -240,10 +240,22 @@ def test_a_checkpoint_is_a_model_folder(whole: Path) -> None:
 def test_a_run_is_not_overwritten_and_keeps_its_network(finished: Path, go: Callable[..., Summary]) -> None:
     with pytest.raises(ValueError, match="continue it with --resume"):
         go()
-    with pytest.raises(ValueError, match="a run keeps its network"):
-        go("model.hidden_size=64", resume=True)
+    for changed in ("hidden_size=64", "rope_theta=5000.0", "eos_token_id=[1, 2]"):
+        key = changed.partition("=")[0]
+        with pytest.raises(ValueError, match=rf"model\.{key} = .*, but .* has .*; a run keeps its network"):
+            go(f"model.{changed}", resume=True)
     with pytest.raises(ValueError, match="holds no run to resume"):
         go("name=other", resume=True)
+
+
+def test_resume_begins_a_run_that_was_killed_before_its_first_file(
+    tmp_path: Path, whole: Path, go: Callable[..., Summary]
+) -> None:
+    (tmp_path / "run").mkdir()
+    for left in (".lock", ".config.toml.partial"):
+        (tmp_path / "run" / left).write_text("")
+    go(resume=True)
+    assert history(tmp_path / "run") == history(whole)
 
 
 def test_resuming_a_finished_run_changes_nothing(finished: Path, whole: Path, go: Callable[..., Summary]) -> None:
