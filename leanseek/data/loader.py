@@ -55,8 +55,8 @@ class TokenDataset:
         total = sum(map(len, self.shards))
         if split == "train" and total < seq_len + lookahead:
             raise DataError(
-                f"{folder} has {total} train tokens, fewer than the {seq_len + lookahead} of one window; prepare more text "
-                "or lower seq_len"
+                f"{folder} has {total} train tokens, fewer than the {seq_len + lookahead} of one window; prepare more "
+                "text or lower seq_len"
             )
         self.seq_len = min(seq_len, max(total - lookahead, 1))
         self.starts, self.ends, self.shard_of = map(np.concatenate, (starts, ends, shard_of))

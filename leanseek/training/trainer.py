@@ -63,7 +63,7 @@ class Trainer:
         self.ema = EMA(self.model, run.optimizer.ema) if run.optimizer.ema else None
 
     def step(self, tokens: Tensor, step: int) -> StepResult:
-        """Train on tokens [B, T + lookahead]; `step` counts from 0 and sets the schedules. Waits once for the device."""
+        """Train on tokens [B, T + lookahead]; `step` counts from 0 and sets the schedules. Waits for the device."""
         run = self.run
         tokens = tokens.to(self.device)
         counts: dict[int, Tensor] = {}
