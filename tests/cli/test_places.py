@@ -314,7 +314,7 @@ def test_text_is_prepared_without_a_temporary_folder(tmp_path: Path, monkeypatch
     (tmp_path / "text.txt").write_text("a b c\n\nd e f", encoding="utf-8")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     prepare([tmp_path / "text.txt"], tmp_path / "out", train_vocab=270, workers=1)
-    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith("tmp")]
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith((".", "tmp")) and p.name != ".lock"]
 
 
 def test_a_missing_temporary_folder_is_one_line(
