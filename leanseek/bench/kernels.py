@@ -115,7 +115,7 @@ def _shapes(size: int) -> list[tuple[int, int, int]]:
 
 
 def _gpu_cases(size: int, device: torch.device) -> Iterator[list[Case]]:
-    from leanseek.gpu import refusal
+    from leanseek.gpu.device import refusal
 
     draw = functools.partial(torch.randn, dtype=torch.bfloat16, device=device)
     if reason := refusal(device):

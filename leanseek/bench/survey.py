@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanseek import gpu, native
+from leanseek import native
+from leanseek.gpu.device import refusal
 from leanseek.machine.device import multiplies
 from leanseek.ops.dispatch import OPS
 from leanseek.ops.weights import FP8_BLOCKS, QuantizedWeight, StoredWeight
@@ -39,7 +40,7 @@ class Path(NamedTuple):
 @torch.no_grad()
 def survey(device: torch.device) -> list[Path]:
     """Every op, in each use that is made of it and the kinds of operands that it takes."""
-    usable = {"gpu"} if not gpu.refusal(device) else {"native"} if device.type == "cpu" else set()
+    usable = {"gpu"} if not refusal(device) else {"native"} if device.type == "cpu" else set()
     found = []
     for use, ops in (("training", TRAINING), ("loading", LOADING), ("serving", SERVING)):
         serving = use == "serving"
@@ -64,12 +65,12 @@ def reasons(device: torch.device) -> dict[str, str]:
             found["native kernels"] = native.status().detail
         if not multiplies(torch.bfloat16):
             found["bfloat16 products"] = "oneDNN has none for this CPU: torch multiplies in float32 and rounds once"
-    if refusal := gpu.refusal(device):
-        found["GPU kernels"] = refusal
+    if why := refusal(device):
+        found["GPU kernels"] = why
     else:
         from leanseek.gpu import paths  # imports triton
 
-        found |= {f"FP8 by {what}": why for what, why in paths.status(device).items() if why != "runs"}
+        found |= {f"FP8 by {what}": said for what, said in paths.status(device).items() if said != "runs"}
     return found
 
 

@@ -22,13 +22,13 @@ avx...: native kernels; gpu: GPU kernels; torch: the references.
 
 def examine() -> dict[str, Any]:
     """Versions, hardware, limits measured now, and the implementation of each op."""
-    import psutil
     import torch
 
     from leanseek import native
     from leanseek.bench import survey
     from leanseek.machine import numa
     from leanseek.machine.device import default_device, multiplies, preferred_dtype
+    from leanseek.machine.memory import memory
     from leanseek.machine.probes import gemm_rate
     from leanseek.machine.threads import cpus, quota, waiting
     from leanseek.native import panels
@@ -43,7 +43,7 @@ def examine() -> dict[str, Any]:
         "cpus": cpus(),
         "cpu_quota": None if math.isinf(quota()) else quota(),
         "waiting": waiting(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": memory("cpu"),
         "memory_nodes": numa.placement(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_in_hardware": preferred_dtype(device) == torch.bfloat16,
@@ -103,7 +103,7 @@ def doctor(
     rates = ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in found["gemm_flops"].items())
     why = "multiplied in hardware" if found["bf16_in_hardware"] else "emulated here, so float32 is faster"
     print(f"python {found['python']}, torch {found['torch']}, {found['device']}, {found['threads']} threads")
-    print(f"memory: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
+    print(f"memory that may be used: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
     limit = "no quota" if found["cpu_quota"] is None else f"a quota of {found['cpu_quota']:.4g}"
     print(f"CPUs that may be used: {found['cpus']} ({limit}); a thread without work: {found['waiting']}")
     print(f"memory nodes: {found['memory_nodes']}")
