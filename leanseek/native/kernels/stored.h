@@ -3,7 +3,7 @@
 // A panel holds, for each pair of columns (2p, 2p + 1), its 64 rows' two values side by side: what a BF16 dot product
 // takes against one broadcast pair of x. Its bytes are read from end to end whatever the number of rows of x. In vectors
 // of 8-bit codes the rows stand in the order in which interleaving the low and high bytes of their BF16 spreads them.
-// leanseek/ops/packed.py makes the rows and scales of a panel, panel.h multiplies.
+// leanseek/native/panels.py makes the rows and scales of a panel, panel.h multiplies.
 #pragma once
 #include "kernels.h"
 
