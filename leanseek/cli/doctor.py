@@ -14,17 +14,9 @@ from leanseek.cli.terminal import spelled
 from leanseek.errors import InputError
 
 KINDS = ("float32", "bfloat16", "fp8 weights")
-# what it means where no kernel computes them
-NO_KERNEL = {
-    "stack_step": "op by op",
-    "pack_panels": "as stored",
-    "packed_linear": "see linear",
-    "packed_experts": "see experts",
-}
 LEGEND = """
 Any number of rows, where none is named.
 avx...: native kernels; gpu: GPU kernels; torch: the references.
-In serving, ops that stack_step computes as one call are not asked one by one.
 -: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
 
 
@@ -39,6 +31,7 @@ def examine() -> dict[str, Any]:
     from leanseek.machine.device import default_device, multiplies, preferred_dtype
     from leanseek.machine.probes import gemm_rate
     from leanseek.machine.threads import cpus, quota, waiting
+    from leanseek.native import panels
 
     device = default_device()
     kernels = native.status()
@@ -68,6 +61,7 @@ def examine() -> dict[str, Any]:
             }
             for p in survey.survey(device)
         ],
+        "steps": panels.refusal() or "packed weights",
         "why_not_faster": survey.reasons(device),
     }  # fmt: skip
 
@@ -121,13 +115,15 @@ def doctor(
         for op in dict.fromkeys(p["op"] for p in paths):
             cells = {p["operands"]: _cell(p, found["kernels"]["variant"]) for p in paths if p["op"] == op}
             print(f"  {op:24}" + "".join(f"{cells.get(kind, '-'):22}" for kind in KINDS).rstrip())
+    steps = found["steps"]
+    print(f"\na served step: {'one native call over ' + steps if steps == 'packed weights' else f'op by op ({steps})'}")
     print(LEGEND)
     for what, why in found["why_not_faster"].items():
         print(f"no {what}: {why}")
 
 
 def _cell(path: dict[str, Any], variant: str | None) -> str:
-    names = {"native": variant or "native", "torch": NO_KERNEL.get(path["op"], "torch")}
+    names = {"native": variant or "native", "torch": "torch"}
     by_rows = {rows: names.get(backend, backend) for rows, backend in path["rows"].items()}
     one, many = by_rows.values()
     notes = "*" * path["declined"] + "+" * path["widened"]

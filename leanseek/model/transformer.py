@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.block import Block
-from leanseek.model.layers import Embedding, Head, RMSNorm, next_token_loss, release_weights
+from leanseek.model.layers import Embedding, Head, RMSNorm, next_token_loss
 from leanseek.model.moe import Route
 from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import Rotary
@@ -78,9 +78,6 @@ class Transformer(nn.Module):
             self.lm_head = None if tied else Head(config.hidden_size, config.vocab_size, device, dtype)
         self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype) for k in range(depths))
         self.rotary = Rotary(config, device)
-        self._packed_head: ops.Packed | None = None
-        # planned by `freeze`: the main network, then each MTP module by its depth
-        self._stacks: list[ops.StackWeights | None] = [None] * (1 + len(self.mtp))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> Transformer:
@@ -106,23 +103,15 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[vocab_size, D]: the output head, which is the embedding when tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.embed_tokens.weight if self.lm_head is None else cast(Tensor, self.lm_head.weight)
 
     def head(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """hidden [..., D] after the final norm -> logits [..., vocab_size]; with targets [...] int64 their mean
         loss, a float32 scalar."""
-        if self._packed_head is not None:
-            return ops.packed_linear(hidden, self._packed_head)
         if self.lm_head is not None:
             return self.lm_head(hidden, targets)
         weight = self.embed_tokens.weight
         return ops.linear(hidden, weight) if targets is None else next_token_loss(hidden, weight, targets)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """As `head`, in float32 [..., vocab_size]: not rounded on the way where the head is packed."""
-        if self._packed_head is not None:
-            return ops.packed_linear(hidden, self._packed_head, torch.float32)
-        return self.head(hidden).float()
 
     def forward(
         self,
@@ -203,63 +192,12 @@ class Transformer(nn.Module):
                 routes.append(route)
         return states, routes
 
-    def quantize_head(self) -> None:
-        """The head in 8 bits with a scale a row, for serving: most of what a small model reads for a token."""
-        self.set_head(*ops.quantize_rows(self.head_weight.data))
-
-    def set_head(self, codes: Tensor, scale: Tensor) -> None:
-        """A head in 8 bits: codes [vocab_size, D] uint8, scale [vocab_size] float32."""
-        self.lm_head = Head(codes.shape[1], codes.shape[0], "meta", self.embed_tokens.weight.dtype)
-        self.lm_head.weight = torch.nn.Parameter(codes, requires_grad=False)
-        self.lm_head.weight_scale_inv = scale
-
-    def freeze(self, place: ops.Place = ops.Place.APART) -> None:
-        """For serving: from now on a step multiplies packed copies of the weights, all of it as one planned call.
-
-        The weights must not change any more. Unless packed apart the originals' memory is theirs, and only `step`,
-        `step_ahead`, `head` and `logits` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
-        """
-        if self._packed_head is not None:
-            return
-        blocks = [cast(Block, block).freeze(place) for block in self.layers]
-        self._stacks[0] = self._planned(blocks, self.norm)
-        for depth, module in enumerate(self.mtp, start=1):
-            if (frozen := cast(MTPModule, module).freeze(place)) is not None:
-                self._stacks[depth] = self._planned([frozen[1]], cast(RMSNorm, module.norm), frozen[0])
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        if ops.can_pack(head.weight):
-            own = place if self.lm_head is not None else ops.Place.APART
-            self._packed_head = ops.pack(head.weight.data, getattr(head, "weight_scale_inv", None), own)
-            if own is not ops.Place.APART and self.lm_head is not None:
-                release_weights(self.lm_head)
-
-    def _planned(
-        self, blocks: list[ops.BlockWeights | None], norm: RMSNorm, join: ops.Join | None = None
-    ) -> ops.StackWeights | None:
-        packed = tuple(block for block in blocks if block is not None)
-        if len(packed) < len(blocks):
-            return None
-        rotary = self.rotary
-        return ops.StackWeights(
-            self.embed_tokens.weight.data, rotary.inv_freq, rotary.scale, join, packed, norm.stored()
-        )
-
-    def _run_planned(
-        self, depth: int, tokens: Tensor, hidden: Tensor | None, cache: Tensor, index: ops.CacheIndex
-    ) -> Tensor | None:
-        """As ops.stack_step; None also where `freeze` has planned nothing."""
-        stack = self._stacks[depth]
-        return None if stack is None else ops.stack_step(stack, tokens, hidden, cache, index)
-
     def step(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """New tokens of several sequences at once: tokens [N] -> hidden [N, D] after the final norm.
 
         cache [num_hidden_layers (+ D), slots, cache_width] is read and written in place; MTP modules use the layers
         after the main model's.
         """
-        planned = self._run_planned(0, tokens, None, cache, index)
-        if planned is not None:
-            return planned
         x = self.embed(tokens)
         cos, sin = self.rotary(index.positions)
         for block, layer_cache in zip(self.layers, cache, strict=False):
@@ -268,11 +206,7 @@ class Transformer(nn.Module):
 
     def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """MTP module `depth` (from 1) in serving: hidden [N, D] of depth - 1, the tokens [N] after them -> [N, D]."""
-        layer = self.config.num_hidden_layers + depth - 1
-        planned = self._run_planned(depth, tokens, hidden, cache[layer:], index)
-        if planned is not None:
-            return planned
         cos, sin = self.rotary(index.positions)
-        layer_cache = cache[layer]
+        layer_cache = cache[self.config.num_hidden_layers + depth - 1]
         module = cast(MTPModule, self.mtp[depth - 1])
         return module.step(self.embed(tokens), hidden, cos, sin, layer_cache, index)

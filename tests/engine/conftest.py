@@ -9,7 +9,9 @@ import tokenizers
 import torch
 
 from leanseek import ModelConfig, Transformer
+from leanseek.backends import backend_of
 from leanseek.engine import Engine, Request, SamplingParams, Tokenizer
+from leanseek.ops import sampling
 
 VOCAB = 320
 
@@ -104,7 +106,7 @@ def cache_gib() -> Callable[[int], float]:
 def make_engine(cache_gib: Callable[[int], float]) -> Callable[..., Engine]:
     """make_engine(model, **options) with a cache of 3,000 tokens, so that checking the books is quick."""
     return lambda model, tokenizer=None, **options: Engine(
-        model, tokenizer, **{"cache_gib": cache_gib(3000), "seed": 0} | options
+        backend_of(model), tokenizer, **{"cache_gib": cache_gib(3000), "seed": 0} | options
     )
 
 
@@ -124,5 +126,43 @@ def serve() -> Callable[..., list[list[int]]]:
                 tokens[delta.request_id, delta.index] += delta.token_ids
             engine.check_invariants()
         return list(tokens.values())
+
+    return run
+
+
+@pytest.fixture
+def in_crowds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's form samples rows one by one, for the sake of their bits; a distribution does not ask for that."""
+    monkeypatch.setattr(sampling, "CPU_ROWS", 1000)
+
+
+Answer = tuple[list[int], list[tuple[float, list[tuple[int, float]]]]]
+
+
+@pytest.fixture(scope="session")
+def answers() -> Callable[..., dict[str, Answer]]:
+    """answers(engine, prompts by name, params, stagger=0): tokens and exact logprobs of each request.
+
+    With `stagger`, a request arrives every so many steps.
+    """
+
+    def run(
+        engine: Engine, prompts: dict[str, list[int]], params: SamplingParams, stagger: int = 0
+    ) -> dict[str, Answer]:
+        found: dict[str, Answer] = {name: ([], []) for name in prompts}
+        waiting = [Request(name, prompt, params) for name, prompt in prompts.items()]
+        step = 0
+        while waiting or engine.has_work():
+            while waiting and (not stagger or step % stagger == 0):
+                engine.add(waiting.pop(0))
+                if stagger:
+                    break
+            for delta in engine.step():
+                assert delta.error is None, delta.error
+                tokens, scores = found[delta.request_id]
+                tokens += delta.token_ids
+                scores += [(entry.logprob, entry.top) for entry in delta.logprobs or []]
+            step += 1
+        return found
 
     return run
