@@ -14,7 +14,7 @@ from leanseek.cli.terminal import spelled
 from leanseek.errors import InputError
 
 KINDS = ("float32", "bfloat16", "fp8 weights")
-# what it means where no kernel computes them
+# What happens if no kernel computes these ops.
 NO_KERNEL = {
     "stack_step": "op by op",
     "pack_panels": "as stored",
@@ -22,14 +22,14 @@ NO_KERNEL = {
     "packed_experts": "see experts",
 }
 LEGEND = """
-Any number of rows, where none is named.
+An entry holds for any number of rows unless it names one.
 avx...: native kernels; gpu: GPU kernels; torch: the references.
-In serving, ops that stack_step computes as one call are not asked one by one.
--: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
+In serving, stack_step computes several ops in one call; these are then not called one by one.
+-: never called this way   *: the faster path does not take these operands   +: widened to float32"""
 
 
 def examine() -> dict[str, Any]:
-    """Versions, hardware, limits measured now, and the implementation of each op."""
+    """Versions, hardware, freshly measured limits, and the implementation of each op."""
     import psutil
     import torch
 
@@ -73,7 +73,7 @@ def examine() -> dict[str, Any]:
 
 
 def examine_weights(model: str, allow_links: bool) -> dict[str, Any]:
-    """How many tensors a model's folder holds, and, by name, how many values of them are NaN or infinity."""
+    """The number of tensors in a model's folder, and by name how many values are NaN or infinity."""
     from leanseek import checkpoint
     from leanseek.checkpoint.finite import Census
 
@@ -111,7 +111,7 @@ def doctor(
     print(f"python {found['python']}, torch {found['torch']}, {found['device']}, {found['threads']} threads")
     print(f"memory: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
     limit = "no quota" if found["cpu_quota"] is None else f"a quota of {found['cpu_quota']:.4g}"
-    print(f"CPUs that may be used: {found['cpus']} ({limit}); a thread without work: {found['waiting']}")
+    print(f"usable CPUs: {found['cpus']} ({limit}); idle threads: {found['waiting']}")
     print(f"memory nodes: {found['memory_nodes']}")
     print(f"training dtype: {found['training_dtype']} (bfloat16 is {why})")
     print(f"kernels: {found['kernels']['variant'] or 'none'}: {found['kernels']['detail']}")
