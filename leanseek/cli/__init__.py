@@ -11,7 +11,7 @@ from leanseek.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
     name="leanseek",
-    help="DeepSeek-V3, whole and open: train it, read its checkpoints, serve it.",
+    help="A complete, open DeepSeek-V3: train it, read its checkpoints, serve it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
