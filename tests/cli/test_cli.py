@@ -56,7 +56,7 @@ def test_doctor_names_a_path_for_every_op(monkeypatch: pytest.MonkeyPatch, capsy
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines()[6:])) <= 100  # the table of ops fits a terminal
     assert found["kernels"]["detail"] and found["cpus"] >= 1
-    assert f"a thread without work: {found['waiting']}" in text
+    assert f"idle threads: {found['waiting']}" in text
     assert re.match(r"\d+, (nothing to interleave|weights (not )?interleaved)", found["memory_nodes"])
 
 
