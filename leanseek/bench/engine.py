@@ -34,7 +34,7 @@ def bench_engine(preset: str) -> dict[str, Any]:
     """
     config, device, limits = ModelConfig.preset(preset), default_device(), machine()
     model = Transformer(config, device, torch.bfloat16).requires_grad_(False)
-    model.init_weights(torch.Generator(device).manual_seed(0))
+    model.init_weights(0)
     llm = LLM(
         Engine(backend_of(model), cache_gib=4.0, step_tokens=2048, step_seconds=60.0, speculate=0, prefix_cache=False)
     )

@@ -15,13 +15,13 @@ from leanseek.errors import InputError
 
 KINDS = ("float32", "bfloat16", "fp8 weights")
 LEGEND = """
-Any number of rows, where none is named.
+An entry holds for any number of rows unless it names one.
 avx...: native kernels; gpu: GPU kernels; torch: the references.
--: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
+-: never called this way   *: the faster path does not take these operands   +: widened to float32"""
 
 
 def examine() -> dict[str, Any]:
-    """Versions, hardware, limits measured now, and the implementation of each op."""
+    """Versions, hardware, freshly measured limits, and the implementation of each op."""
     import torch
 
     from leanseek import native
@@ -67,7 +67,7 @@ def examine() -> dict[str, Any]:
 
 
 def examine_weights(model: str, allow_links: bool) -> dict[str, Any]:
-    """How many tensors a model's folder holds, and, by name, how many values of them are NaN or infinity."""
+    """The number of tensors in a model's folder, and by name how many values are NaN or infinity."""
     from leanseek import checkpoint
     from leanseek.checkpoint.finite import Census
 
@@ -105,7 +105,7 @@ def doctor(
     print(f"python {found['python']}, torch {found['torch']}, {found['device']}, {found['threads']} threads")
     print(f"memory that may be used: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
     limit = "no quota" if found["cpu_quota"] is None else f"a quota of {found['cpu_quota']:.4g}"
-    print(f"CPUs that may be used: {found['cpus']} ({limit}); a thread without work: {found['waiting']}")
+    print(f"usable CPUs: {found['cpus']} ({limit}); idle threads: {found['waiting']}")
     print(f"memory nodes: {found['memory_nodes']}")
     print(f"training dtype: {found['training_dtype']} (bfloat16 is {why})")
     print(f"kernels: {found['kernels']['variant'] or 'none'}: {found['kernels']['detail']}")

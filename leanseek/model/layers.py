@@ -35,6 +35,21 @@ class Linear(nn.Module):
         return ops.linear(x, self.weight)
 
 
+class Head(Linear):
+    """The output head: logits, or, given targets, their loss without ever holding the logits of all tokens."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(hidden)
+        weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dense(hidden.dtype)
+        return next_token_loss(hidden, weight, targets)
+
+
+def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy, float32 scalar, of hidden [..., D], head [V, D] and targets [...] int64."""
+    return ops.linear_cross_entropy(hidden.flatten(0, -2), head, targets.flatten())
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, device: torch.device | str | None, dtype: torch.dtype):
         super().__init__()

@@ -86,7 +86,7 @@ def test_a_single_document_trains_and_a_run_goes_without_validation(tmp_path: Pa
 def test_a_validation_split_shorter_than_a_window_is_one_window(tmp_path: Path) -> None:
     path = corpus(tmp_path, [" ".join(SENTENCES), "a few words"])
     prepare([path], tmp_path / "out", train_vocab=262, workers=1, seed=next(s for s in range(99) if few_held_out(s)))
-    held_out = TokenDataset(tmp_path / "out", "validation", 64, extra=2)
+    held_out = TokenDataset(tmp_path / "out", "validation", 64, lookahead=2)
     assert held_out.seq_len < 64
     (batch,) = held_out.in_order(4)
     assert batch.tokens.shape == (1, held_out.seq_len + 2)

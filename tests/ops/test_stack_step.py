@@ -37,7 +37,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 def model_of(changes: dict[str, Any], dtype: torch.dtype = torch.float32) -> Transformer:
     config = ModelConfig.from_dict(TINY | changes)
-    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    model = Transformer(config).init_weights(0)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.linspace(-0.1, 0.1, buffer.numel()))

@@ -506,7 +506,7 @@ def test_a_run_that_was_fitted_is_the_shorter_run(
     go("train.steps=8", "schedule.warmup_steps=1", runs=tmp_path / "plain")
     assert history(tmp_path / "runs" / "run") == history(tmp_path / "plain" / "run")
     again = CliRunner().invoke(app, [*command, "--resume"])
-    assert again.exit_code and "leave it away with --resume" in str(again.exception)
+    assert again.exit_code and "leave it out with --resume" in str(again.exception)
 
 
 # ---- two at once ----
