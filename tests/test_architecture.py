@@ -23,11 +23,13 @@ ALLOWED = {
     "checkpoint": {"machine", "ops", "fp8", "model"},
     "data": {"machine"},
     "training": {"machine", "ops", "fp8", "model", "checkpoint", "data", "planning"},
-    "engine": {"machine", "ops", "model", "checkpoint"},
+    "backends": {"machine", "ops", "native", "model", "checkpoint"},
+    "engine": {"machine", "ops", "checkpoint", "backends"},
     "server": {"ops", "model", "checkpoint", "engine"},
     "evaluation": {"engine"},
     "bench": {
-        "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "engine",
+        "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",
+        "engine",
     },
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanseek import gpu
 from leanseek.fp8.products import cuts, grouped_gradient, grouped_product, product
 from leanseek.fp8.recipe import Cast
+from leanseek.gpu import device
 from leanseek.ops import Groups
 from leanseek.ops.experts import combine_rows, route_order
 from leanseek.ops.formats import TILE
@@ -129,7 +129,7 @@ class _FeedForward(torch.autograd.Function):
 
 def _inner(down: Tensor) -> int:
     """The width I as the products see it: on a GPU whole tiles, zeros at the end, so that none spans gate and up."""
-    return -(-down.shape[-1] // TILE) * TILE if not gpu.refusal(down.device) else down.shape[-1]
+    return -(-down.shape[-1] // TILE) * TILE if not device.refusal(down.device) else down.shape[-1]
 
 
 def _weights(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from leanseek import ops
@@ -13,26 +12,18 @@ from leanseek.gpu.device import implements
 from leanseek.gpu.training import takes_rows
 from leanseek.ops.dispatch import Op, Rows
 from leanseek.ops.experts import grouped_experts
+from leanseek.ops.weights import FP8_BLOCKS, QuantizedWeight, StoredWeight
 
 
-def _multiplies(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> bool:
-    """Weights of x's dtype, or FP8 with the scales of its blocks."""
+def _multiplies(x: Tensor, weight: StoredWeight) -> bool:
+    """Weights of x's dtype, or FP8 blocks."""
     if not takes_rows(x) or weight.device != x.device:
         return False
-    if scale is None:
-        return weight.dtype == x.dtype
-    return weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
+    return weight.format == FP8_BLOCKS if isinstance(weight, QuantizedWeight) else weight.dtype == x.dtype
 
 
-def _of_experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> bool:
-    return all(_multiplies(x, *pair) for pair in zip((gate_up, down), scales or (None, None), strict=True))
+def _of_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, down: StoredWeight) -> bool:
+    return _multiplies(x, gate_up) and _multiplies(x, down)
 
 
 @implements(ops.rms_norm, takes_rows, Rows.INVARIANT)

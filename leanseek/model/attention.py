@@ -93,7 +93,7 @@ class MLA(nn.Module):
     def _absorbed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_b_proj as W_UK [H, nope, kv_lora_rank] and W_UV [H, v, kv_lora_rank]."""
         c = self.config
-        weight = self.kv_b_proj.dense(dtype).unflatten(0, (c.num_attention_heads, -1))
+        weight = ops.dense(self.kv_b_proj.weight, dtype).unflatten(0, (c.num_attention_heads, -1))
         w_uk, w_uv = weight.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         return w_uk, w_uv
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from leanseek.native.library import DTYPES, Function, accepts, implements, kernel, pointers
 from leanseek.ops.experts import grouped_experts, route_order
+from leanseek.ops.weights import StoredWeight
 
 _forward = kernel("experts_forward", "nnp ppp pppp pp p")
 _backward = kernel("experts_backward", "nnp ppp pppp pp p pppp")
@@ -40,18 +41,11 @@ class _Experts(Function):
         return dx, None, dweights, dgate_up, ddown
 
 
-def _trains(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, scales: object = None) -> bool:
-    return scales is None and accepts(x, gate_up)
+def _trains(x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, down: StoredWeight) -> bool:
+    return isinstance(gate_up, Tensor) and isinstance(down, Tensor) and accepts(x, gate_up)
 
 
 @implements(grouped_experts, _trains)
-def experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     weights = weights.float().contiguous()
     return _Experts.apply(x.contiguous(), indices, weights, gate_up.contiguous(), down.contiguous())

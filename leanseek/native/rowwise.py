@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and RoPE, forward and backward, in float32 and BF16; AdamW over BF16 moments."""
+"""RMSNorm, SwiGLU and RoPE, forward and backward, in float32 and BF16; AdamW over BF16 moments; rows in 8 bits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.native.library import DTYPES, Function, accepts, implements, kernel
+from leanseek.native.library import DTYPES, Function, accepts, implements, kernel, pointers
 from leanseek.ops.adamw import AdamW
 from leanseek.ops.dispatch import Rows
+from leanseek.ops.weights import INT8_ROWS, QuantizedWeight
 
 _rms_norm = kernel("rms_norm", "n pn p pp nn f")
 _rms_norm_backward = kernel("rms_norm_backward", "n pn pp p pp nn")
@@ -16,6 +17,7 @@ _swiglu = kernel("swiglu", "n ppp n")
 _swiglu_backward = kernel("swiglu_backward", "n ppp pp n")
 _adamw = kernel("adamw", "pppp n ffffff")
 _rotate = kernel("rotate", "n pp pp n p p nn")
+_quantize_rows = kernel("quantize_rows", "np nn pp")
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,3 +143,10 @@ def adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ste
         weight.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), weight.numel(),
         rule.beta1, rule.beta2, rate, root, rule.eps, 1 - rule.lr * rule.weight_decay,
     )  # fmt: skip
+
+
+@implements(ops.quantize_rows, lambda weight: accepts(weight) and weight.is_contiguous())
+def quantize_rows(weight: Tensor) -> QuantizedWeight:
+    codes, scale = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(len(weight))
+    _quantize_rows(DTYPES[weight.dtype], weight.data_ptr(), *weight.shape, *pointers(codes, scale))
+    return QuantizedWeight(codes, scale, INT8_ROWS)

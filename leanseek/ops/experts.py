@@ -7,41 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek.ops.dispatch import op, ordinary, transformed
-from leanseek.ops.linear import dequantize_blocks
 from leanseek.ops.products import linear, multiply
+from leanseek.ops.weights import FORMATS, QuantizedWeight, StoredWeight, dense
 
 
-def experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
     """Σ_k weights[n, k] · down_e(silu(gate_e x_n) · up_e x_n) with e = indices[n, k]; [N, D] in x's dtype.
 
-    x [N, D]; indices [N, K] int64; weights [N, K] float32; gate_up [E, 2I, D] (gate rows first); down [E, D, I];
-    scales: scale_inv of FP8 gate_up and down, as in `linear`.
+    x [N, D]; indices [N, K] int64; weights [N, K] float32; gate_up [E, 2I, D] (gate rows first); down [E, D, I].
     """
     if not torch.compiler.is_compiling() and transformed():
-        return _all_experts(x, indices, weights, gate_up, down, scales)
+        return _all_experts(x, indices, weights, dense(gate_up, x.dtype), dense(down, x.dtype))
     if not ordinary(x, weights, gate_up, down):
-        return _opaque(x, indices, weights, gate_up, down, *(scales or (None, None)))
-    return grouped_experts(x, indices, weights, gate_up, down, scales)
+        (up_data, *up_rest), (down_data, *down_rest) = _flat(gate_up), _flat(down)
+        return _opaque(x, indices, weights, up_data, down_data, *up_rest, *down_rest)
+    return grouped_experts(x, indices, weights, gate_up, down)
 
 
 @op("experts")
-def grouped_experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    if scales is not None:
-        return _experts_from_blocks(x, indices, weights, gate_up, down, scales)
+def grouped_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
+    if isinstance(gate_up, QuantizedWeight) or isinstance(down, QuantizedWeight):
+        return _quantized_experts(x, indices, weights, gate_up, down)
     return _Experts.apply(x, indices, weights, gate_up.to(x.dtype), down.to(x.dtype))
 
 
@@ -60,7 +46,17 @@ def route_order(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor
 
 
 # Groups are as long as the routing makes them, which no tracer can follow: to a compiler or an exporter
-# the experts are one operator, which finds tensors with memory when it runs.
+# the experts are one operator, which finds tensors with memory when it runs. Its arguments are tensors and strings.
+
+
+def _flat(weight: StoredWeight) -> tuple[Tensor, Tensor | None, str]:
+    return (
+        (weight.data, weight.scale, weight.format.name) if isinstance(weight, QuantizedWeight) else (weight, None, "")
+    )
+
+
+def _whole(data: Tensor, scale: Tensor | None, format: str) -> StoredWeight:
+    return data if scale is None else QuantizedWeight(data, scale, FORMATS[format])
 
 
 @torch.library.custom_op("leanseek::experts", mutates_args=())
@@ -71,10 +67,12 @@ def _opaque(
     gate_up: Tensor,
     down: Tensor,
     gate_up_scale: Tensor | None,
+    gate_up_format: str,
     down_scale: Tensor | None,
+    down_format: str,
 ) -> Tensor:
-    scales = None if gate_up_scale is None or down_scale is None else (gate_up_scale, down_scale)
-    return grouped_experts(x, indices, weights, gate_up, down, scales)
+    both = _whole(gate_up, gate_up_scale, gate_up_format), _whole(down, down_scale, down_format)
+    return grouped_experts(x, indices, weights, *both)
 
 
 @torch.library.custom_op("leanseek::experts_backward", mutates_args=())
@@ -90,7 +88,7 @@ def _opaque_backward(
 
 
 @_opaque.register_fake
-def _(x: Tensor, *_: Tensor | None) -> Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -106,22 +104,18 @@ def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     x, indices, *others = ctx.saved_tensors
     dx, *rest = _opaque_backward(grad, x, indices, *others)
-    return dx, None, *rest, None, None
+    return dx, None, *rest, None, None, None, None
 
 
 _opaque.register_autograd(_gradients, setup_context=_keep)
 
 
-def _all_experts(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, scales: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def _all_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Every expert on every token, most of them times zero: nothing that a transform cannot follow."""
-    if scales is not None:
-        gate_up, down = dequantize_blocks(gate_up, scales[0]), dequantize_blocks(down, scales[1])
     share = weights.new_zeros(x.shape[0], gate_up.shape[0]).scatter(1, indices, weights)  # [N, E]
-    gate, up = torch.einsum("nd,eid->nei", x, gate_up.to(x.dtype)).chunk(2, dim=-1)
+    gate, up = torch.einsum("nd,eid->nei", x, gate_up).chunk(2, dim=-1)
     act = F.silu(gate) * up * share[..., None].to(x.dtype)
-    return torch.einsum("nei,edi->nd", act, down.to(x.dtype))
+    return torch.einsum("nei,edi->nd", act, down)
 
 
 def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -200,15 +194,14 @@ def weighted_swiglu_backward(hidden: Tensor, weight: Tensor, grad: Tensor) -> tu
     return act * weight[:, None], grad_hidden, grad_weight
 
 
-def _experts_from_blocks(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, scales: tuple[Tensor, Tensor]
+def _quantized_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, down: StoredWeight
 ) -> Tensor:
-    """FP8 experts, dequantised one at a time so that memory stays near the stored size (inference only)."""
+    """Quantised experts, dequantised one at a time so that memory stays near the stored size (inference only)."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in indices.unique().tolist():
         token, choice = (indices == expert).nonzero(as_tuple=True)
-        up_weight = dequantize_blocks(gate_up[expert], scales[0][expert], x.dtype)
-        gate, up = linear(x[token], up_weight).chunk(2, dim=-1)
+        gate, up = linear(x[token], dense(gate_up[expert], x.dtype)).chunk(2, dim=-1)
         act = F.silu(gate) * up * weights[token, choice, None].to(x.dtype)
-        out.index_add_(0, token, linear(act, dequantize_blocks(down[expert], scales[1][expert], x.dtype)).float())
+        out.index_add_(0, token, linear(act, dense(down[expert], x.dtype)).float())
     return out.to(x.dtype)

@@ -27,8 +27,8 @@ from leanseek.machine.device import onednn_linear
 from leanseek.ops.dispatch import Op, Priority, Rows
 from leanseek.ops.experts import grouped_experts, route_order
 from leanseek.ops.latent_attention import CacheIndex
-from leanseek.ops.linear import dense
 from leanseek.ops.products import wide
+from leanseek.ops.weights import StoredWeight, dense
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,8 +55,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @_invariant(ops.linear)
-def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    return _product(x.reshape(-1, x.shape[-1]), dense(weight, scale_inv, x.dtype)).view(*x.shape[:-1], weight.shape[0])
+def linear(x: Tensor, weight: StoredWeight) -> Tensor:
+    return _product(x.reshape(-1, x.shape[-1]), dense(weight, x.dtype)).view(*x.shape[:-1], weight.shape[0])
 
 
 @_invariant(ops.head_linear)
@@ -86,14 +86,7 @@ def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
 
 
 @_invariant(grouped_experts)
-def experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
     n, k = indices.shape
     order, place, ends = route_order(indices, gate_up.shape[0])
     rows = x[order // k]  # [N·K, D], an expert's rows together
@@ -102,9 +95,8 @@ def experts(
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            up_scale, down_scale = (None, None) if scales is None else (scales[0][expert], scales[1][expert])
-            gate, up = linear(rows[start:end], gate_up[expert], up_scale).chunk(2, dim=-1)
-            out[start:end] = linear(swiglu(gate, up) * weight[start:end], down[expert], down_scale)
+            gate, up = linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
+            out[start:end] = linear(swiglu(gate, up) * weight[start:end], down[expert])
         start = end
     return out[place].view(n, k, x.shape[1]).sum(1)
 

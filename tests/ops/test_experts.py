@@ -100,10 +100,12 @@ def test_fp8_blocks(n: int, form: str) -> None:
     """Experts kept as FP8 blocks compute what their dequantised weights do, sizes that 128 does not divide included."""
     width, size, experts = 160, 72, 4
     x, indices, weights, gate_up, down = problem(n, experts, 2, width, size)
-    gate_up, down = ((t * 8).to(torch.float8_e4m3fn) for t in (gate_up, down))
-    scales = (torch.rand(experts, 2, 2) * 0.2 + 0.05, torch.rand(experts, 2, 1) * 0.2 + 0.05)
-    out = ops.experts(x, indices, weights, gate_up, down, scales)
-    dense = (ops.dequantize_blocks(w, s) for w, s in zip((gate_up, down), scales, strict=True))
+    both = [
+        ops.QuantizedWeight((t * 8).to(torch.float8_e4m3fn), torch.rand(shape) * 0.2 + 0.05, ops.FP8_BLOCKS)
+        for t, shape in ((gate_up, (experts, 2, 2)), (down, (experts, 2, 1)))
+    ]
+    out = ops.experts(x, indices, weights, *both)
+    dense = (w.dense(torch.float32) for w in both)
     torch.testing.assert_close(out, loop(x, indices, weights, *dense), rtol=1e-4, atol=1e-4)
 
 

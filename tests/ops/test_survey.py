@@ -27,8 +27,7 @@ def test_every_op_is_asked_for() -> None:
 def test_kernels_and_what_they_do_not_take() -> None:
     for op, use, kind in (
         ("experts", "training", "float32"),
-        ("packed_linear", "serving", "fp8 weights"),
-        ("stack_step", "serving", "bfloat16"),
+        ("latent_attention", "serving", "bfloat16"),
         ("sample", "serving", "float32"),
         ("quantize_rows", "loading", "bfloat16"),
     ):
