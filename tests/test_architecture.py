@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,6 +176,16 @@ def _without_encoding(tree: ast.AST) -> Iterator[int]:
 def test_every_room_of_the_package_is_known() -> None:
     rooms = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
     assert rooms == set(ALLOWED) | {"cli"}
+
+
+def test_the_walk_through_the_code_names_what_is_there() -> None:
+    text = (ROOT / "docs/a-token.md").read_text(encoding="utf-8")
+    stops = re.findall(r"`([\w/]+\.(?:py|cpp))`((?:,? `\w+`)+)", text)
+    assert len(stops) > 30
+    for file, names in stops:
+        source = (PACKAGE / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"(?:def|class|KERNEL) {name}\b", source), (file, name)
 
 
 def test_help_does_not_wait_for_torch() -> None:

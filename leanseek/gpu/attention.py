@@ -1,11 +1,11 @@
-"""MLA's expanded form on a GPU: what lies around cuDNN's attention in one pass each way (2.1.1, eq. 3 to 10).
+"""MLA's expanded form on a GPU: cuDNN's attention, with one pass before it and one after (2.1.1, eq. 3 to 10).
 
-Kept for backward are q and kv as the up-projections wrote them, before the rotation: so whoever makes those again from
-the latents (3.2.3) keeps neither.
+Backward keeps q and kv as the up-projections wrote them, before the rotation. A caller that recomputes them from the
+latents (3.2.3) therefore stores neither.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel is given is typed by Triton)
+# (Triton types a kernel's arguments)
 from __future__ import annotations
 
 import functools
@@ -19,19 +19,19 @@ from leanseek.gpu.device import complaint
 from leanseek.gpu.numbers import narrow
 
 aten = torch.ops.aten
-HEADS, WARPS = 8, 2  # a program's heads at a time
+HEADS, WARPS = 8, 2  # heads that a program handles at a time
 
 
 @functools.cache
 def refusal(width: int, value_width: int, device: torch.device) -> str:
-    """Empty where cuDNN attends in BF16 with these widths of head, else the reason: found by a small trial."""
+    """Why cuDNN cannot attend in BF16 with these head widths; empty if a small trial succeeds."""
     try:
         q, k = torch.ones(2, 1, 128, 2, width, dtype=torch.bfloat16, device=device)
         v = torch.ones(1, 128, 2, value_width, dtype=torch.bfloat16, device=device)
         out, kept = attend(q, k, v, width**-0.5)
         attend_backward(out, q, k, v, out, kept, width**-0.5)
         torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a library raises is the answer to the question
+    except Exception as error:  # whatever the library raises is the reason
         return complaint(error)
     return ""
 
@@ -58,7 +58,7 @@ class MLAttention(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
-    """Causal; q, k [B, T, H, dk], v [B, T, H, dv] -> [B, T, H, dv], and what its backward reads besides."""
+    """Causal; q, k [B, T, H, dk], v [B, T, H, dv] -> [B, T, H, dv], and what its backward also needs."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out, log_sum, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True, False, scale=scale
@@ -98,7 +98,10 @@ def place_heads(
 def gather_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, interleave: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `place_heads`' results and the values -> of q (in place of dq), kv and k_rope: k_R served all heads."""
+    """Turns gradients of `place_heads`' results and of the values into gradients of q (written over dq), kv and k_rope.
+
+    The gradient of k_rope sums over the heads, which all share k_R.
+    """
     rope = 2 * cos.shape[-1]
     dkv = dk.new_empty(*dk.shape[:3], dk.shape[3] - rope + dv.shape[3])
     dk_rope = dk.new_empty(*dk.shape[:2], rope)
@@ -173,7 +176,7 @@ def _gather(
         sum_y += tl.sum(y, 0)
         x = tl.load(dq + halves, mask=rotated, other=0.0).to(tl.float32)
         y = tl.load(dq + halves + HALF, mask=rotated, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # all has been read of what is overwritten
+        tl.debug_barrier()  # every read of dq comes before the writes
         tl.store(dq + row + nope + first[None, :], narrow(x * c[None, :] + y * s[None, :], kind), mask=rotated)
         tl.store(dq + row + nope + second[None, :], narrow(y * c[None, :] - x * s[None, :], kind), mask=rotated)
     tl.store(shared + first, narrow(sum_x * c + sum_y * s, kind), mask=pair < HALF)
@@ -185,9 +188,9 @@ def _token(
     k_rope, cos, sin, T, stride_b, stride_t, angle_stride,
     INTERLEAVE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """The program's token: its number, its row of k_rope, its pairs' places before the rotation, cosines and sines.
+    """The program's token: its number, its row of k_rope, where its pairs are before the rotation, cosines and sines.
 
-    After the rotation all first ones of the pairs come first.
+    After the rotation the first elements of all pairs come before the second ones.
     """
     t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = tl.arange(0, PAIRS)

@@ -1,4 +1,4 @@
-"""Which GPUs these kernels run on, and how a form is registered for them."""
+"""Which GPUs these kernels run on, and the decorator that registers a kernel for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @functools.cache
 def refusal(device: torch.device) -> str:
-    """Empty where these kernels run, else the reason."""
+    """Why these kernels do not run on `device`; empty if they do."""
     if device.type != "cuda":
         return "no CUDA device"
     if importlib.util.find_spec("triton") is None:
@@ -27,10 +27,10 @@ def refusal(device: torch.device) -> str:
 
 
 def complaint(error: Exception) -> str:
-    """The reason why a trial failed, in a line."""
+    """Why a trial failed, in one line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def implements(op: Op[..., Any], accepts: Callable[..., bool], rows: Rows = Rows.ANY) -> Callable[[F], F]:
-    """Decorator: the function computes `op` on a GPU where `accepts`, called as the op is, holds."""
+    """Decorator: the function computes `op` on a GPU where `accepts`, called with the op's arguments, returns true."""
     return op.register("gpu", accepts, Priority.KERNEL, rows)

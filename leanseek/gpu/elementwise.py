@@ -1,11 +1,11 @@
-"""What is not a product in a training step, in one pass each: RMSNorm, SwiGLU, the sum over a token's experts, the
-head's softmax, AdamW.
+"""The parts of a training step that are not matrix products, one pass each: RMSNorm, SwiGLU, the sum over a token's
+experts, the head's softmax, AdamW.
 
-Rounding is that of the torch references, so that a value between two roundings falls the same way.
+Values are rounded where the torch references round them, so that ties fall the same way.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel is given is typed by Triton)
+# (Triton types a kernel's arguments)
 from __future__ import annotations
 
 import torch
@@ -16,15 +16,15 @@ from torch import Tensor
 from leanseek.gpu.numbers import narrow
 from leanseek.ops.adamw import AdamW
 
-PROGRAMS = 1056  # that share the rows where each sums up a column: eight on every multiprocessor of an H100
-VALUES = 4096  # of narrow rows that a program holds at a time
+PROGRAMS = 1056  # programs that share the rows when each sums columns: eight per multiprocessor of an H100
+VALUES = 4096  # values of narrow rows that a program holds at a time
 
 
 # ---- RMSNorm ----
 
 
 class RMSNorm(torch.autograd.Function):
-    """Keeps x and a number a row."""
+    """Saves x and one number per row for backward."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -47,7 +47,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x [..., D], and 1 / its root mean square a row, float32."""
+    """RMSNorm of x [..., D], and each row's 1 / root mean square in float32."""
     flat = x.reshape(-1, x.shape[-1])
     rows, columns = flat.shape
     out, inverse = torch.empty_like(flat), torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -150,7 +150,7 @@ def swiglu_backward(
 def _swiglu(
     gate, up, weight, grad, out, dgate, dup, partial, stride_g, stride_u, stride_dg, stride_du, I, BLOCK: tl.constexpr
 ):
-    """What is None is not asked for: forward has no gradients, a feed-forward that every token takes no weights."""
+    """Outputs passed as None are skipped. Forward passes no gradients, a dense or shared feed-forward no weights."""
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < I
     g = tl.load(gate + row * stride_g + columns, mask=inside, other=0.0).to(tl.float32)
@@ -175,7 +175,7 @@ def _swiglu(
 
 
 def combine(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
-    """Sum of rows [M, D] at `place` [tokens · K], K after each other: [tokens, D]."""
+    """For each token, sums the K rows of [M, D] that its K entries of `place` [tokens · K] name: [tokens, D]."""
     d = rows.shape[1]
     out = torch.empty(tokens, d, dtype=rows.dtype, device=rows.device)
     if tokens:
@@ -197,7 +197,7 @@ def _combine(rows, place, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: bool) -> Tensor:
-    """As ops/cross_entropy.py, in the place of logits [R, V]; the loss of each row, [R] float32."""
+    """Like ops/cross_entropy.py: overwrites logits [R, V] with their gradient; returns each row's loss, [R] float32."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.numel():
         _softmax[(logits.shape[0],)](logits, targets, losses, share, logits.shape[1], need, 4096, num_warps=8)
@@ -206,7 +206,7 @@ def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: b
 
 @triton.jit
 def _softmax(logits, targets, losses, share, V, NEED: tl.constexpr, BLOCK: tl.constexpr):
-    """The second time a row is read it lies in the cache."""
+    """The second read of a row hits the cache."""
     row, columns = logits + tl.program_id(0).to(tl.int64) * V, tl.arange(0, BLOCK)
     target = tl.load(targets + tl.program_id(0))
     most, total = tl.full((BLOCK,), -3e38, tl.float32), tl.zeros((BLOCK,), tl.float32)

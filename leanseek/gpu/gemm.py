@@ -1,12 +1,12 @@
 """Block-scaled products: FP8 operands on the tensor cores, partial sums promoted to FP32 every 128 along K (3.3.2).
 
-Each is Σ over k-blocks of (a_block · b_blockᵀ) · sa · sb. The tensor core of Hopper keeps about 14 bits within a block
-of 128; the sum over blocks is FP32. One kernel in three forms: one product, rows grouped by expert (forward and the
-input's gradient), and the shared side grouped by expert (the weights' gradient).
+Each product is Σ over k-blocks of (a_block · b_blockᵀ) · sa · sb. Hopper's tensor cores keep about 14 bits within a
+block of 128; the sum over blocks is FP32. One kernel has three forms: a single product, rows grouped by expert (forward
+and the input's gradient), and the shared dimension grouped by expert (the weights' gradient).
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel is given is typed by Triton)
+# (Triton types a kernel's arguments)
 from __future__ import annotations
 
 import torch
@@ -18,12 +18,12 @@ from leanseek.gpu.numbers import TILE, narrow
 from leanseek.ops.grouped import Tiles
 from leanseek.ops.quantize import Codes
 
-ONE, ROWS, SHARED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what the experts share out
+ONE, ROWS, SHARED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which dimension is split among the experts
 
 
 def product(a: Codes, b: Codes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """a · bᵀ [M, N]: a in 1×128 tiles [M, K]; b [N, K] in 128×128 blocks, scales [ceil(N/128), ceil(K/128)], or, for
-    the weights' gradient, in 1×128 tiles as well."""
+    """a · bᵀ [M, N]: a [M, K] in 1×128 tiles; b [N, K] in 128×128 blocks with scales [ceil(N/128), ceil(K/128)], or in
+    1×128 tiles too (for the weights' gradient)."""
     m, n = a.codes.shape[0], b.codes.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=a.codes.device)
     _launch(a, b, out, None, ONE, lambda c: (triton.cdiv(m, c["BLOCK_M"]) * triton.cdiv(n, c["BLOCK_N"]), 1))
@@ -31,8 +31,8 @@ def product(a: Codes, b: Codes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def grouped_product(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Each expert's rows of a [M, K] times its bᵀ, b [E, N, K] in blocks: [M, N]. Rows of no expert are left as they
-    were in memory."""
+    """Each expert's rows of a [M, K] times its bᵀ, b [E, N, K] in blocks: [M, N]. Rows that belong to no expert stay
+    uninitialised."""
     m, n = a.codes.shape[0], b.codes.shape[1]
     out = torch.empty(m, n, dtype=dtype, device=a.codes.device)
     _launch(a, b, out, tiles, ROWS, lambda c: (tiles.start.numel() * triton.cdiv(n, c["BLOCK_N"]), 1))
@@ -40,9 +40,9 @@ def grouped_product(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch
 
 
 def grouped_weight_gradient(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch.float32) -> Tensor:
-    """a_e · b_eᵀ for each expert's own tiles: a [N, 128·T], b [K, 128·T] as `quantize_both` turns them: [E, N, K].
+    """a_e · b_eᵀ over each expert's own tiles: a [N, 128·T], b [K, 128·T], transposed by `quantize_both`: [E, N, K].
 
-    An expert without rows gets zeros.
+    Experts without rows get zeros.
     """
     n, k, n_experts = a.codes.shape[0], b.codes.shape[0], tiles.first.numel() - 1
     out = torch.empty(n_experts, n, k, dtype=dtype, device=a.codes.device)
@@ -69,7 +69,7 @@ def _launch(a: Codes, b: Codes, out: Tensor, tiles: Tiles | None, group: tl.cons
 
 
 def _configs() -> list[triton.Config]:
-    """For H100, none of which spills registers. A stage of 128×128×128 is 32 KiB of the 227 a multiprocessor has."""
+    """For H100; none spills registers. A stage of 128×128×128 takes 32 of a multiprocessor's 227 KiB."""
     if triton.knobs.runtime.interpret:
         return [triton.Config({"BLOCK_M": 128, "BLOCK_N": 128})]
     shapes = [(128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 8, 4), (128, 64, 4, 4), (64, 128, 4, 4), (64, 128, 4, 3)]
@@ -77,7 +77,7 @@ def _configs() -> list[triton.Config]:
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, object], **named: object) -> list[triton.Config]:
-    """A program of the row-grouped form takes a whole tile of 128 rows."""
+    """In the row-grouped form a program must take a whole tile of 128 rows."""
     whole = {**arguments, **named}["GROUP"] == ROWS.value
     return [c for c in configs if not whole or c.kwargs["BLOCK_M"] == TILE]
 
@@ -102,7 +102,10 @@ def _product(
         kb_start, kb_stop = tl.load(firsts + expert), tl.load(firsts + expert + 1)
     if start < stop:
         rows, columns = start + tl.arange(0, BLOCK_M), column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_rows, in_columns = tl.minimum(rows, stop - 1), tl.minimum(columns, N - 1)  # read again rather than masked
+        in_rows, in_columns = (
+            tl.minimum(rows, stop - 1),
+            tl.minimum(columns, N - 1),
+        )  # re-reads the last one instead of masking
         k = tl.arange(0, TILE)
         a_row = a + in_rows[:, None].to(tl.int64) * stride_a + k[None, :]
         b_row = b + expert * stride_be + in_columns[None, :].to(tl.int64) * stride_b + k[:, None]
@@ -117,7 +120,7 @@ def _product(
                 b_block = tl.load(b_row + kb * TILE, mask=k[:, None] < left, other=0.0)
             part = tl.dot(a_block, b_block)
             scale_a = tl.load(sa + kb * stride_sa + in_rows)
-            if B_ROWS == TILE:  # one scale for all columns, as BLOCK_N divides 128
+            if B_ROWS == TILE:  # one scale for all columns, because BLOCK_N divides 128
                 scale_b = tl.load(sb_expert + column_block * BLOCK_N // TILE * stride_sbn + kb * stride_sbk)
                 total += part * (scale_a * scale_b)[:, None]
             else:
@@ -132,7 +135,7 @@ def _product(
 
 @triton.jit
 def _near_order(place, row_blocks, column_blocks):
-    """Programs that run together take blocks near each other, eight rows of blocks at a time, for the L2 cache."""
+    """Gives programs that run together nearby blocks, eight block rows at a time, so that they share the L2 cache."""
     SPAN: tl.constexpr = 8
     band = place // (SPAN * column_blocks)
     height = tl.minimum(row_blocks - band * SPAN, SPAN)

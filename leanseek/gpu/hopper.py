@@ -1,13 +1,14 @@
-"""Block-scaled products for SM90 in Gluon: `gemm.py`'s three forms, the promotion to FP32 beside the tensor cores.
+"""Block-scaled products for SM90 in Gluon: `gemm.py`'s three forms, with promotion to FP32 overlapped with the tensor
+cores.
 
-Plain Triton promotes while the tensor cores wait. Here, as in DeepGEMM, two warpgroups share a tile of 128×256, each 64
-of its rows, and take turns by themselves: one promotes its partial sum of 128 columns while the other one multiplies.
-A warp of its own keeps a ring of stages full by TMA, also across the borders of the tiles that a program (one per
-multiprocessor) walks over. A larger tile costs the L2 cache less: 171 operations a byte, 128 at 128×128.
+Plain Triton promotes while the tensor cores wait. Here, as in DeepGEMM, two warpgroups share a tile of 128×256, 64 rows
+each, and naturally alternate: one promotes its partial sum of 128 columns while the other multiplies. A separate warp
+keeps a ring of stages full with TMA, even across the tiles that a program (one per multiprocessor) works through. The
+larger tile needs less L2 bandwidth: 171 operations per byte, against 128 at 128×128.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel is given is typed by Triton)
+# (Triton types a kernel's arguments)
 from __future__ import annotations
 
 import functools
@@ -30,19 +31,19 @@ from leanseek.gpu.numbers import TILE
 from leanseek.ops.grouped import Tiles
 from leanseek.ops.quantize import Codes
 
-ONE, ROWS, SHARED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what the experts share out
+ONE, ROWS, SHARED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # which dimension is split among the experts
 BLOCK = gl.constexpr(TILE)
-HALVES, STAGES = 2, 4  # a tile is 128 × 128·HALVES; a stage of it 16 + 16·HALVES KiB
-# Warps of one of the two multiplying warpgroups; registers of a thread before each group takes its own number
+HALVES, STAGES = 2, 4  # a tile is 128 × 128·HALVES; one stage takes 16 + 16·HALVES KiB
+# Warps of each multiplying warpgroup; registers per thread before each group sets its own number
 LAUNCH = {"num_warps": 4, "maxnreg": 168}
 CODES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name before Triton 3.6
 
 
 def takes(a: Codes, b: Codes) -> bool:
-    """Whether the copy engine can read these: addresses and rows in 16 bytes, scales by columns."""
+    """Whether TMA can read these: addresses and rows aligned to 16 bytes, scales stored column by column."""
     k = a.codes.shape[1]
     scales = (a.scales,) if b.scales.shape[-2] != b.codes.shape[-2] else (a.scales, b.scales)
     return (
@@ -57,21 +58,21 @@ def takes(a: Codes, b: Codes) -> bool:
 
 
 def product(a: Codes, b: Codes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """a · bᵀ [M, N], as `gemm.product`."""
+    """a · bᵀ [M, N], like `gemm.product`."""
     out = torch.empty(a.codes.shape[0], b.codes.shape[0], dtype=dtype, device=a.codes.device)
     _launch(a, b, out, None, ONE)
     return out
 
 
 def grouped_product(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Each expert's rows of a [M, K] times its bᵀ, b [E, N, K]: [M, N], as `gemm.grouped_product`."""
+    """Each expert's rows of a [M, K] times its bᵀ, b [E, N, K]: [M, N], like `gemm.grouped_product`."""
     out = torch.empty(a.codes.shape[0], b.codes.shape[1], dtype=dtype, device=a.codes.device)
     _launch(a, b, out, tiles, ROWS)
     return out
 
 
 def grouped_weight_gradient(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch.float32) -> Tensor:
-    """a_e · b_eᵀ for each expert's own tiles: [E, N, K], as `gemm.grouped_weight_gradient`."""
+    """a_e · b_eᵀ over each expert's own tiles: [E, N, K], like `gemm.grouped_weight_gradient`."""
     n, k, n_experts = a.codes.shape[0], b.codes.shape[0], tiles.first.numel() - 1
     out = torch.empty(n_experts, n, k, dtype=dtype, device=a.codes.device)
     _launch(a, b, out, tiles, SHARED)
@@ -100,7 +101,7 @@ def _launch(
 
 
 def _column_scales(scales: Tensor) -> TensorDescriptor:
-    """Scales of rows [N, K/128] as one line: k-block after k-block, `stride(1)` apart."""
+    """Row scales [N, K/128] as a 1-D tensor: one k-block after another, `stride(1)` apart."""
     n, blocks = scales.shape
     return TensorDescriptor(scales, [(blocks - 1) * scales.stride(1) + n], [1], [TILE], SCALES)
 
@@ -116,7 +117,7 @@ def _product(
     stride_sa, stride_sb, stride_sbk, stride_sbe,
     GROUP: gl.constexpr, B_ROWS: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """B_ROWS: rows of b that share a scale, 128 or 1. Two warpgroups multiply, each 64 rows of a tile; a warp loads."""
+    """B_ROWS: rows of b that share a scale, 128 or 1. Two warpgroups multiply, 64 rows of a tile each; a warp loads."""
     ring = _new_ring(B_ROWS, HALVES, STAGES)
     tables = (experts, starts, stops, firsts, M, N, K, n_experts)
     scales = (sa, sb, stride_sa, stride_sb, stride_sbk, stride_sbe)
@@ -133,8 +134,8 @@ def _product(
 
 @gluon.jit
 def _new_ring(B_ROWS: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory. A slot holds a k-block of a tile: a for each warpgroup, b and its rows' scales for each half of
-    the columns; a barrier tells when it is full and another when both warpgroups have read it."""
+    """Allocates the ring in shared memory. A slot holds a k-block of a tile: a for each warpgroup, b and its row scales
+    for each half of the columns. One barrier tells when it is full, another when both warpgroups have read it."""
     a = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, BLOCK // 2, BLOCK], CODES)
     b = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * HALVES, BLOCK, BLOCK], CODES)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -154,7 +155,7 @@ def _load(
     a, b, sb_rows, stride_sb, ring, tables,
     GROUP: gl.constexpr, B_ROWS: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fills slots with the k-blocks of this program's tiles."""
+    """Runs in one warp: fills slots with the k-blocks of this program's tiles."""
     a_ring, b_ring, sb_ring, full, empty = ring
     BYTES: gl.constexpr = BLOCK * BLOCK * (1 + HALVES) + (BLOCK * 4 * HALVES if B_ROWS == 1 else 0)
     slot, phase = 0, 1
@@ -181,7 +182,7 @@ def _multiply(
     group, scales, out, ring, tables,
     GROUP: gl.constexpr, B_ROWS: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: rows 64 · group to 64 · (group + 1) of each tile. While it promotes, the other one multiplies."""
+    """Rows 64 · group to 64 · (group + 1) of each tile, in one warpgroup. The other multiplies while it promotes."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     full, empty = ring[3], ring[4]
     never = tables[4] < 0
@@ -218,10 +219,10 @@ def _multiply(
 
 @gluon.jit
 def _part(before, never, ring, a_place, b_place):
-    """The product of a k-block, 64 rows of a and 128 rows of b, written over the part `before`.
+    """The product of a k-block, 64 rows of a and 128 rows of b, written over the previous part, `before`.
 
-    The compiler would rather start it in other registers while `before` is promoted, and spill: so it is told that the
-    sum goes on where `never` holds, which it cannot know to be false.
+    Left alone, the compiler starts it in other registers while `before` is promoted, and spills. So we tell it that the
+    sum continues if `never` is true: it cannot know that `never` is always false.
     """
     a, b = ring[0].index(a_place), ring[1].index(b_place).permute((1, 0))
     part = warpgroup_mma(a, b, before, use_acc=never, is_async=True)
@@ -230,8 +231,8 @@ def _part(before, never, ring, a_place, b_place):
 
 @gluon.jit
 def _promote(total, part, scale, column_scale):
-    """There is nothing to wait for: it keeps the compiler from starting the next product before this one's registers
-    are free (as it would, and spill)."""
+    """The wait waits for nothing. It keeps the compiler from starting the next product before this one's registers are
+    free, which would spill."""
     return warpgroup_mma_wait(0, deps=[total + part * scale[:, None] * column_scale])
 
 
@@ -273,7 +274,7 @@ def _store(total, out, row, stop, column, expert, tables, layout: gl.constexpr, 
 
 @gluon.jit
 def _count(tables, GROUP: gl.constexpr, HALVES: gl.constexpr):
-    """Rows and columns of blocks, and the tiles of all."""
+    """Number of block rows and block columns, and of tiles altogether."""
     _, _, _, firsts, M, N, _, n_experts = tables
     row_blocks = gl.cdiv(M, BLOCK)
     if GROUP == ROWS:
@@ -287,7 +288,7 @@ def _count(tables, GROUP: gl.constexpr, HALVES: gl.constexpr):
 
 @gluon.jit
 def _place(work, tables, row_blocks, column_blocks, GROUP: gl.constexpr, HALVES: gl.constexpr):
-    """Where tile `work` is: rows from, to; columns from; expert; k-blocks from, to."""
+    """Where tile `work` is: first row, end row, first column, expert, first and end k-block."""
     experts, starts, stops, firsts, M, _, K, _ = tables
     row_block, column_block = _near_order(work % (row_blocks * column_blocks), row_blocks, column_blocks)
     expert = work // (row_blocks * column_blocks)
@@ -302,7 +303,7 @@ def _place(work, tables, row_blocks, column_blocks, GROUP: gl.constexpr, HALVES:
 
 @gluon.jit
 def _near_order(place, row_blocks, column_blocks):
-    """As `gemm._near_order`: programs that run together take blocks near each other, for the L2 cache."""
+    """Like `gemm._near_order`: gives programs that run together nearby blocks, so that they share the L2 cache."""
     SPAN: gl.constexpr = 8
     band = place // (SPAN * column_blocks)
     height = min(row_blocks - band * SPAN, SPAN)

@@ -1,12 +1,12 @@
-"""What a served step asks of a GPU: row-invariant products, experts and attention over the paged cache of latents.
+"""The GPU kernels of a serving step: row-invariant products, experts, and attention over the paged cache of latents.
 
-Each tile has one shape whatever the number of rows, and each sum one order, so a row's bits do not depend on the rows
-that share its step (ops/dispatch.py). FP8 weights are read as they are stored: a block's partial sum is scaled and then
-added in FP32 (3.3.2). Nothing here waits for the GPU.
+Tiles keep one shape for any number of rows, and every sum has one order, so a row's bits do not depend on the rows that
+share its step (ops/dispatch.py). FP8 weights are read as stored: each block's partial sum is scaled, then added in FP32
+(3.3.2). Nothing here waits for the GPU.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel is given is typed by Triton)
+# (Triton types a kernel's arguments)
 from __future__ import annotations
 
 import torch
@@ -21,9 +21,9 @@ from leanseek.ops.grouped import Tiles, group_tiles
 from leanseek.ops.latent_attention import CacheIndex
 from leanseek.ops.weights import QuantizedWeight, StoredWeight
 
-ROWS = 64  # of a tile of a product
-CHUNK = 256  # cached tokens whose attention is one partial sum
-PARTIAL_BYTES = 2**28  # of partial sums at a time
+ROWS = 64  # rows of a product's tile
+CHUNK = 256  # cached tokens per partial sum of attention
+PARTIAL_BYTES = 2**28  # most bytes of partial sums at a time
 
 
 # ---- products ----
@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: StoredWeight) -> Tensor:
 
 
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """As ops.head_linear: x [N, H, K], weight [H, K, R] -> [N, H, R]."""
+    """Like ops.head_linear: x [N, H, K], weight [H, K, R] -> [N, H, R]."""
     out = torch.empty(*x.shape[:2], weight.shape[2], dtype=x.dtype, device=x.device)
     _launch(x.transpose(0, 1), weight, None, out.transpose(0, 1))
     return out
@@ -71,7 +71,7 @@ def _launch(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor, tiles:
     if not out.numel():
         return
     exact = x.dtype == torch.float32
-    block_n = 16 if exact else 64  # a gate has few columns, and float32 products no tensor core
+    block_n = 16 if exact else 64  # a gate has few columns, and float32 products use no tensor cores
     row_blocks = triton.cdiv(m, ROWS) if tiles is None else tiles.start.numel()
     expert, start, stop, _ = (None,) * 4 if tiles is None else tiles
     batch = x.shape[0] if x.ndim == 3 else 1
@@ -95,7 +95,7 @@ def _product(
     SCALED: tl.constexpr, GROUPED: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """EXACT: float32 products, no TF32. BLOCK_N divides the 128 columns that share a scale."""
+    """EXACT: float32 products without TF32. BLOCK_N divides the 128 columns that share a scale."""
     column_blocks = tl.cdiv(N, BLOCK_N)
     row_block, column_block = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
     batch = tl.program_id(1).to(tl.int64)
@@ -124,7 +124,7 @@ def _product(
 
 @triton.jit
 def _dot(a, b, EXACT: tl.constexpr):
-    """a · b with FP32 sums; a code of b is what it stands for."""
+    """a · b with FP32 sums; FP8 codes in b are converted first."""
     if EXACT or INTERPRETED:  # the interpreter multiplies BF16 wrongly
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -136,7 +136,7 @@ def _dot(a, b, EXACT: tl.constexpr):
 
 
 def latent_attention(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, value_width: int) -> Tensor:
-    """As ops.latent_attention: each chunk of CHUNK keys gives a partial sum, and these are added in their order."""
+    """Like ops.latent_attention: each chunk of CHUNK keys gives a partial sum, and these are added in order."""
     n, heads = q.shape[:2]
     out = torch.empty(n, heads, value_width, dtype=q.dtype, device=q.device)
     chunks = triton.cdiv(index.pages.shape[1] * index.page_size, CHUNK)
@@ -179,7 +179,7 @@ def _chunks(
     stride_q, stride_h, stride_cache, EXACT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One new token's BLOCK_H heads over one chunk of its keys."""
+    """BLOCK_H heads of one new token over one chunk of its keys."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(2)
     position = tl.load(positions + row)
     if chunk * CHUNK <= position:
@@ -190,7 +190,7 @@ def _chunks(
         table = pages + tl.load(owners + row) * P
         most, mass = tl.full((BLOCK_H,), -float("inf"), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
         total = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
-        for first in range(0, CHUNK, KEYS):  # the first block holds a key, so `most` is finite from there on
+        for first in range(0, CHUNK, KEYS):  # the first block has a key, so `most` is finite after it
             key = chunk * CHUNK + first + tl.arange(0, KEYS)
             seen = key <= position
             slot = tl.load(table + key // PAGE, mask=seen, other=0) * PAGE + key % PAGE
@@ -213,7 +213,7 @@ def _chunks(
 
 @triton.jit
 def _join(sums, maxima, masses, positions, out, chunks, C, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr):
-    """The chunks of one head of one token, added in their order."""
+    """Adds the chunks of one head of one token, in order."""
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     used = (tl.load(positions + tl.program_id(0)) // CHUNK + 1).to(tl.int32)
     c = tl.arange(0, BLOCK_C)

@@ -1,7 +1,7 @@
-"""Which kernel a block-scaled product takes on this GPU: DeepGEMM, cuBLASLt through torch, ours for SM90, or Triton's.
+"""Picks the kernel for a block-scaled product on this GPU: DeepGEMM, cuBLASLt through torch, our SM90 one, or Triton.
 
-All but Triton's take part only after a small product, run here once, agreed with it: an absent package, an old cuBLASLt
-or a changed interface shows as a reason in `status`. `ran` counts which one computed what.
+The first three are used only after a small trial product, run once, has agreed with Triton's. A missing package, an
+old cuBLASLt or a changed interface shows up as a reason in `status`. `ran` counts which kernel computed what.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RAN: Counter[tuple[str, str]] = Counter()
 
 
 def product(a: Codes, b: Codes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """a · bᵀ, as `gemm.product`, by the fastest path that takes these operands."""
+    """a · bᵀ, like `gemm.product`, on the fastest path that takes these operands."""
     op = "product" if _in_blocks(b) else "weight gradient"
     if _deepgemm_takes(a, b, dtype) and not _refusal("deepgemm", op, dtype, a.codes.device):
         return _counted(op, "deepgemm", _deepgemm(a, b))
@@ -37,7 +37,7 @@ def product(a: Codes, b: Codes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def grouped_product(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Each expert's rows of a times its bᵀ, as `gemm.grouped_product`, by the fastest path that takes them."""
+    """Each expert's rows of a times its bᵀ, like `gemm.grouped_product`, on the fastest path that takes them."""
     op = "grouped product"
     if _deepgemm_takes(a, b, dtype) and not _refusal("deepgemm", op, dtype, a.codes.device):
         return _counted(op, "deepgemm", _deepgemm_grouped(a, b, tiles))
@@ -47,7 +47,7 @@ def grouped_product(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch
 
 
 def grouped_weight_gradient(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Each expert's aᵀ · b over its own tiles, as `gemm.grouped_weight_gradient`."""
+    """a_e · b_eᵀ over each expert's own tiles, like `gemm.grouped_weight_gradient`."""
     op = "grouped weight gradient"
     if _hopper_takes(a, b, op, dtype):
         return _counted(op, "hopper", _hopper().grouped_weight_gradient(a, b, tiles, dtype))
@@ -55,7 +55,7 @@ def grouped_weight_gradient(a: Codes, b: Codes, tiles: Tiles, dtype: torch.dtype
 
 
 def ran() -> dict[str, dict[str, int]]:
-    """Products computed in this process so far: by op, then by path."""
+    """How many products each path has computed in this process so far: by op, then by path."""
     found: dict[str, dict[str, int]] = {}
     for (op, path), count in sorted(_RAN.items()):
         found.setdefault(op, {})[path] = count
@@ -63,7 +63,7 @@ def ran() -> dict[str, dict[str, int]]:
 
 
 def status(device: torch.device) -> dict[str, str]:
-    """For each library and op that it could compute here: "runs", or why it does not."""
+    """For each path and each op it supports: "runs", or why it does not run here."""
     asked = [
         ("deepgemm", "product", torch.bfloat16),
         ("deepgemm", "grouped product", torch.bfloat16),
@@ -87,7 +87,7 @@ def _in_blocks(b: Codes) -> bool:
 
 @functools.cache
 def _refusal(path: str, op: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Empty where `path` computes `op` on this device as Triton does, else the reason."""
+    """Why `path` cannot compute `op` on this device; empty if it does and agrees with Triton."""
     if device.type != "cuda":
         return "no CUDA device"
     if torch.cuda.get_device_capability(device) != (9, 0):
@@ -95,14 +95,14 @@ def _refusal(path: str, op: str, dtype: torch.dtype, device: torch.device) -> st
     try:
         ours, theirs = _trial(path, op, dtype, device)
         torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a library raises is the answer to the question
+    except Exception as error:  # whatever the library raises is the reason
         return complaint(error)
     worst = ((ours - theirs).abs().max() / ours.abs().max()).item()
     return "" if worst < 0.01 else f"differs from Triton's by {worst:.1%}"
 
 
 def _trial(path: str, op: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same small product by Triton and by the other."""
+    """The same small product, by Triton and by `path`."""
     draw = functools.partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
     tiles = group_tiles(torch.tensor([100, 256], dtype=torch.int32, device=device), 256)
     a, rows = quantize_tiles(draw(256, 512)), quantize_tiles(draw(384, 512))
@@ -131,7 +131,7 @@ def _hopper_takes(a: Codes, b: Codes, op: str, dtype: torch.dtype) -> bool:
 
 
 def _hopper() -> Any:
-    """Gluon came with Triton 3.4, its interface still changes: it is imported where it is used."""
+    """Imports the Gluon kernels at first use: Gluon came with Triton 3.4 and its interface still changes."""
     from leanseek.gpu import hopper
 
     return hopper
@@ -141,18 +141,18 @@ def _hopper() -> Any:
 
 
 def _cublaslt_takes(a: Codes, b: Codes) -> bool:
-    """Scales of rows lie with stride [1, rows] exactly, so rows come in fours; K in whole tiles, and b's rows in whole
-    blocks, or in sixteens where each has a scale. Those of blocks lie as `quantize_blocks` writes them."""
+    """Row scales need stride [1, rows] exactly, so the number of rows must be a multiple of 4. K must be a multiple of
+    128; b's rows a multiple of 128, or of 16 if each row has a scale. Block scales need `quantize_blocks`' layout."""
     (m, k), n = a.codes.shape, b.codes.shape[0]
-    lies = not _in_blocks(b) or (b.scales.stride(1) == 1 and b.scales.stride(0) == -(-b.scales.shape[1] // 4) * 4)
+    fits = not _in_blocks(b) or (b.scales.stride(1) == 1 and b.scales.stride(0) == -(-b.scales.shape[1] // 4) * 4)
     return (
-        lies and m % 4 == 0 and n % (TILE if _in_blocks(b) else 16) == 0 and k % TILE == 0 and hasattr(F, "scaled_mm")
+        fits and m % 4 == 0 and n % (TILE if _in_blocks(b) else 16) == 0 and k % TILE == 0 and hasattr(F, "scaled_mm")
     )
 
 
 def _cublaslt(a: Codes, b: Codes, dtype: torch.dtype) -> Tensor:
     scaling = F.ScalingType
-    if _in_blocks(b):  # [blocks of K up to a multiple of 4, blocks of N], the first with stride 1
+    if _in_blocks(b):  # [K blocks rounded up to a multiple of 4, N blocks], K blocks contiguous
         n, stride = b.scales.shape[0], b.scales.stride(0)
         scale_b, recipe_b = b.scales.as_strided((stride, n), (1, stride)), scaling.BlockWise128x128
     else:
@@ -183,11 +183,11 @@ def _deepgemm(a: Codes, b: Codes) -> Tensor:
 
 
 def _deepgemm_grouped(a: Codes, b: Codes, tiles: Tiles) -> Tensor:
-    """DeepGEMM wants every expert's rows to start at a multiple of 128: they are moved there and back, in FP8 and BF16,
-    without waiting for the counts."""
+    """DeepGEMM wants each expert's rows to start at a multiple of 128. We move the FP8 rows there and the BF16 results
+    back, without waiting for the counts."""
     m, device = a.codes.shape[0], a.codes.device
     place = torch.arange(TILE, device=device)
-    rows = tiles.start[:, None] + place  # [T, 128]: the row that each place takes, if any
+    rows = tiles.start[:, None] + place  # [T, 128]: the row that goes to each place, if any
     held = rows < tiles.stop[:, None]
     rows = torch.where(held, rows, 0).flatten()
     codes = a.codes.view(torch.uint8).index_select(0, rows).view(FP8)
@@ -196,5 +196,7 @@ def _deepgemm_grouped(a: Codes, b: Codes, tiles: Tiles) -> Tensor:
     padded = torch.empty(rows.numel(), b.codes.shape[1], dtype=torch.bfloat16, device=device)
     _library().m_grouped_fp8_gemm_nt_contiguous((codes, scales), (b.codes, b.scales.contiguous()), padded, expert)
     back = torch.zeros(m + 1, dtype=torch.int64, device=device)
-    back[torch.where(held.flatten(), rows, m)] = torch.arange(rows.numel(), device=device)  # the last for the unused
+    back[torch.where(held.flatten(), rows, m)] = torch.arange(
+        rows.numel(), device=device
+    )  # entry m collects the unused places
     return padded.index_select(0, back[:m])

@@ -1,11 +1,11 @@
-"""Quantise: 1×128 tiles, with the 128×1 tiles of the transposed matrix in the same pass, and 128×128 weight blocks.
+"""Quantise to E4M3: 1×128 tiles, the 128×1 tiles of the transposed matrix in the same pass, and 128×128 weight blocks.
 
-Scales of rows are stored with the rows contiguous (stride [1, rows up to a multiple of 4]): the layout of cuBLASLt,
-where rows come in fours, and of DeepGEMM, and whole lines for the products here.
+Row scales are stored with the rows contiguous (stride [1, rows rounded up to a multiple of 4]). cuBLASLt (for multiples
+of 4 rows) and DeepGEMM expect this layout, and our own products read it in whole cache lines.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel is given is typed by Triton)
+# (Triton types a kernel's arguments)
 from __future__ import annotations
 
 import torch
@@ -29,17 +29,17 @@ from leanseek.ops.grouped import Tiles
 from leanseek.ops.quantize import FP8, Blocks, Codes, new_codes
 
 BLOCK_WARPS = 8
-TURN = {"num_warps": 4, "maxnreg": 168}  # three programs on a multiprocessor
+TURN = {"num_warps": 4, "maxnreg": 168}  # three programs fit on a multiprocessor
 
 
 def new_transposed(rows: int, columns: int, tiles: Tiles | None, device: torch.device) -> Codes:
-    """Room for the transposed codes [columns, 128 · tiles], a tile of fewer than 128 rows padded with zeros."""
+    """Allocates transposed codes [columns, 128 · tiles]; a tile of fewer than 128 rows is padded with zeros."""
     count = -(-rows // TILE) if tiles is None else tiles.start.numel()
     return new_codes(columns, count * TILE, device)
 
 
 def new_blocks(shape: torch.Size, device: torch.device) -> Codes:
-    """Room for codes [.., N, K] and their blocks' scales, each row of which starts at 16 bytes (cuBLASLt)."""
+    """Allocates codes [.., N, K] and their block scales, each row of which is aligned to 16 bytes (for cuBLASLt)."""
     *lead, n, k = shape
     columns = -(-k // TILE)
     scales = torch.zeros(*lead, -(-n // TILE), -(-columns // 4) * 4, dtype=torch.float32, device=device)
@@ -47,7 +47,7 @@ def new_blocks(shape: torch.Size, device: torch.device) -> Codes:
 
 
 def quantize_tiles(x: Tensor, power_of_two: bool = False) -> Codes:
-    """x [M, K], float32 or BF16, in 1×128 tiles."""
+    """Quantises x [M, K], float32 or BF16, in 1×128 tiles."""
     m, k = x.shape
     out = new_codes(m, k, x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -59,9 +59,9 @@ def quantize_tiles(x: Tensor, power_of_two: bool = False) -> Codes:
 
 
 def quantize_both(x: Tensor, power_of_two: bool = False, tiles: Tiles | None = None) -> tuple[Codes, Codes]:
-    """x [M, K] in 1×128 tiles, and xᵀ [K, 128 · T] with a scale for each 128 of x's rows: read once, written twice.
+    """Quantises x [M, K] in 1×128 tiles, and xᵀ [K, 128 · T] with a scale for each 128 rows of x, reading x once.
 
-    With `tiles` a run of 128 rows never holds two experts; T is their number, else ceil(M / 128).
+    With `tiles`, no run of 128 rows spans two experts and T is the number of tiles; otherwise T is ceil(M / 128).
     """
     m, k = x.shape
     out, transposed = new_codes(m, k, x.device), new_transposed(m, k, tiles, x.device)
@@ -72,7 +72,7 @@ def quantize_both(x: Tensor, power_of_two: bool = False, tiles: Tiles | None = N
 def turn_tiles(
     x: Tensor | Codes, power_of_two: bool = False, tiles: Tiles | None = None, index: Tensor | None = None
 ) -> Codes:
-    """The second part of `quantize_both` alone, of rows `index` of x (all when None), which may be codes."""
+    """Only the transposed result of `quantize_both`, for rows `index` of x (None: all rows). x may be FP8 codes."""
     values = x if isinstance(x, Tensor) else x.codes
     m = values.shape[0] if index is None else index.numel()
     transposed = new_transposed(m, values.shape[1], tiles, values.device)
@@ -81,7 +81,7 @@ def turn_tiles(
 
 
 def round_e5m6(x: Tensor) -> Tensor:
-    """x [..., C] as E5M6 with a power-of-two scale for each 128 holds it, in x's dtype."""
+    """Rounds x [..., C] to E5M6 with a power-of-two scale per 128 values; returns it in x's dtype."""
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
@@ -92,14 +92,14 @@ def round_e5m6(x: Tensor) -> Tensor:
 
 
 def quantize_blocks(weight: Tensor, power_of_two: bool = False) -> Codes:
-    """weight [.., N, K] in 128×128 blocks: scales [.., ceil(N / 128), ceil(K / 128)]."""
+    """Quantises weight [.., N, K] in 128×128 blocks: scales [.., ceil(N / 128), ceil(K / 128)]."""
     out = new_blocks(weight.shape, weight.device)
     _launch_blocks(weight, out, None, power_of_two)
     return out
 
 
 def quantize_blocks_both(weight: Tensor, power_of_two: bool = False) -> Blocks:
-    """The same with the same codes turned, for the input's gradient."""
+    """Like `quantize_blocks`, with the same codes transposed as well, for the input's gradient."""
     *lead, n, k = weight.shape
     out, turned = (new_blocks(torch.Size((*lead, *sides)), weight.device) for sides in ((n, k), (k, n)))
     _launch_blocks(weight, out, turned, power_of_two)
@@ -159,8 +159,8 @@ def _turned(
     stride_x, stride_xs, stride_s, stride_t, stride_ts,
     POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """128 rows and columns, turned. What is None is not there: x's scales where x is no codes, the index, the codes by
-    rows."""
+    """Transposes 128 rows and columns. May be None: x_scales (x is not FP8 codes), index, and codes (no row-wise
+    output)."""
     t, kb = tl.program_id(0), tl.program_id(1)
     start, stop = row_range(t, starts, stops, M, TILE)
     if start < stop:
@@ -183,7 +183,7 @@ def _load(x, x_scales, index, rows, stop, columns, K, kb, stride_x, stride_xs):
     v = tl.load(x + source[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside, other=0.0)
     if x_scales is None:
         v = known(v)
-    else:  # of codes, where nothing is infinite
+    else:  # FP8 codes are never infinite
         v = v.to(tl.float32) * tl.load(x_scales + kb * stride_xs + source, mask=rows < stop, other=0.0)[:, None]
     return v
 
@@ -203,7 +203,7 @@ def _e5m6(x, out, M, K, stride, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def row_range(t, starts, stops, M, ROWS: tl.constexpr):
-    """Rows of tile t: from the experts' table, or simply every ROWS rows."""
+    """First and end row of tile t: from the experts' table, or else ROWS rows per tile."""
     if starts is not None:
         start, stop = tl.load(starts + t), tl.load(stops + t)
     else:
@@ -214,7 +214,7 @@ def row_range(t, starts, stops, M, ROWS: tl.constexpr):
 
 @triton.jit
 def store_rows(v, codes, scales, rows, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO: tl.constexpr):
-    """`known` v [rows, 128], zero outside, as codes with one scale a row, which is column `kb` of the scales."""
+    """Stores `known` v [rows, 128], zero outside, as codes with one scale per row, in column `kb` of the scales."""
     scale = tile_scale(largest(v, 1), POWER_OF_TWO)
     inside = (rows[:, None] < stop) & (columns[None, :] < limit)
     tl.store(
@@ -227,7 +227,7 @@ def store_rows(v, codes, scales, rows, stop, columns, limit, kb, stride, stride_
 
 @triton.jit
 def store_four(a, b, c, d, codes, scales, rows, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO: tl.constexpr):
-    """`store_rows` of four times 32 rows: `rows` + 0, 1, 2 and 3."""
+    """Calls `store_rows` for four times 32 rows: `rows` + 0, 1, 2 and 3."""
     store_rows(a, codes, scales, rows, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO)
     store_rows(b, codes, scales, rows + 1, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO)
     store_rows(c, codes, scales, rows + 2, stop, columns, limit, kb, stride, stride_s, POWER_OF_TWO)
@@ -238,10 +238,10 @@ def store_four(a, b, c, d, codes, scales, rows, stop, columns, limit, kb, stride
 def turn_four(
     a, b, c, d, codes, scales, t, columns, limit, stride, stride_s, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr
 ):
-    """Rows 0, 4, 8 .., 1, 5 .., 2, .. and 3, .. of 128, [32, 128] each, as transposed codes: columns 128 t to
-    128 (t + 1) of [limit, 128 T], one scale a column of v.
+    """Stores 128 rows, given as rows 0, 4, 8 .., rows 1, 5 .., rows 2, .. and rows 3, .. of [32, 128] each, as
+    transposed codes: columns 128 t to 128 (t + 1) of [limit, 128 T], with one scale per column of v.
 
-    `codes` points to int32: what moves between the threads is four codes at a time, one of each of the four.
+    `codes` points to int32, so threads exchange four codes at a time, one from each of a, b, c and d.
     """
     ab, cd = tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d))
     scale = tile_scale(tl.max(tl.maximum(ab, cd), 0), POWER_OF_TWO)
@@ -266,11 +266,11 @@ def _blocks(
     places = expert * N * K + rows[:, None].to(tl.int64) * K + columns[None, :]
     v = known(tl.load(weight + places, mask=inside, other=0.0))
     amax = tl.max(largest(v, 1), 0)
-    scale = tile_scale(tl.full((TILE,), 0.0, tl.float32) + amax, POWER_OF_TWO)  # of each row
+    scale = tile_scale(tl.full((TILE,), 0.0, tl.float32) + amax, POWER_OF_TWO)  # the same for each row
     tl.store(codes + places, encode(v, scale[:, None], POWER_OF_TWO), mask=inside)
     tl.store(scales + (expert * tl.num_programs(1) + nb) * stride_s + kb, tl.max(scale, 0))
     if codes_t is not None:
-        # Read again: ptxas 12.8 packs the codes above for their store and then takes lone bytes from a dead register.
+        # Reload the codes: ptxas 12.8 packs them for the store above and then reads single bytes from a dead register.
         tl.debug_barrier()
         q = tl.trans(tl.load(codes + places, mask=inside, other=0.0))
         places = expert * N * K + columns[:, None].to(tl.int64) * N + rows[None, :]

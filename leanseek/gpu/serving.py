@@ -1,4 +1,4 @@
-"""What a served step asks of these kernels, and where they accept it (invariant.py)."""
+"""Registers the kernels of invariant.py for a serving step, and says which arguments they accept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _of_invariant(name: str) -> Callable[..., Tensor]:
-    """The kernel module's function of that name, imported when it is first called."""
+    """Calls the function of that name in invariant.py, which is imported at the first call."""
 
     def run(*arguments: object) -> Tensor:
         found: Tensor = getattr(importlib.import_module("leanseek.gpu.invariant"), name)(*arguments)

@@ -1,11 +1,11 @@
-"""SwiGLU fused with quantisation, forward and backward: the activation never lies in memory in BF16 (3.3.3).
+"""SwiGLU fused with quantisation, forward and backward: the activation is never stored in BF16 (3.3.3).
 
-The pre-activation [M, 2I] holds gate then up; backward computes SwiGLU again from its FP8 codes. `weight` [M] is the
-gate's weight of a routed row. I must be a multiple of 128, so that no tile spans gate and up.
+The pre-activation [M, 2I] holds gate, then up; backward recomputes SwiGLU from its FP8 codes. `weight` [M] is the
+gate's weight for each routed row. I must be a multiple of 128, so that no tile spans gate and up.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what a kernel is given is typed by Triton)
+# (Triton types a kernel's arguments)
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -27,18 +27,18 @@ from leanseek.gpu.quantize import (
 )
 from leanseek.ops.grouped import Tiles
 
-BACKWARD = {"num_warps": 8}  # two programs on a multiprocessor
+BACKWARD = {"num_warps": 8}  # two programs fit on a multiprocessor
 
 
 class Backward(NamedTuple):
     hidden: Codes  # gradient of the pre-activation [M, 2I], 1×128 tiles: for the input's gradient
-    hidden_t: Codes  # the same turned [2I, 128·T]: for the up projection's weight gradient
-    act_t: Codes  # the activation computed again, turned [I, 128·T]: for the down projection's weight gradient
+    hidden_t: Codes  # its transpose [2I, 128·T]: for the up projection's weight gradient
+    act_t: Codes  # the recomputed activation's transpose [I, 128·T]: for the down projection's weight gradient
     weight: Tensor | None  # gradient of `weight` [M] float32
 
 
 def swiglu_quantize(hidden: Tensor, weight: Tensor | None = None, power_of_two: bool = False) -> tuple[Codes, Codes]:
-    """weight · silu(gate) · up in 1×128 tiles [M, I], and hidden [M, 2I] in tiles: what is kept for backward."""
+    """weight · silu(gate) · up in 1×128 tiles [M, I], and hidden [M, 2I] in tiles, to save for backward."""
     m, i = hidden.shape[0], hidden.shape[1] // 2
     out, kept = new_codes(m, i, hidden.device), new_codes(m, 2 * i, hidden.device)
     if out.codes.numel():
@@ -56,9 +56,9 @@ def swiglu_backward_quantize(
     tiles: Tiles | None = None,
     power_of_two: bool = False,
 ) -> Backward:
-    """grad [M, I] of the activation -> everything that the four products of backward read.
+    """From the activation's gradient, grad [M, I], computes everything that the four products of backward read.
 
-    With `tiles`, rows of no expert are left as they were in memory.
+    With `tiles`, rows that belong to no expert stay uninitialised.
     """
     m, i = grad.shape
     out, out_t = new_codes(m, 2 * i, grad.device), new_transposed(m, 2 * i, tiles, grad.device)
@@ -101,8 +101,9 @@ def _backward(
     M, I, stride_g, stride_h, stride_hs, stride_s, stride_t, stride_ts, stride_as,
     POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """128 rows and columns of the gradients of gate and up by rows and turned, and of the activation turned: a program
-    each, side by side, so that the second and third read from the cache; the registers hold one."""
+    """128 rows and columns of gate's gradient (part 0) and up's (part 1), row-wise and transposed, and of the
+    activation (part 2), transposed. Registers hold only one part, so each is a program of its own; the three run side
+    by side, so the second and third read from the cache."""
     part, t, kb = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = row_range(t, starts, stops, M, TILE)
     if start < stop:
@@ -135,8 +136,10 @@ def _four(part: tl.constexpr, given, sizes, rows, stop, columns, TILE: tl.conste
 
 @triton.jit
 def _values(part: tl.constexpr, given, sizes, rows, stop, columns, TILE: tl.constexpr):
-    """Of [32, 128] the gradient of gate (part 0) or up (1), or the activation (2), with which the weights' gradient is
-    written: zero past `stop`."""
+    """[32, 128] of the gradient of gate (part 0) or up (1), or of the activation (2), zero past `stop`.
+
+    Part 2 also writes the partial sums of the routing weights' gradient.
+    """
     grad, hidden, scales, weights, partial = given
     M, I, kb, stride_g, stride_h, stride_s = sizes
     inside, wide = rows < stop, rows.to(tl.int64)
@@ -161,7 +164,7 @@ def _values(part: tl.constexpr, given, sizes, rows, stop, columns, TILE: tl.cons
 
 @triton.jit
 def _sigmoid(v):
-    """1 / (1 + e^-v), within a few last bits: exp and division with all their cases are half of a SwiGLU kernel."""
+    """1 / (1 + e^-v), off by a few last bits: a full exp and division would take half of a SwiGLU kernel's time."""
     if INTERPRETED:
         s = 1.0 / (1.0 + tl.exp(-v))
     else:

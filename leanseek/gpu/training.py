@@ -1,5 +1,5 @@
-"""What a training step asks of these kernels, and where they accept it: FP8's quantisers in the forms that
-leanseek/ops/quantize.py describes, and what is no product."""
+"""Registers the kernels of a training step and says which arguments they accept: the FP8 quantisers in the forms that
+leanseek/ops/quantize.py describes, and everything that is not a product."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _takes(x: Tensor | Kept, *_: object) -> bool:
 
 
 def _tilewise(*arguments: object) -> bool:
-    """One scale for a whole tensor (`fixed`) is for the exact arithmetic: it is there to be compared with."""
+    """Refuses one scale for a whole tensor (`fixed`): that is for the exact arithmetic, a reference to compare with."""
     x, *others = arguments
     assert isinstance(x, Tensor)
     return _takes(x) and not any(isinstance(other, Tensor) for other in others)
@@ -98,7 +98,7 @@ def round_e5m6(x: Tensor) -> Tensor:
 
 
 def takes_rows(*arguments: object) -> bool:
-    """All tensors are rows of BF16 or float32 that are contiguous; the norm's weight may differ in dtype."""
+    """All tensors are BF16 or float32 with contiguous rows; their dtypes may differ (the norm's weight)."""
     return all(
         not device.refusal(t.device) and t.dtype in (torch.bfloat16, torch.float32) and t.stride(-1) == 1
         for t in arguments
@@ -158,7 +158,8 @@ def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: b
 
 
 def _attends(q: Tensor, kv: Tensor, k_rope: Tensor, *_: object) -> bool:
-    """Values are read where they lie, so each head's must begin at 16 bytes; torch keeps cuDNN from single keys too."""
+    """Values are read in place, so each head's must start at a multiple of 16 bytes. A single key is refused because
+    torch does not give it to cuDNN either."""
     if device.refusal(q.device) or not torch.bfloat16 == q.dtype == kv.dtype == k_rope.dtype:
         return False
     from leanseek.gpu.attention import refusal

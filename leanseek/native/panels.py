@@ -80,7 +80,7 @@ def refusal(weight: StoredWeight | None = None) -> str:
     if weight.device.type != "cpu":
         return f"a weight is on {weight.device.type}"
     if _kind(weight) not in KINDS:
-        return f"no kernel multiplies {_kind(weight)}"
+        return f"no kernel multiplies {weight.format.name if isinstance(weight, QuantizedWeight) else weight.dtype}"
     return "" if weight.data.is_contiguous() else "a weight is not contiguous"
 
 

@@ -144,7 +144,8 @@ def _attend(q: Tensor, keys: Tensor, positions: Tensor, scale: float, value_widt
     scores = scores.masked_fill(future[:, :, :, None], float("-inf"))
     top = scores.amax((1, 4), keepdim=True)  # a maximum has no order
     weights = (scores - top).exp()
-    values = _batched(weights.to(q.dtype).view(s * blocks, n * heads, -1), flat[..., :value_width]).float()
+    readable = flat[..., :value_width].nan_to_num(0.0, 0.0, 0.0)  # as in the reference
+    values = _batched(weights.to(q.dtype).view(s * blocks, n * heads, -1), readable).float()
     values = values.view(s, blocks, n, heads, value_width)
     total, mass = values[:, 0], weights[:, 0].sum(-1, keepdim=True)
     for block in range(1, blocks):  # in order: blocks past a query add exact zeros

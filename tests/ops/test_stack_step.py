@@ -14,7 +14,7 @@ from leanseek.backends import PanelBackend, StepBackend, TorchBackend, backend_o
 from leanseek.backends.panels import HEAD
 from leanseek.config import ModelConfig
 from leanseek.model import Transformer
-from leanseek.ops.weights import named_weights, replace_weight
+from leanseek.ops.weights import WeightFormat, named_weights, replace_weight
 from tests.conftest import TINY, dequantized, into_fp8_blocks
 
 pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
@@ -168,6 +168,12 @@ def test_a_row_does_not_depend_on_its_batch(stored: str, variant: str) -> None:
             assert torch.equal(run(backend, rows), whole[rows])
 
 
+def tens(weight: torch.Tensor) -> ops.QuantizedWeight:
+    """A format of no kernel: multiples of a tenth, one scale for all."""
+    form = WeightFormat("tens", torch.int8, lambda shape: (1,), lambda data, scale, dtype: (data * scale).to(dtype))
+    return ops.QuantizedWeight((weight * 10).to(torch.int8), torch.full((1,), 0.1), form)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Transformer], object], str]] = {
     "float16": ({}, lambda model: model.half(), "embed_tokens.weight: kernels do not read torch.float16"),
     "one float16 weight": ({}, lambda model: model.layers[2].self_attn.o_proj.half(), "no kernel multiplies torch.float16"),
@@ -184,6 +190,11 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Transformer], object], str]] 
         {},
         lambda model: setattr(model.layers[0].self_attn.o_proj.weight, "data", torch.randn(40, 32).t()),
         "a weight is not contiguous",
+    ),
+    "a format without kernels": (
+        {},
+        lambda model: replace_weight(model.layers[0].mlp.down_proj, "weight", tens(torch.randn(32, 48))),
+        "no kernel multiplies tens",
     ),
     "an INT8 linear": (
         {},

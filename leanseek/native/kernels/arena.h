@@ -1,4 +1,4 @@
-// Memory for the duration of one kernel call, kept from call to call: what a step needs is allocated once.
+// Memory for one kernel call, reused by the next: after the first step nothing is allocated.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -9,8 +9,8 @@
 
 class Arena {
   public:
-    // The calling thread's, emptied. One kernel at a time uses it. The second outlives the parts of a call that each start
-    // the first.
+    // Returns the calling thread's arena, emptied. One kernel uses it at a time. Arena 1 is for memory that must outlive
+    // the parts of a call, each of which starts arena 0.
     static Arena& start(int which = 0) {
         thread_local Arena arena[2];
         arena[which].reset();
@@ -25,12 +25,12 @@ class Arena {
         __asan_unpoison_memory_region(place, size_t(count) * sizeof(T));
         return reinterpret_cast<T*>(place);
     }
-    // What `body` takes is free again after it.
+    // Frees what `body` takes when it returns.
     template <class Body>
     void within(const Body& body) {
         const size_t used = used_, blocks = blocks_.size();
         body();
-        if (blocks_.size() == blocks) used_ = used;  // else only once: the next call finds one block
+        if (blocks_.size() == blocks) used_ = used;  // if it grew, nothing is freed; the next call finds one block
     }
     ~Arena() { release(); }
 
@@ -44,7 +44,7 @@ class Arena {
         __asan_poison_memory_region(block, size);
         used_ = 0;
     }
-    void reset() {  // several blocks become one that holds as much
+    void reset() {  // merges several blocks into one of the same total size
         size_t total = 0;
         for (size_t size : sizes_) total += size;
         if (blocks_.size() > 1) {

@@ -1,8 +1,8 @@
-// Causal attention over expanded keys and values, forward and backward, in blocks that stay in the cache: the scores of
-// a whole sequence never exist (Dao, arXiv 2307.08691).
+// Causal attention over expanded keys and values, forward and backward, in blocks that fit in the CPU cache. The scores of
+// a whole sequence are never stored (Dao, arXiv 2307.08691).
 //
-// A key is its own part and a rotary part that all heads share (2.1.1, eq. 4); a query is [nope + rope] wide. Rotary
-// parts are rotated while they are copied into a block, so that neither rotated queries nor assembled keys are ever
+// A key consists of the head's own part and a rotary part that all heads share (2.1.1, eq. 4); a query is [nope + rope]
+// wide. Rotary parts are rotated while they are copied into a block, so rotated queries and assembled keys are never
 // stored. With rope = 0 this is plain attention. Query head h reads key head h / (heads / kv_heads).
 #include <cmath>
 
@@ -10,8 +10,8 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64;    // queries, and keys, of a block of scores
-constexpr int64_t CHUNK = 1024;  // queries of a forward task
+constexpr int64_t BLOCK = 64;    // queries, and keys, per block of scores
+constexpr int64_t CHUNK = 1024;  // queries per forward task
 constexpr float LOG2E = 1.44269504f;
 constexpr float MASKED = -1e30f;
 
@@ -21,11 +21,11 @@ struct Strides {
 
 struct Problem {  // attention.py passes these numbers in this order
     int64_t batch, length, heads, kv_heads, nope, rope, value, interleave;
-    int64_t angle_stride;  // of cos and sin [batch or 1, length, rope / 2] from batch to batch
+    int64_t angle_stride;  // batch stride of cos and sin [batch or 1, length, rope / 2]
     Strides q, k, shared, v, dk, dv;
 
     int64_t width() const { return nope + rope; }
-    int64_t ldk() const { return whole_vectors(width()); }  // of queries and keys in scratch memory
+    int64_t ldk() const { return whole_vectors(width()); }  // row stride of queries and keys in scratch memory
     int64_t ldv() const { return whole_vectors(value); }
 };
 
@@ -63,7 +63,7 @@ void rotate_row(const T* __restrict in, const float* __restrict cos, const float
     }
 }
 
-// The derivative of rotate_row: the inverse rotation, of the token at t.
+// The derivative of rotate_row: the inverse rotation, for the token at t.
 template <class T>
 void unrotate(const Problem& p, const Inputs<T>& in, int64_t b, int64_t t, const float* __restrict x, float factor,
               T* __restrict out) {
@@ -121,15 +121,15 @@ void transpose_block(const float* in, int64_t width, float factor, float* out) {
 
 // ---- forward ----
 
-// What a block of queries has gathered from the keys seen so far.
+// What a block of queries has accumulated over the keys so far.
 struct Sums {
     float top[BLOCK];          // the largest score of each row
-    vec mass[BLOCK];           // Σ 2^(score - top), a partial sum a lane
+    vec mass[BLOCK];           // Σ 2^(score - top), one partial sum per lane
     float* values;             // Σ 2^(score - top) · value, [BLOCK, ldv]
 };
 
-// scores [rows, width] (stride BLOCK) of queries from `row` on become 2^(score - top); what was gathered under a lower
-// top is scaled down. With `diagonal`, row r sees the first r + 1 lanes of the last vector.
+// Replaces scores [rows, width] (stride BLOCK) of queries from `row` on by 2^(score - top), and scales down what was summed
+// under a lower top. With `diagonal`, row r sees the first r + 1 lanes of the last vector.
 void online_softmax(float* scores, int64_t row, int64_t rows, int64_t width, bool diagonal, int64_t ldv, Sums& sums) {
     for (int64_t r = 0; r < rows; r++, scores += BLOCK) {
         if (diagonal) {
@@ -161,7 +161,7 @@ void forward_task(const Problem& p, const Inputs<T>& in, int64_t b, int64_t h, i
                   float* lse) {
     const int64_t end = std::min(p.length, begin + CHUNK), ldk = p.ldk(), ldv = p.ldv();
     const int64_t blocks = (end + BLOCK - 1) / BLOCK;
-    float* keys = scratch(0, blocks * ldk * BLOCK);  // transposed, a block after the other
+    float* keys = scratch(0, blocks * ldk * BLOCK);  // transposed, one block after another
     float* values = scratch(1, blocks * BLOCK * ldv);
     float* block = scratch(2, BLOCK * ldk);
     for (int64_t j = 0; j < blocks; j++) {
@@ -194,9 +194,9 @@ void forward_task(const Problem& p, const Inputs<T>& in, int64_t b, int64_t h, i
 
 // ---- backward ----
 
-// One head's queries, and what their gradients need: all [rows of whole blocks, ld] but `lse` and `dot`.
+// One head's queries, and what their gradients need. All are [rows rounded up to whole blocks, ld] but `lse` and `dot`.
 struct QueryBlocks {
-    float *q, *grad, *dq;  // dq gathers Σ_keys dS · key
+    float *q, *grad, *dq;  // dq accumulates Σ_keys dS · key
     float *lse, *dot;      // log2 of each row's sum; grad · out, the derivative's mean
 };
 
@@ -220,7 +220,7 @@ void load_gradients(const Problem& p, const Inputs<T>& in, int64_t b, int64_t h,
     }
 }
 
-// From the scores and grad · valueᵀ of a strip: P = 2^(score - lse) and dS = P (dP - dot), each in its place.
+// From a strip's scores and dP = grad · valueᵀ, computes P = 2^(score - lse) and dS = P (dP - dot), each in place.
 void score_gradients(float* scores, float* dscores, int64_t rows, int64_t width, bool diagonal, const float* lse,
                      const float* dot) {
     for (int64_t r = 0; r < rows; r++, scores += BLOCK, dscores += BLOCK) {
@@ -237,15 +237,15 @@ void score_gradients(float* scores, float* dscores, int64_t rows, int64_t width,
     }
 }
 
-// A block of keys and values in each form that a product reads, and the memory for a block of scores.
+// A block of keys and values in every layout that the products read, and memory for a block of scores.
 struct KeyBlock {
     float *keys, *values;          // [BLOCK, ldk], [BLOCK, ldv]
     float *keys_t, *values_t;      // [ldk, BLOCK] times scale · log2 e, [ldv, BLOCK]
     float *scores, *dscores;       // [BLOCK, BLOCK]
 };
 
-// Adds the pair's part to dq of these queries (rows of them) and to dk [BLOCK, ldk], dv [BLOCK, ldv]. On the diagonal
-// only strips below it are computed, so that nothing is read which was not written.
+// Adds what this block of keys and these `rows` queries contribute to dq, dk [BLOCK, ldk] and dv [BLOCK, ldv]. On the
+// diagonal only the strips below it are computed, and nothing else is read.
 void backward_pair(const Problem& p, const KeyBlock& b, const QueryBlocks& q, int64_t rows, bool diagonal, float* dk,
                    float* dv) {
     const int64_t ldk = p.ldk(), ldv = p.ldv();
@@ -256,7 +256,7 @@ void backward_pair(const Problem& p, const KeyBlock& b, const QueryBlocks& q, in
         score_gradients(s, ds, count, width, diagonal, q.lse + r, q.dot + r);
         multiply(count, ldk, width, ds, BLOCK, 1, b.keys, ldk, q.dq + r * ldk, ldk, true);
     };
-    const auto keys = [&](int64_t c, int64_t count) {  // queries from c on see key c; a later strip starts below it
+    const auto keys = [&](int64_t c, int64_t count) {  // queries from c on see key c
         const int64_t from = diagonal ? c : 0;
         multiply(count, ldv, rows - from, b.scores + from * BLOCK + c, 1, BLOCK, q.grad + from * ldv, ldv, dv + c * ldv, ldv, true);
         multiply(count, ldk, rows - from, b.dscores + from * BLOCK + c, 1, BLOCK, q.q + from * ldk, ldk, dk + c * ldk, ldk, true);
@@ -276,7 +276,7 @@ struct Gradients {
     float* shared;  // [B, Hkv, T, rope]: the rotary part of dk, still rotated, before the sum over the heads
 };
 
-// Everything that key head kv of sequence b sees: dk and dv, and dq of the query heads that read it.
+// One key head kv of sequence b: its dk and dv, and dq of the query heads that read it.
 template <class T>
 void backward_task(const Problem& p, const Inputs<T>& in, int64_t b, int64_t kv, float scale, const T* out, const float* lse,
                    const T* grad, const Gradients<T>& to) {

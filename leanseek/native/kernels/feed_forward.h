@@ -1,5 +1,5 @@
-// Feed-forward networks over packed weights: the routed experts, shared experts and dense layers, all as units of gate, up
-// and down. Each unit's weights are read once for all the rows that it serves.
+// Feed-forward networks over packed weights. Routed experts, shared experts and dense layers are all units of gate, up and
+// down. A unit reads its weights once for all its rows.
 #pragma once
 #include <vector>
 
@@ -7,13 +7,13 @@
 
 namespace {
 
-// down(silu(gate x) * up x) for `count` rows. A panel of `gated` holds 32 rows of gate, then up's of the same numbers.
+// down(silu(gate x) * up x) for `count` rows. A panel of `gated` holds 32 rows of gate, then the same 32 rows of up.
 struct Unit {
     Matrix gated, down;
     long first, count;
 };
 
-// Units of one size whose rows lie one after the other. `weight` scales a row's activation (null: 1).
+// Units of one size with consecutive rows. `weight` scales a row's activation (null: 1).
 struct Group {
     std::vector<Unit> units;
     const PreparedRows* x;
@@ -22,7 +22,7 @@ struct Group {
     float* out;  // [rows][D]
 };
 
-// Hidden units of one panel, out [m][64], for rows from `row`: act = silu(gate x) * (up x) * weight.
+// Turns one panel's products, out [m][64], into activations of rows from `row`: act = silu(gate x) * (up x) * weight.
 inline void activate(const Group& group, const Unit& unit, long panel, long row, long m, float* out) {
     const long i0 = panel * HALF_ROWS, n = std::min(HALF_ROWS, unit.down.columns - i0);
     for (long j = 0; j < m; j++) {
@@ -64,7 +64,7 @@ struct Routing {
     long tokens, top_k;
 };
 
-// The routed experts as a group: rows sorted by expert, `place` of each (token, choice) pair among them.
+// The routed experts as a group: rows are sorted by expert, and `place` is each (token, choice) pair's row.
 struct RoutedExperts {
     Matrix gated, down;
     long count;

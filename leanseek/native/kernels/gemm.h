@@ -1,18 +1,18 @@
-// The FP32 product that everything here stands on: C[m][n] (+)= Σ_k A[m·sm + k·sk] · B[k][n].
+// The FP32 matrix product under the FP32 kernels: C[m][n] (+)= Σ_k A[m·sm + k·sk] · B[k][n].
 //
-// A is read a scalar at a time and broadcast, so it may lie in any order (transposed too); B and C are read in vectors
-// along n. A tile of C stays in registers for the whole sum over k, which runs in the order of k: a value of C does not
-// depend on how M and N are cut. B is best packed into panels, which a tile reads from end to end.
+// A is read one scalar at a time and broadcast, so any strides work (transposed too); B and C are read in vectors along n.
+// A tile of C stays in registers for the whole sum over k, which runs in order, so values of C do not depend on how M and
+// N are split. It is fastest with B packed into panels, which a tile reads from start to end.
 #pragma once
 #include "kernels.h"
 
 namespace {
 
-// Rows of a tile of two vectors: with REGISTERS, as many sums as leave room for two vectors of B and one of A.
+// Rows of a tile that is two vectors wide: as many sums as leave registers for two vectors of B and one of A.
 constexpr int TILE_ROWS = (REGISTERS - 4) / 2;
 constexpr int64_t PANEL = 2 * LANES;  // columns of a packed panel
 
-// One tile; of C's columns only the first `columns` exist.
+// One tile; only the first `columns` of C's columns exist.
 template <int ROWS, int VECS, class T>
 inline void tile(int64_t K, const float* __restrict A, int64_t sm, int64_t sk, const float* __restrict B, int64_t ldb,
                  T* __restrict C, int64_t ldc, int64_t columns, bool add) {
@@ -55,7 +55,7 @@ inline void tile_rows(int64_t rows, int64_t K, const float* A, int64_t sm, int64
     }
 }
 
-// All rows of one or two vectors of columns, cut evenly into tiles of at most TILE_ROWS.
+// All rows of one or two vectors of columns, split evenly into tiles of at most TILE_ROWS.
 template <class T>
 void column(int64_t M, int64_t K, const float* A, int64_t sm, int64_t sk, const float* B, int64_t ldb, T* C, int64_t ldc,
             int64_t columns, bool add) {
@@ -77,7 +77,7 @@ void multiply(int64_t M, int64_t N, int64_t K, const float* A, int64_t sm, int64
         column(M, K, A + 0, sm, sk, B + n, ldb, C + n, ldc, std::min(PANEL, N - n), add);
 }
 
-// B in panels: panel n / PANEL is [K, PANEL]; what lies past N is never used.
+// B in panels: panel n / PANEL is [K, PANEL]; columns past N are never used.
 template <class T>
 void multiply_packed(int64_t M, int64_t N, int64_t K, const float* A, int64_t sm, int64_t sk, const float* panels, T* C,
                      int64_t ldc, bool add) {
@@ -87,22 +87,22 @@ void multiply_packed(int64_t M, int64_t N, int64_t K, const float* A, int64_t sm
 
 inline int64_t panels_size(int64_t K, int64_t N) { return (N + PANEL - 1) / PANEL * PANEL * K; }
 
-// Where column n of row k lies in panels of K rows.
+// Offset of column n of row k in panels of K rows.
 inline int64_t in_panel(int64_t K, int64_t k, int64_t n) { return n / PANEL * PANEL * K + k * PANEL + n % PANEL; }
 
-// Row k of B, N wide, into panels of K rows.
+// Packs row k of B, N wide, into panels of K rows.
 template <class T>
 inline void pack_row(const T* row, int64_t K, int64_t k, int64_t N, float* panels) {
     lanes_of(N, [&](int64_t n, int lanes) { store(panels + in_panel(K, k, n), load(row + n, lanes)); });
 }
 
-// B [K, N] into panels.
+// Packs B [K, N] into panels.
 template <class T>
 void pack(const T* B, int64_t ldb, int64_t K, int64_t N, float* panels) {
     for (int64_t k = 0; k < K; k++) pack_row(B + k * ldb, K, k, N, panels);
 }
 
-// B[k][n] = W[n·ldw + k] into panels.
+// Packs B[k][n] = W[n·ldw + k] into panels.
 template <class T>
 void pack_transposed(const T* W, int64_t ldw, int64_t K, int64_t N, float* panels) {
     for (int64_t n = 0; n < N; n += LANES)

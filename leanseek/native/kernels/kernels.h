@@ -1,5 +1,5 @@
-// What every kernel file starts with. A kernel is a C function over pointers and sizes: no torch headers, so that one
-// build serves every version of torch. Strides count elements. The callers (leanseek/native/*.py) have checked shapes.
+// Every kernel file includes this. A kernel is a C function over pointers and sizes; it uses no torch headers, so one build
+// works with every version of torch. Strides count elements. The callers (leanseek/native/*.py) check the shapes.
 #pragma once
 #include <cstdlib>
 #include <new>
@@ -27,7 +27,8 @@ static void with_types(int64_t dtype, int64_t other, const Body& body) {
 
 #define ELEMENT(pointer) std::remove_pointer_t<decltype(pointer)>
 
-// Memory of the calling thread, 64-byte aligned, kept from call to call. `slot` tells apart what is held at one time.
+// Memory of the calling thread, 64-byte aligned, reused from call to call. Buffers in use at the same time need different
+// slots.
 static inline void* scratch_bytes(int slot, size_t bytes) {
     struct Buffer {
         void* data = nullptr;
@@ -50,7 +51,7 @@ static inline T* scratch(int slot, int64_t count) {
     return static_cast<T*>(scratch_bytes(slot, size_t(count) * sizeof(T)));
 }
 
-// Calls body(offset, lanes) over [0, width): full vectors, then one of the remaining lanes.
+// Calls body(offset, lanes) over [0, width): full vectors first, then the remaining lanes.
 template <class Body>
 static inline void lanes_of(int64_t width, const Body& body) {
     int64_t i = 0;

@@ -1,10 +1,10 @@
 // Absorbed MLA attention over the paged cache of latents: every head attends to one shared row per token, whose first
 // `value_width` columns are also its value.
 //
-// A context is cut into chunks of CHUNK keys; each chunk has its own softmax, and chunks are merged in order. The
-// arithmetic of one query is the same whether its chunks run on one thread or on many, alone or in a batch. Two
-// arithmetics, as in panel.h: exact in FP32, where sixteen (AVX2: eight) heads lie across the lanes of a vector and a
-// cached value is broadcast to all of them; and narrow, where query, cache and softmax weights are multiplied in BF16.
+// A context is split into chunks of CHUNK keys; each chunk has its own softmax, and chunks are merged in order. The
+// arithmetic of one query is the same whether its chunks run on one thread or on many, alone or in a batch. There are two
+// arithmetics, as in panel.h: exact, in FP32, with sixteen (AVX2: eight) heads in the lanes of a vector and a cached value
+// broadcast to all of them; and narrow, which multiplies query, cache and softmax weights in BF16.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -15,7 +15,7 @@
 namespace {
 
 constexpr long CHUNK = 256;  // keys that share a softmax maximum before chunks are merged
-constexpr long BLOCK_UNITS = 8, MANY_UNITS = 64;  // units that share a chunk of keys, and how many are many: see attend
+constexpr long BLOCK_UNITS = 8, MANY_UNITS = 64;  // units that share a chunk of keys; units that count as many: see attend
 constexpr long KEYS = 64;    // keys held in FP32 at a time (64 x 576 floats: in L2)
 
 // One row of the cache, in FP32.
@@ -28,8 +28,8 @@ void copy_row(const LatentCache& cache, long row, float* out) {
     });
 }
 
-// One query's state for LANES heads: running maximum, sum of weights and weighted values, heads across the lanes
-// for the first two and [LANES][value_width] for the last.
+// One query's state for LANES heads: running maximum and sum of weights, one head per lane, and weighted values
+// [LANES][value_width].
 struct Partial {
     float maximum[LANES], sum[LANES];
     float* values;
@@ -78,7 +78,7 @@ void add_values(const float* p, const float* keys, long n, long W, long V, float
             for (int h = 0; h < HEADS; h++) values[h * V + v] += p[key * LANES + h] * keys[key * W + v];
 }
 
-// Keys [first, last) of a sequence's context for one query and LANES heads, into a fresh Partial.
+// Attends to keys [first, last) of a sequence's context for one query and LANES heads, into a fresh Partial.
 void attend_chunk(const LatentCache& cache, const int64_t* pages, const float* q, long first, long last,
                          long heads, float scale, float* scratch, Partial& out) {
     const long W = cache.width, V = cache.value_width;
@@ -119,11 +119,11 @@ void attend_chunk(const LatentCache& cache, const int64_t* pages, const float* q
 #if defined(__AVX512BF16__)
 
 constexpr long NARROW_KEYS = 128;  // keys scored at a time
-constexpr int SCORE_UNITS = 4;     // units whose scores of a key are in registers: a key's pair is loaded for all of them
-constexpr int SCORE_TILE[SCORE_UNITS + 1] = {0, 8, 8, 6, 6};  // and keys, by the number of units
+constexpr int SCORE_UNITS = 4;     // units whose scores stay in registers and share each load of a key
+constexpr int SCORE_TILE[SCORE_UNITS + 1] = {0, 8, 8, 6, 6};  // keys whose scores do, by the number of units
 
-// score[unit][key][lane] = q[unit][lane] . key for `TILE` keys; q [pairs of columns][LANES][2]. A key's pair meets all heads
-// at once. Meanwhile the keys that are next come into the cache: rows are too short for the CPU to see the streams by itself.
+// score[unit][key][lane] = q[unit][lane] . key for `TILE` keys; q [pairs of columns][LANES][2]. A pair of a key's columns is
+// multiplied with all heads at once. The next keys are prefetched: rows are too short for the CPU to detect the streams.
 template <int UNITS, int TILE>
 void score_narrow(const bf16* const* keys, const bf16* const* next, const bf16* const* q, long pairs, float* score) {
     vec sum[UNITS][TILE];
@@ -151,8 +151,8 @@ void score_narrow(const bf16* const* keys, const bf16* const* next, const bf16* 
         for (int i = 0; i < TILE; i++) store(score + (u * NARROW_KEYS + i) * LANES, sum[u][i]);
 }
 
-// Scores become softmax weights in BF16, as pairs of keys [pairs][LANES][2], an odd last key beside a zero. Maximum and sum
-// go on; what held is shrunk by the returned factor.
+// Turns scores into softmax weights in BF16, as pairs of keys [pairs][LANES][2]; an odd last key is paired with a zero.
+// Updates maximum and sum, and returns the factor that scales earlier values down.
 vec soften(float* score, long n, float scale, vec& maximum, vec& sum, bf16* weights) {
     vec top = maximum;
     for (long i = 0; i < n; i++) top = max(top, load(score + i * LANES) * set1(scale));
@@ -173,7 +173,7 @@ vec soften(float* score, long n, float scale, vec& maximum, vec& sum, bf16* weig
 constexpr int VALUE_VECS = 4;
 constexpr long VALUE_COLUMNS = VALUE_VECS * LANES;
 
-// VALUE_COLUMNS columns of `n` keys, two keys' values side by side: [pairs of keys][VALUE_COLUMNS][2].
+// Copies VALUE_COLUMNS columns of `n` keys with two keys' values side by side: [pairs of keys][VALUE_COLUMNS][2].
 void pair_keys(const bf16* const* keys, long n, long v, bf16* out) {
     alignas(64) uint16_t order[2][32];
     for (int i = 0; i < 32; i++) {
@@ -223,8 +223,8 @@ struct Query {
     Partial* to;
 };
 
-// As attend_chunk, for up to BLOCK_UNITS queries of one sequence, each over keys [first, last): every key is read once for
-// them all. The cache is read where it lies; the longest context ends at `end`.
+// Like attend_chunk, for up to BLOCK_UNITS queries of one sequence, each over keys [first, its last): all share one read of
+// each key, straight from the cache. The longest context ends at `end`.
 void attend_narrow(const LatentCache& cache, const int64_t* pages, const Query* query, long count, long first, long end, float scale) {
     const long V = cache.value_width;
     float* score = scratch(4, NARROW_KEYS * ((SCORE_UNITS + BLOCK_UNITS) * LANES + VALUE_COLUMNS));  // [SCORE_UNITS][NARROW_KEYS][LANES]
@@ -239,7 +239,7 @@ void attend_narrow(const LatentCache& cache, const int64_t* pages, const Query* 
     }
     for (long start = first; start < last; start += NARROW_KEYS) {
         const long most = std::min(NARROW_KEYS, last - start);
-        const bf16* keys[NARROW_KEYS + SCORE_TILE[1]];  // and those that are fetched ahead
+        const bf16* keys[NARROW_KEYS + SCORE_TILE[1]];  // and those that are prefetched
         for (long i = 0; i < most + SCORE_TILE[1]; i++) {
             const long key = std::min(start + i, end - 1);
             const long row = pages[key / cache.page_size] * cache.page_size + key % cache.page_size;
@@ -278,7 +278,7 @@ inline bool narrow_fits(const LatentCache& cache) {
     return cache.kind == BF16 && cache.value_width % VALUE_COLUMNS == 0 && cache.width % 2 == 0;
 }
 
-// Heads [first, first + heads) of one query, [H][W] at q, to [W / 2][LANES][2] with zeros past the last head.
+// Copies heads [first, first + heads) of one query, [H][W] at q, to [W / 2][LANES][2], with zeros past the last head.
 void pair_heads(const float* q, long first, long heads, long W, bf16* out) {
     for (long w = 0; w < W; w += 2 * LANES) {
         const int low = int(std::min<long>(LANES, W - w)), high = int(std::min<long>(LANES, W - w - low));
@@ -293,7 +293,7 @@ void pair_heads(const float* q, long first, long heads, long W, bf16* out) {
 }
 #endif
 
-// Chunk `next` follows what `state` holds: softmax over both.
+// Merges chunk `next` into `state`, which holds the chunks before it.
 void merge(Partial& state, const Partial& next, long heads, long V) {
     for (long h = 0; h < heads; h++) {
         const float top = std::max(state.maximum[h], next.maximum[h]);
@@ -305,16 +305,16 @@ void merge(Partial& state, const Partial& next, long heads, long V) {
     }
 }
 
-// A group of LANES heads of one query, [H, W] at q, transposed to [W][LANES] with zeros past the last head.
+// Transposes LANES heads of one query, [H, W] at q, to [W][LANES], with zeros past the last head.
 void transpose_heads(const float* q, long first, long heads, long W, float* out) {
     for (long w = 0; w < W; w++)
         for (long h = 0; h < LANES; h++) out[w * LANES + h] = h < heads ? q[(first + h) * W + w] : 0.0f;
 }
 }  // namespace
 
-// A unit is LANES heads of one query. Units of one sequence go through a chunk of keys together, so that it is read once
-// for them. Few are cut into chunks, a task each, so that one long context has all threads; of many, a task takes a block
-// of units through the context.
+// A unit is LANES heads of one query. Units of one sequence process a chunk of keys together, so that it is read once. With
+// few units every chunk is a task, so that one long context can use all threads; with many, a task takes a block of units
+// through the whole context.
 void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long first_row, long last_row,
             [[maybe_unused]] bool narrow, const float* q, long H, float scale, float* out) {
     const long W = cache.width, V = cache.value_width, groups = (H + LANES - 1) / LANES, units = (last_row - first_row) * groups;
@@ -323,7 +323,7 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long fir
         const int64_t* pages;
     };
     std::vector<Unit> unit;
-    Partial* state = arena.take<Partial>(units);  // of the context's beginning; its values are in `out`
+    Partial* state = arena.take<Partial>(units);  // first holds chunk 0, then everything; its values are in `out`
     long parts = 0;
     for (long s = 0; s < batch.sequences; s++)
         for (long row = std::max(first_row, batch.row_offsets[s]); row < std::min(last_row, batch.row_offsets[s + 1]); row++)
@@ -334,7 +334,7 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long fir
                 parts += chunks;
             }
 #if defined(__AVX512BF16__)
-    bf16* paired = nullptr;  // the queries as attend_narrow takes them
+    bf16* paired = nullptr;  // the queries in attend_narrow's layout
     if (narrow && narrow_fits(cache)) {
         paired = arena.take<bf16>(units * W * LANES);
         parallel_rows(units, 4 * W * LANES, [&](int64_t i) {
@@ -342,7 +342,7 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long fir
         });
     }
 #endif
-    // Those of units [first, last), all of one sequence, that have this chunk; to(i) takes what comes of it.
+    // Attends to one chunk for those of units [first, last), all of one sequence, that have it; to(i) is unit i's result.
     const auto attend_to = [&](long first, long last, long chunk, const auto& to) {
         const long begin = chunk * CHUNK;
 #if defined(__AVX512BF16__)
@@ -377,7 +377,7 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long fir
     struct Block {
         long first, last, chunks;
     };
-    std::vector<Block> blocks;  // of units of one sequence
+    std::vector<Block> blocks;  // each holds units of one sequence
     for (long i = 0; i < units; i++) {
         if (blocks.empty() || unit[i].pages != unit[blocks.back().first].pages || i - blocks.back().first == most) blocks.push_back({i, i, 0});
         blocks.back().last = i + 1;
@@ -398,7 +398,7 @@ void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long fir
         });
         return;
     }
-    std::vector<Partial*> part;  // of each unit and chunk
+    std::vector<Partial*> part;  // one per unit and chunk
     std::vector<long> offset;
     for (long i = 0; i < units; i++) {
         offset.push_back(long(part.size()));

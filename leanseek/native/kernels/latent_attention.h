@@ -3,7 +3,7 @@
 #include "arena.h"
 #include "stored.h"
 
-// One layer's cache [slots, width]; the value of a row is its first value_width columns.
+// One layer's cache [slots, width]; a row's first value_width columns are its value.
 struct LatentCache {
     int64_t kind;
     const void* data;
@@ -16,7 +16,7 @@ struct Batch {
     long tokens, sequences, pages_per_sequence;
 };
 
-// out[n][H][V] = softmax(q[n][H][W] . rows * scale) rows[:, :V] for the batch's rows [first, last), which q and out begin
-// with, each query over its own past. `narrow`: q may be rounded to BF16 where the cache is BF16 and the CPU multiplies it.
+// out[n][H][V] = softmax(q[n][H][W] . rows * scale) rows[:, :V] for the batch's rows [first, last), each query over its own
+// past; q and out start at row `first`. `narrow`: q may be rounded to BF16 if the cache is BF16 and the CPU supports it.
 void attend(Arena& arena, const LatentCache& cache, const Batch& batch, long first, long last, bool narrow, const float* q,
             long H, float scale, float* out);

@@ -1,12 +1,12 @@
 // Products of rows of x with packed weights: y[m][n] = Σ_k x[m][k] w[n][k].
 //
-// Each y[m][n] is one chain of operations over k in one fixed order, whatever the number of rows m that run together: a
-// request's result does not depend on what else is in its batch. There are two arithmetics, both with FP32 sums:
-// - exact: x in FP32, the weight decoded to FP32, one sum over the columns in their order;
-// - narrow, for x in BF16 where the CPU multiplies BF16: the weight's codes as BF16, which holds all of e4m3 and of INT8
-//   exactly.
-// FP8 is summed over 128 columns at a time and only then scaled (as the paper promotes its partial sums, 3.3.2). Few rows
-// decode in registers; more decode a block of 128 columns once into L1.
+// Each y[m][n] is computed over k in one fixed order, however many rows m run together, so a request's result does not
+// depend on its batch. There are two arithmetics, both with FP32 sums:
+// - exact: x in FP32, the weight decoded to FP32, one sum over the columns in order;
+// - narrow, for x in BF16 if the CPU multiplies BF16: the weight's codes become BF16, which represents every e4m3 and INT8
+//   value exactly.
+// FP8 is summed over 128 columns at a time and then scaled, like the paper's promotion of partial sums (3.3.2). For few
+// rows, weights are decoded in registers; for more, a block of 128 columns is decoded once into L1.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -16,11 +16,11 @@
 
 namespace {
 
-// How rows of x are held: in FP32; in FP32 times RAISE, for codes that decode too small (FP8_UNIT); in BF16.
+// How rows of x are stored: in FP32; in FP32 times RAISE, for codes that decode too small (FP8_UNIT); in BF16.
 enum class Form { EXACT, RAISED, NARROW };
 constexpr float RAISE = 0x1p60f;
 
-// Of x as a weight of this kind meets it.
+// The form of x that a weight of this kind needs.
 inline Form form_of(int64_t kind, [[maybe_unused]] bool x_is_bf16) {
 #if defined(__AVX512BF16__)
     if (x_is_bf16 && kind != FP32) return Form::NARROW;
@@ -38,7 +38,7 @@ struct Rows {
     Rows from(long first) const { return {static_cast<const char*>(data) + first * BLOCK * bytes_of(form), stride, form}; }
 };
 
-// Calls body(tile, first) over m rows, cut evenly into tiles of at most MOST rows; `tile` is an integral_constant.
+// Calls body(tile, first) over m rows, split evenly into tiles of at most MOST rows; `tile` is an integral_constant.
 template <int MOST, class Body>
 inline void row_tiles(long m, const Body& body) {
     const long tiles = (m + MOST - 1) / MOST;
@@ -53,16 +53,16 @@ inline void row_tiles(long m, const Body& body) {
     }
 }
 
-// ---- exact: a row of x has VECS vectors of sums, of LANES rows of the panel each ----
+// ---- exact: a row of x has VECS vectors of sums, each for LANES rows of the panel ----
 
 constexpr int VECS = PANEL_ROWS / LANES, HALF_VECS = VECS / 2;
-constexpr int FEW = REGISTERS == 32 ? 6 : 3;         // rows of x that decode in registers together,
-constexpr long DECODING_MOST = REGISTERS == 32 ? 6 : 4;  // and up to which that is done again for more
-constexpr int WIDE_ROWS = REGISTERS == 32 ? 12 : 3;  // and that meet decoded weights together,
-constexpr int WIDE_VECS = REGISTERS == 32 ? 2 : 4;   // this many vectors of sums each: 128 columns of them are 16 KiB
+constexpr int FEW = REGISTERS == 32 ? 6 : 3;         // rows of x per tile that decodes in registers
+constexpr long DECODING_MOST = REGISTERS == 32 ? 6 : 4;  // most rows of x for which every tile decodes again
+constexpr int WIDE_ROWS = REGISTERS == 32 ? 12 : 3;  // rows of x per tile over decoded weights,
+constexpr int WIDE_VECS = REGISTERS == 32 ? 2 : 4;   // with this many vectors of sums each: 128 columns take 16 KiB
 constexpr long FETCH_AHEAD = 4096;                   // bytes
 
-// sum [M][V] becomes what follows sums [m][64]: with `scale` (of the two halves), its multiple is added.
+// Stores sum [M][V] to sums [m][64]. With `scale` (one per half), adds sum times scale to sums instead.
 template <int M, int V>
 inline void put_sums(vec (&sum)[M][V], const float* scale, float* sums, bool fresh) {
 #pragma GCC unroll 16
@@ -83,8 +83,8 @@ inline void take_sums(vec (&sum)[M][V], const float* sums, bool fresh) {
         for (int v = 0; v < V; v++) sum[m][v] = fresh ? zero() : load(sums + m * PANEL_ROWS + v * LANES);
 }
 
-// p, which the compiler does not know to be p: it loads again what it would else hold in registers, of which a sum then has
-// none, and a sum that goes through memory is a chain of 15 cycles instead of 8.
+// Returns p, but hides from the compiler that it is p. The compiler then loads values again instead of keeping them in
+// registers that a sum needs: a sum that goes through memory takes 15 cycles per step instead of 8.
 inline const float* unknown(const float* p) {
     asm volatile("" : "+r"(p));
     return p;
@@ -120,7 +120,7 @@ void decoding_rows(const T* w, const float* x, long pairs, const float* scale, f
         decoding_tile<M, V>(w + 2 * v * LANES, x, pairs, scale ? scale + v / HALF_VECS : nullptr, sums + v * LANES, fresh);
 }
 
-// As decoding_tile, of `columns` columns that are decoded: w [columns][WIDE_VECS].
+// Like decoding_tile, for `columns` columns that are decoded already: w [columns][WIDE_VECS].
 template <int M>
 void decoded_tile(const float* w, const float* x, long columns, const float* scale, float* sums, bool fresh) {
     vec sum[M][WIDE_VECS];
@@ -139,7 +139,7 @@ void decoded_tile(const float* w, const float* x, long columns, const float* sca
     put_sums(sum, scale, sums, fresh);
 }
 
-// Where a NaN's code lies in `pairs` pairs of columns, a NaN in what they were decoded to, vectors [v, v + WIDE_VECS).
+// Writes NaN into the decoded values, vectors [v, v + WIDE_VECS), wherever `pairs` pairs of columns hold a NaN's code.
 [[maybe_unused]] inline void put_nans(const uint8_t* w, long pairs, int v, float* decoded) {
     for (long n = 0; n < PANEL_ROWS; n++) {
         const long lane = sum_of(FP8, n) - v * LANES;
@@ -151,7 +151,7 @@ void decoded_tile(const float* w, const float* x, long columns, const float* sca
 
 template <class T>
 void exact_panel(const Matrix& w, const T* panel, const float* scale, bool nans, const Rows& x, long m, float* sums) {
-    constexpr bool always = std::is_same_v<T, float> && REGISTERS == 32;  // decode: it is only another order
+    constexpr bool always = std::is_same_v<T, float> && REGISTERS == 32;  // decode in registers: it only changes the order
     float* decoded = scratch(5, BLOCK * WIDE_VECS * LANES);
     for (long b = 0; b < blocks_of(w); b++, panel += BLOCK * PANEL_ROWS) {
         const long pairs = std::min(BLOCK / 2, pairs_of(w) - b * BLOCK / 2);
@@ -188,7 +188,7 @@ void exact_rows(const Matrix& w, const char* panel, const float* scale, bool nan
     struct Places {
         uint8_t of[PANEL_ROWS];
     };
-    constexpr int64_t kind = std::is_same_v<T, float> ? FP32 : std::is_same_v<T, bf16> ? BF16 : FP8;  // INT8 is as FP8
+    constexpr int64_t kind = std::is_same_v<T, float> ? FP32 : std::is_same_v<T, bf16> ? BF16 : FP8;  // INT8 is ordered like FP8
     constexpr Places places = [] {
         Places p{};
         for (int64_t n = 0; n < PANEL_ROWS; n++) p.of[n] = uint8_t(sum_of(kind, n));
@@ -204,13 +204,13 @@ void exact_rows(const Matrix& w, const char* panel, const float* scale, bool nan
 
 #if defined(__AVX512BF16__)
 
-constexpr long AHEAD = 4096;  // bytes by which a panel is prefetched
+constexpr long AHEAD = 4096;  // bytes ahead that a panel is prefetched
 
 using pairs_of_bf16 = __m512bh;  // 16 pairs
 
 // The 64 rows' values of a pair of columns as four vectors of 16 rows.
-struct CodeSource {  // the two bytes of each code's BF16 are looked up by its low 7 bits, the sign is put on
-    static constexpr long BYTES = 2 * PANEL_ROWS;  // of a pair of columns
+struct CodeSource {  // looks up the two bytes of each code's BF16 by its low 7 bits, then adds the sign
+    static constexpr long BYTES = 2 * PANEL_ROWS;  // bytes of a pair of columns
     __m512i high[2], low[2];
 
     explicit CodeSource(int64_t kind) {
@@ -246,8 +246,8 @@ inline pairs_of_bf16 broadcast_pair(const bf16* x) {
     return pairs_of_bf16(_mm512_set1_epi32(pair));
 }
 
-// sums[m][64] (+)= `pairs` pairs of columns from w; scales, unless null, are those of the two halves. Meanwhile FETCH bytes
-// a pair are brought into the cache from `ahead`.
+// sums[m][64] (+)= `pairs` pairs of columns from w; `scale`, unless null, has one scale per half. Meanwhile FETCH bytes per
+// pair are prefetched from `ahead`.
 template <bool SCALED, int M, long FETCH, class Source>
 void narrow_tile(const Source& source, const char* w, const bf16* x, long pairs, const float* scale, float* sums, bool fresh,
                  [[maybe_unused]] const char* ahead) {
@@ -260,7 +260,7 @@ void narrow_tile(const Source& source, const char* w, const bf16* x, long pairs,
 #pragma GCC unroll 4
         for (long i = 0; i < FETCH; i += 64) __builtin_prefetch(ahead + p * FETCH + i);
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {  // so that few registers hold values beside the sums
+        for (int half = 0; half < 2; half++) {  // leaves most registers to the sums
             pairs_of_bf16 values[2];
             source.decode(w, half, values);
 #pragma GCC unroll 8
@@ -282,8 +282,8 @@ void narrow_tile(const Source& source, const char* w, const bf16* x, long pairs,
 }
 
 constexpr int NARROW_ROWS = 6;  // 24 sums of 32 registers
-constexpr int DIRECT_ROWS = 6;  // beside the tables of codes
-constexpr long DIRECT_MOST = 32; // rows of x up to which decoding again beats decoding once into L1
+constexpr int DIRECT_ROWS = 6;  // leaves registers for the code tables
+constexpr long DIRECT_MOST = 32; // up to this many rows of x, decoding again beats decoding once into L1
 
 template <bool SCALED>
 void narrow_codes(const Matrix& w, const char* panel, const float* scale, const Rows& x, long m, float* out) {
@@ -340,7 +340,7 @@ inline void narrow_rows(const Matrix& w, const char* panel, const float* scale, 
 
 // ---- both ----
 
-// out[m][64] = rows [0, m) of x times the rows of one panel; those past the weight's last are zero.
+// out[m][64] = rows [0, m) of x times the rows of one panel; rows past the weight's last one give zeros.
 inline void multiply_panel(const Matrix& w, long panel, const Rows& x, long m, float* out) {
     const char* data = static_cast<const char*>(w.data) + panel * panel_bytes(w);
     const float* scale = w.scale ? w.scale + panel * panel_scales(w) : nullptr;
@@ -361,14 +361,14 @@ inline void multiply_panel(const Matrix& w, long panel, const Rows& x, long m, f
             }
 }
 
-// Rows of x in memory of the arena, as the weight takes them. x_is_bf16: or may be rounded to it.
+// Rows of x in arena memory, in the form that the weight needs. x_is_bf16: x is BF16, or may be rounded to it.
 class PreparedRows {
   public:
     PreparedRows(Arena& arena, long count, const Matrix& w, bool x_is_bf16)
         : columns_(w.columns), stride_(count * BLOCK), form_(form_of(w.kind, x_is_bf16)),
           data_(arena.take<char>(blocks_of(w) * stride_ * bytes_of(form_))) {}
 
-    // n columns of row `row` from column k, a multiple of LANES; a last odd column gets a zero beside it.
+    // Sets n columns of row `row` from column k on, a multiple of LANES; if the last column is odd, a zero follows it.
     template <class T>
     void set(long row, const T* x, long k, long n) {
         if (form_ == Form::NARROW) put_columns<bf16>(row, x, k, n, [](vec v) { return v; });
@@ -393,7 +393,7 @@ class PreparedRows {
     char* data_;
 };
 
-// The M rows of x as w meets them.
+// The M rows of x in the form that w needs.
 template <class T>
 PreparedRows prepared(Arena& arena, const Matrix& w, bool x_is_bf16, const T* x, long M) {
     PreparedRows rows(arena, M, w, x_is_bf16);
@@ -410,11 +410,11 @@ struct Product {
     long ldy;
 };
 
-constexpr int64_t ALONE = 1 << 16;  // bytes that one thread has read before another is awake
-constexpr long CHUNK_ROWS = 256, FEW_ROWS = 32;  // rows of x that a task takes; fewer where a weight has few panels
+constexpr int64_t ALONE = 1 << 16;  // bytes that one thread reads before another has woken up
+constexpr long CHUNK_ROWS = 256, FEW_ROWS = 32;  // rows of x per task; fewer if the weight has few panels
 
-// Several products in one parallel region: emit(product, panel, first, m, out) for each panel and each chunk of m rows from
-// `first`, where out [m][64] is the panel's.
+// Computes several products in one parallel region. Calls emit(product, panel, first, m, out) for each panel and each chunk
+// of m rows from `first`; out [m][64] holds the panel's results.
 template <class Emit>
 void for_panels(const std::vector<Product>& products, const Emit& emit) {
     struct Task {
@@ -422,7 +422,7 @@ void for_panels(const std::vector<Product>& products, const Emit& emit) {
         long panel, first, m;
     };
     std::vector<Task> tasks;
-    int64_t work = 0;  // bytes read, more where many rows meet them
+    int64_t work = 0;  // bytes read, weighted by the number of rows
     for (const Product& p : products) {
         const long panels = panels_of(p.w), chunk = panels < 8 ? FEW_ROWS : CHUNK_ROWS;
         work += panels * panel_bytes(p.w) * (p.count + 3) / 4;

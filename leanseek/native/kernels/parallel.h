@@ -1,6 +1,5 @@
-// Threads come from the OpenMP pool that torch already runs: its library is found among the loaded ones (library.py), so
-// we compile against four of its entry points and link against none. A second pool beside torch's would fight it for
-// the cores.
+// We use the OpenMP threads that torch already runs, because a second pool would compete with them for the cores.
+// library.py finds torch's OpenMP library among the loaded ones; we declare four of its functions and link nothing.
 #pragma once
 #include <sched.h>
 
@@ -17,9 +16,9 @@ int omp_in_parallel(void);
 
 constexpr int64_t MOST_THREADS = 256;
 
-// Beside other busy processes Linux may put two threads of the pool on one CPU and leave them there. Each then spins away
-// its time slice waiting for the other: milliseconds a parallel region. A thread that finds itself on another CPU than
-// before, and there with another thread, moves to a CPU that has none; it stays free to be moved again.
+// When other processes are busy, Linux may put two threads of the pool on one CPU and leave them there. Each then spins
+// through its time slice waiting for the other, which costs milliseconds per parallel region. A thread that has moved to a
+// CPU which another of our threads uses therefore moves on to a free one. It is not pinned there.
 inline std::atomic<int> last_cpu[MOST_THREADS];  // where each thread was when it last began a region, plus one
 
 static void keep_apart(int64_t own, int64_t threads) {
@@ -38,9 +37,9 @@ static void keep_apart(int64_t own, int64_t threads) {
     last_cpu[own].store(sched_getcpu() + 1, std::memory_order_relaxed);
 }
 
-// Calls body(i) once for every i in [0, n). A thread goes through its own share from front to back, so that memory which
-// lies in the order of i streams, and then helps with the others' shares. Which thread runs an i and in which order is not
-// fixed: a result must depend on neither.
+// Calls body(i) once for every i in [0, n). A thread works through its own share from front to back, so that memory laid
+// out in the order of i streams, and then helps with the others' shares. Which thread runs which i, and in what order, is
+// not fixed; results must not depend on it.
 template <class Body>
 static void parallel_for(int64_t n, const Body& body) {
     const int64_t threads = std::min<int64_t>({n, MOST_THREADS, omp_in_parallel() ? 1 : omp_get_max_threads()});
@@ -69,14 +68,13 @@ static void parallel_for(int64_t n, const Body& body) {
     GOMP_parallel(work, &shared, unsigned(threads), 0);
 }
 
-// Calls body(begin, end) over [0, n) in ranges of `grain`: a fixed cut, whatever the number of threads.
+// Calls body(begin, end) over [0, n) in ranges of `grain`, the same ranges for any number of threads.
 template <class Body>
 static void parallel_ranges(int64_t n, int64_t grain, const Body& body) {
     parallel_for((n + grain - 1) / grain, [&](int64_t i) { body(i * grain, std::min(n, (i + 1) * grain)); });
 }
 
-// As parallel_for over rows that are `values` simple steps of work each: so little that threads are only worth waking for
-// many of them.
+// Like parallel_for, for rows of only `values` simple steps each: it wakes threads only if there are many rows.
 template <class Body>
 static void parallel_rows(int64_t n, int64_t values, const Body& body) {
     constexpr int64_t WORTH = 16384;

@@ -1,9 +1,9 @@
-// What the memory gives when all threads only read: the limit that decoding is measured against.
+// Memory bandwidth with all threads reading: the limit we compare decoding with.
 #include "kernels.h"
 
 KERNEL read_memory(const void* data, int64_t bytes, int64_t* sum) {
     constexpr int64_t PIECE = 1 << 20, AHEAD = 4096;
-    std::atomic<uint64_t> total{0};  // unsigned, as sums wrap around
+    std::atomic<uint64_t> total{0};  // unsigned, because sums wrap around
     parallel_for(bytes / PIECE, [&](int64_t piece) {
         const char* p = static_cast<const char*>(data) + piece * PIECE;
         __m256i sums[8] = {};

@@ -1,5 +1,6 @@
-// Rows of logits become tokens: softmax with temperature, top-k, top-p and min-p, then a race with noise per token id.
-// No row is sorted: a histogram over the weights' leading bits says in which bucket a cut lies, and only that is sorted.
+// Samples a token from each row of logits: softmax with temperature, top-k, top-p and min-p, then a race with noise per
+// token id. Rows are not sorted: a histogram of the weights' leading bits finds the bucket of a cut, and only that bucket
+// is sorted.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -8,8 +9,8 @@
 
 namespace {
 
-constexpr int SHIFT = 18;                            // of a weight's bits: 5 of its mantissa remain
-constexpr int BUCKETS = (0x3f800000 >> SHIFT) + 1;   // weights lie in [0, 1]
+constexpr int SHIFT = 18;                            // shifts a weight's bits so that 5 of its mantissa remain
+constexpr int BUCKETS = (0x3f800000 >> SHIFT) + 1;   // weights are in [0, 1]
 
 struct Bucket {
     double mass;
@@ -21,7 +22,7 @@ struct Entry {
     int64_t id;
 };
 
-// The last token kept, in the order of falling weight and, among equals, of rising id.
+// The last token kept, in order of falling weight and, for equal weights, rising id.
 struct Cut {
     float weight = 0.0f;
     int64_t id = std::numeric_limits<int64_t>::max();
@@ -34,7 +35,7 @@ int bucket_of(float weight) {
     return std::min(int(bits >> SHIFT), BUCKETS - 1);
 }
 
-// A number in (0, 1) for a token id: splitmix64, as ops/sampling.py has it.
+// A number in (0, 1) for a token id: splitmix64, as in ops/sampling.py.
 double uniform(uint64_t key, int64_t id) {
     uint64_t z = uint64_t(id) * 0x9E3779B97F4A7C15u + key;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -43,8 +44,8 @@ double uniform(uint64_t key, int64_t id) {
     return (double(z >> 12) + 0.5) * 0x1p-52;
 }
 
-// Walks down from the likeliest token. `stops(mass, count)` of the tokens so far says whether they are enough; the cut is
-// behind the first token at which they are. Adds up what is kept into mass and count.
+// Walks down from the likeliest token. `stops(mass, count)` says whether the tokens so far are enough; the cut comes after
+// the first token for which they are. `mass` returns the sum of the weights that are kept.
 template <class Stops>
 Cut walk(const float* weights, int64_t vocab, const std::vector<Bucket>& buckets, const Stops& stops, double& mass) {
     mass = 0;
@@ -67,10 +68,10 @@ Cut walk(const float* weights, int64_t vocab, const std::vector<Bucket>& buckets
         count++;
         if (stops(mass, count)) return {entry.weight, entry.id};
     }
-    return inside.empty() ? Cut{} : Cut{inside.back().weight, inside.back().id};  // the sums' last bits differ
+    return inside.empty() ? Cut{} : Cut{inside.back().weight, inside.back().id};  // the two sums differ in their last bits
 }
 
-// Where top-k ends, and top-p within it.
+// The cut of top-k, and of top-p within it.
 Cut cut_of(const float* weights, int64_t vocab, int64_t top_k, float top_p) {
     if (top_k >= vocab && top_p >= 1.0f) return {};
     std::vector<Bucket> buckets(BUCKETS, Bucket{0.0, 0});
@@ -112,17 +113,17 @@ int64_t race(const float* weights, int64_t vocab, const Cut& cut, float min_p, u
 
 }  // namespace
 
-// tokens [rows] of logits [rows, vocab] with stride ld. temperature 0 is greedy; top_k = vocab, top_p = 1 and min_p = 0 cut
-// nothing. A row's token depends on nothing but the row. A NaN counts as -inf; where the largest logit is infinite, the
-// first that is as large is the token.
+// Samples tokens [rows] from logits [rows, vocab] with stride ld. temperature 0 is greedy; top_k = vocab, top_p = 1 and
+// min_p = 0 cut nothing. A row's token depends only on that row and its parameters. NaN counts as -inf; if the largest logit
+// is infinite, the first one that large is the token.
 KERNEL sample_rows(const float* logits, int64_t ld, int64_t rows, int64_t vocab, const float* temperature,
                    const int64_t* top_k, const float* top_p, const float* min_p, const int64_t* keys, int64_t* tokens) {
     parallel_for(rows, [&](int64_t row) {
         const float* in = logits + row * ld;
         vec most = set1(-std::numeric_limits<float>::infinity());
-        lanes_of(vocab, [&](int64_t i, int n) { most = max(keep_first(load(in + i, n), n, most), most); });  // NaN: the second
+        lanes_of(vocab, [&](int64_t i, int n) { most = max(keep_first(load(in + i, n), n, most), most); });  // NaN: max returns `most`
         const float top = reduce_max(most);
-        const int64_t likeliest = std::find(in, in + vocab, top) - in;  // past the end of nothing but NaN
+        const int64_t likeliest = std::find(in, in + vocab, top) - in;  // vocab if all are NaN
         if (temperature[row] == 0.0f || !std::isfinite(top)) {
             tokens[row] = likeliest % vocab;
             return;
@@ -137,10 +138,10 @@ KERNEL sample_rows(const float* logits, int64_t ld, int64_t rows, int64_t vocab,
     });
 }
 
-// finite [rows]: whether all of a row of logits [rows, vocab] is.
+// finite [rows]: whether every logit of a row of [rows, vocab] is finite.
 KERNEL finite_rows(const float* logits, int64_t ld, int64_t rows, int64_t vocab, uint8_t* finite) {
     parallel_rows(rows, vocab, [&](int64_t row) {
-        vec sum = zero();  // of zeros, unless an infinity or a NaN is among what they are made of
+        vec sum = zero();  // adds 0 * logit, which is 0 unless the logit is infinite or NaN
         lanes_of(vocab, [&](int64_t i, int n) { sum = fma(load(logits + row * ld + i, n), zero(), sum); });
         finite[row] = reduce_add(sum) == 0.0f;
     });

@@ -1,5 +1,5 @@
-// What AddressSanitizer does not see by itself is told to it here (make sanitize); otherwise this is nothing. Masked loads
-// and stores are compiler builtins, which it leaves alone, and memory kept from call to call is larger than what was asked.
+// Tells AddressSanitizer (make sanitize) what it does not see by itself; empty in other builds. It does not check masked
+// loads and stores, which are compiler builtins, and buffers that we reuse may be larger than the current request.
 #pragma once
 #include <cstddef>
 
@@ -13,7 +13,7 @@ constexpr bool SANITIZED = false;
 #define __asan_unpoison_memory_region(p, bytes) ((void)(p))
 #endif
 
-// n elements from p on are about to be read or written.
+// Call before reading or writing n elements at p.
 template <class T>
 static inline void touch(const T* p, int n) {
     if constexpr (SANITIZED) {

@@ -1,6 +1,6 @@
-// The vector operations the kernels are written in: 16 lanes of FP32 with AVX-512, 8 with AVX2. BF16 is a storage type,
-// widened on load and rounded to nearest even on store; arithmetic is FP32. Every kernel source is compiled once per
-// instruction set, each set into a shared library of its own (see CMakeLists.txt), so nothing here needs a name of its own.
+// The vector operations that kernels use: 16 lanes of FP32 with AVX-512, 8 with AVX2. BF16 is a storage type, widened on
+// load and rounded to nearest even on store; arithmetic is FP32. Each instruction set is compiled into a shared library of
+// its own (see CMakeLists.txt), so the names here need no suffix for it.
 #pragma once
 #include <immintrin.h>
 
@@ -100,7 +100,7 @@ static inline __m256i narrow(vec a) {  // not vcvtneps2bf16, which flushes subno
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
 #if defined(__AVX512BF16__)
-static inline __m512i narrow_two(vec low, vec high) { return __m512i(_mm512_cvtne2ps_pbh(high, low)); }  // these flush
+static inline __m512i narrow_two(vec low, vec high) { return __m512i(_mm512_cvtne2ps_pbh(high, low)); }  // flushes subnormals
 #endif
 static inline vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 static inline vec load(const bf16* p, int n) {
@@ -213,7 +213,7 @@ static inline void store(bf16* p, vec a, int n) {
 
 #endif
 
-// 2^(n + r) for a whole n <= 127 and |r| <= 1/2, relative error below 2^-23; too small a result is 0.
+// 2^(n + r) for integer n <= 127 and |r| <= 1/2, relative error below 2^-23; results that are too small become 0.
 static inline vec exp2_parts(vec n, vec r) {
     vec p = set1(1.32647273e-3f);  // (2^r - 1) / r, minimax for the relative error of 2^r
     p = fma(p, r, set1(9.67151299e-3f));

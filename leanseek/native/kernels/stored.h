@@ -1,20 +1,20 @@
-// Weights as serving holds them: the published bytes, packed once at load into panels of PANEL_ROWS outputs.
+// Weights for serving: the published bytes, packed once at load into panels of PANEL_ROWS outputs.
 //
 // A panel holds, for each pair of columns (2p, 2p + 1), its 64 rows' two values side by side: what a BF16 dot product
 // takes against one broadcast pair of x. Its bytes are read from end to end whatever the number of rows of x. In vectors
 // of 8-bit codes the rows stand in the order in which interleaving the low and high bytes of their BF16 spreads them.
-// leanseek/ops/packed.py makes the rows and scales of a panel, panel.h multiplies.
+// leanseek/native/panels.py makes the rows and scales of a panel, panel.h multiplies.
 #pragma once
 #include "kernels.h"
 
-constexpr int64_t FP8 = 2;       // beside Dtype: e4m3 codes, one scale a 128x128 block
-constexpr int64_t INT8 = 3;      // sign and 7 bits of magnitude, one scale a row
+constexpr int64_t FP8 = 2;       // continues Dtype: e4m3 codes, one scale per 128x128 block
+constexpr int64_t INT8 = 3;      // sign and 7 bits of magnitude, one scale per row
 constexpr int64_t BLOCK = 128;   // columns that share a scale
 constexpr int64_t PANEL_ROWS = 64, HALF_ROWS = 32;
 
-// A packed weight [rows, columns], or a stack of experts' weights of that shape. scale: [panels][blocks of columns][2] of
-// FP8, for the two halves of a panel; [panels][PANEL_ROWS] of INT8; else null.
-// FP8 may have `checked`, [panels] of 0 at first: what has_nan found.
+// A packed weight [rows, columns], or a stack of experts' weights of that shape. scale: for FP8 [panels][blocks of
+// columns][2], one per half of a panel; for INT8 [panels][PANEL_ROWS]; else null. FP8 may have `checked` [panels], which
+// starts as 0 and stores what has_nan found.
 struct Matrix {
     int64_t kind;
     const void* data;
@@ -38,7 +38,7 @@ inline Matrix expert_of(const Matrix& stacked, int64_t e) {  // one matrix of a 
     return one;
 }
 
-// Where row n of a panel stands among its pairs.
+// The place of row n of a panel among its pairs.
 constexpr int64_t place_of(int64_t kind, int64_t n) {
     if (value_bytes(kind) > 1) return n;
     return n / 32 * 32 + n % 16 / 4 * 8 + n % 32 / 16 * 4 + n % 4;
@@ -46,20 +46,20 @@ constexpr int64_t place_of(int64_t kind, int64_t n) {
 
 // ---- decoding to FP32 ----
 
-// INT8 has a sign bit and a magnitude, so that it decodes as e4m3 does: by a table of 128 entries.
+// INT8 is stored as sign and magnitude, so that a table of 128 entries decodes it, like e4m3.
 struct signed_byte {
     uint8_t code;
 };
 
-// The two columns of 2 LANES rows, which lie side by side in memory. In the order of the sums: see sum_of.
+// The two columns of 2 LANES rows that are adjacent in memory, in the order of the sums: see sum_of.
 struct Spread {
     vec even[2], odd[2];
 };
 
-constexpr float FP8_UNIT = 0x1p120f, INT8_UNIT = 0x1p-24f;  // what `spread` leaves out of a value
+constexpr float FP8_UNIT = 0x1p120f, INT8_UNIT = 0x1p-24f;  // factors that `spread` leaves out
 
-// e4m3 moved to a float's place (sign to bit 31, exponent and mantissa from bit 20) reads as value / 2^120: exact for
-// every finite code, as a subnormal where e4m3 is one. Not for NaN, 0x7f and 0xff: see has_nan.
+// An e4m3 code moved to a float's bits (sign to bit 31, exponent and mantissa from bit 20) reads as value / 2^120. This is
+// exact for every finite code; e4m3 subnormals become float subnormals. It is wrong for NaN, 0x7f and 0xff: see has_nan.
 static inline Spread spread(const uint8_t* p) {
     const ints codes = load_ints(p), kept = words(0x87f0), high = lanes_with(0xffff0000);
     const ints odd = right16<4>(codes) & kept, even = right16<4>(left16<8>(codes)) & kept;  // as BF16
@@ -79,7 +79,7 @@ static inline Spread spread(const float* p) {
     return {{even_lanes(a, b), even_lanes(c, d)}, {odd_lanes(a, b), odd_lanes(c, d)}};
 }
 
-// Where the sum of row n of a panel comes to stand.
+// The place of row n's sum in the sums of a panel.
 constexpr int64_t sum_of(int64_t kind, int64_t n) {
     if (value_bytes(kind) == 1) {
         const int64_t place = place_of(kind, n);
@@ -90,7 +90,7 @@ constexpr int64_t sum_of(int64_t kind, int64_t n) {
     return n / LANES * LANES + lane % half / 2 * 4 + lane / half * 2 + lane % 2;
 }
 
-// Whether there is a NaN among the e4m3 codes of a panel. Asked when it is multiplied, answered once.
+// Whether a panel's e4m3 codes include a NaN. Checked the first time the panel is multiplied, then remembered.
 [[maybe_unused]] static inline bool has_nan(const Matrix& w, int64_t panel) {
     enum : uint8_t { UNKNOWN, CLEAN, NANS };
     const uint8_t known = w.checked ? __atomic_load_n(w.checked + panel, __ATOMIC_RELAXED) : uint8_t(UNKNOWN);
@@ -109,7 +109,7 @@ static inline float fp8_value(uint8_t code) {
     return code & 0x80 ? -value : value;
 }
 
-// BF16 of the 128 codes without a sign.
+// The BF16 values of the 128 codes without sign.
 [[maybe_unused]] static inline const uint16_t* code_table(int64_t kind) {
     struct Table {
         uint16_t bits[128];

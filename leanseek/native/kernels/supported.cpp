@@ -1,5 +1,5 @@
-// Compiled without any -m flag, so that it runs on every x86-64: whether this CPU, and its operating system, have the
-// instruction set that the rest of this library was compiled for.
+// Tells whether this CPU and operating system support the instruction set that the rest of this library was compiled for.
+// This file is compiled without any -m flag, so that it runs on every x86-64.
 #define HAS(feature) (__builtin_cpu_supports(#feature) != 0)
 
 enum { AVX2, AVX512, AVX512_BF16 };
