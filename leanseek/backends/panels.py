@@ -5,6 +5,8 @@ Whether all of a network can be packed is asked first (`refusal`); what is packe
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,8 @@ from leanseek.model.attention import LATENT_NORM_EPS
 from leanseek.model.rope import Rotary
 from leanseek.native import panels
 from leanseek.native.library import DTYPES
-from leanseek.native.panels import Panels, Place
-from leanseek.native.step import BlockWeights, Join, Norm, Router, Stack, StackWeights
+from leanseek.native.panels import Matrix, Panels, Place, matrix
+from leanseek.native.step import BlockPlan, NormPlan, Stack
 from leanseek.ops import INT8_ROWS, CacheIndex, QuantizedWeight, StoredWeight
 from leanseek.ops.formats import TILE
 
@@ -66,22 +68,19 @@ class PanelBackend:
     def __init__(self, config: ModelConfig, weights: dict[str, StoredWeight], place: Place = Place.APART):
         self.config = config
         self.device = torch.device("cpu")
-        packing = _Packing(config, weights, place)
-        embedding = self._embedding = packing.tensor(EMBEDDING)
+        packing, rotary = _Packing(config, weights, place), Rotary(config)
+        embedding = packing.tensor(EMBEDDING)
         self.dtype = embedding.dtype
-        self._rotary = Rotary(config)
-        layers = config.num_hidden_layers
-        blocks = tuple(packing.block(f"layers.{layer}.", layer) for layer in range(layers))
-        self._stacks = [self._stack(None, blocks, packing.norm("norm.weight", config.rms_norm_eps))]
+        layers, eps = config.num_hidden_layers, config.rms_norm_eps
+        stack = functools.partial(Stack, embedding, rotary.inv_freq, rotary.scale)
+        blocks = [packing.block(f"layers.{layer}.", layer) for layer in range(layers)]
+        self._stacks = [stack(blocks, packing.norm("norm.weight", eps))]
         for depth in range(config.num_nextn_predict_layers):
-            ahead = (packing.block(f"mtp.{depth}.block.", layers + depth),)
-            norm = packing.norm(f"mtp.{depth}.norm.weight", config.rms_norm_eps)
-            self._stacks.append(self._stack(packing.join(f"mtp.{depth}."), ahead, norm))
-        self._head = packing.panels(HEAD) if HEAD in weights else panels.pack(embedding)
-
-    def _stack(self, join: Join | None, blocks: tuple[BlockWeights, ...], norm: Norm) -> Stack:
-        rotary = self._rotary
-        return Stack(StackWeights(self._embedding, rotary.inv_freq, rotary.scale, join, blocks, norm))
+            module = f"mtp.{depth}."
+            blocks, norm = [packing.block(f"{module}block.", layers + depth)], packing.norm(f"{module}norm.weight", eps)
+            self._stacks.append(stack(blocks, norm, packing.join(module)))
+        self._head = panels.pack(weights.pop(HEAD), place) if HEAD in weights else panels.pack(embedding)
+        self._kept = [rotary, packing.kept]  # what the stacks' plans point to
 
     def step(self, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Tensor:
         return self._stacks[0].step(tokens, None, cache, index)
@@ -95,70 +94,87 @@ class PanelBackend:
 
 
 class _Packing:
-    """Takes weights out by name and packs them."""
+    """Takes weights out by name and lays them out for the kernel; `kept` is what the plans point to."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, StoredWeight], place: Place):
         self._config, self._weights, self._place = config, weights, place
+        self.kept: list[Tensor | Panels] = []
 
     def tensor(self, name: str) -> Tensor:
         weight = self._weights.pop(name)
         assert isinstance(weight, Tensor), name
-        return weight.data
+        self.kept.append(weight)
+        return weight
 
-    def norm(self, name: str, eps: float) -> Norm:
-        return Norm(self.tensor(name), eps)
+    def norm(self, name: str, eps: float) -> NormPlan:
+        weight = self.tensor(name)
+        return NormPlan(DTYPES[weight.dtype], weight.data_ptr(), eps)
 
-    def panels(self, name: str) -> Panels:
-        return panels.pack(self._weights.pop(name), self._place)
+    def _matrix(self, name: str) -> Matrix:
+        return self._held(panels.pack(self._weights.pop(name), self._place))
 
-    def join(self, prefix: str) -> Join:
-        eps = self._config.rms_norm_eps
-        enorm, hnorm = (self.norm(f"{prefix}{name}.weight", eps) for name in ("enorm", "hnorm"))
-        return Join(enorm, hnorm, self.panels(f"{prefix}eh_proj.weight"))
+    def _held(self, packed: Panels) -> Matrix:
+        self.kept.append(packed)
+        return matrix(packed)
 
-    def block(self, prefix: str, layer: int) -> BlockWeights:
-        c, attention = self._config, f"{prefix}self_attn."
-        low_rank = c.q_lora_rank is not None
-        kv_b = self._weights.pop(f"{attention}kv_b_proj.weight")
-        w_uk, w_uv = panels.pack_heads(kv_b, c.num_attention_heads, c.qk_nope_head_dim)
-        moe = c.is_moe_layer(layer)
-        return BlockWeights(
-            q_a=self.panels(f"{attention}q_a_proj.weight") if low_rank else None,
-            q_b=self.panels(f"{attention}{'q_b_proj' if low_rank else 'q_proj'}.weight"),
-            kv_a=self.panels(f"{attention}kv_a_proj_with_mqa.weight"),
-            w_uk=w_uk,
-            w_uv=w_uv,
-            o=self.panels(f"{attention}o_proj.weight"),
-            input_norm=self.norm(f"{prefix}input_layernorm.weight", c.rms_norm_eps),
-            q_norm=self.norm(f"{attention}q_a_layernorm.weight", LATENT_NORM_EPS) if low_rank else None,
-            kv_norm=self.norm(f"{attention}kv_a_layernorm.weight", LATENT_NORM_EPS),
-            post_norm=self.norm(f"{prefix}post_attention_layernorm.weight", c.rms_norm_eps),
-            router=self._router(f"{prefix}mlp.") if moe else None,
-            mlp=self._mlp(f"{prefix}mlp.{'shared_experts.' * moe}") if c.n_shared_experts or not moe else None,
+    def join(self, module: str) -> tuple[NormPlan, NormPlan, Matrix]:
+        enorm, hnorm = (self.norm(f"{module}{name}.weight", self._config.rms_norm_eps) for name in ("enorm", "hnorm"))
+        return enorm, hnorm, self._matrix(f"{module}eh_proj.weight")
+
+    def block(self, prefix: str, layer: int) -> BlockPlan:
+        c = self._config
+        plan = BlockPlan(
             heads=c.num_attention_heads,
             nope=c.qk_nope_head_dim,
             rope=c.qk_rope_head_dim,
             v=c.v_head_dim,
-            softmax_scale=c.softmax_scale,
             interleave=c.rope_interleave,
+            groups=1,
+            softmax_scale=c.softmax_scale,
         )
+        plan.input_norm = self.norm(f"{prefix}input_layernorm.weight", c.rms_norm_eps)
+        self._attention(plan, f"{prefix}self_attn.")
+        plan.post_norm = self.norm(f"{prefix}post_attention_layernorm.weight", c.rms_norm_eps)
+        if c.is_moe_layer(layer):
+            self._experts(plan, f"{prefix}mlp.")
+            if c.n_shared_experts:
+                self._mlp(plan, f"{prefix}mlp.shared_experts.")
+        else:
+            self._mlp(plan, f"{prefix}mlp.")
+        return plan
 
-    def _router(self, prefix: str) -> Router:
+    def _attention(self, plan: BlockPlan, prefix: str) -> None:
         c = self._config
-        return Router(
-            panels.pack(self.tensor(f"{prefix}gate.weight")),
-            self.tensor(f"{prefix}gate.e_score_correction_bias") if c.selection_bias else None,
-            panels.pack_gated_stack(self._weights.pop(f"{prefix}experts.gate_up_proj"), self._place),
-            self.panels(f"{prefix}experts.down_proj"),
-            top_k=c.num_experts_per_tok,
-            n_group=c.n_group if c.grouped_routing else 1,
-            topk_group=c.topk_group if c.grouped_routing else 1,
-            group_best=2 if c.selection_bias else 1,
-            scoring_func=c.scoring_func,
-            norm_topk_prob=c.norm_topk_prob,
-            routed_scaling_factor=c.routed_scaling_factor,
-        )
+        if c.q_lora_rank is None:
+            plan.q_b = self._matrix(f"{prefix}q_proj.weight")
+        else:
+            plan.q_a, plan.q_b = (self._matrix(f"{prefix}{name}.weight") for name in ("q_a_proj", "q_b_proj"))
+            plan.q_norm = self.norm(f"{prefix}q_a_layernorm.weight", LATENT_NORM_EPS)
+        plan.kv_a = self._matrix(f"{prefix}kv_a_proj_with_mqa.weight")
+        plan.kv_norm = self.norm(f"{prefix}kv_a_layernorm.weight", LATENT_NORM_EPS)
+        kv_b = self._weights.pop(f"{prefix}kv_b_proj.weight")
+        plan.w_uk, plan.w_uv = map(self._held, panels.pack_heads(kv_b, c.num_attention_heads, c.qk_nope_head_dim))
+        plan.o = self._matrix(f"{prefix}o_proj.weight")
 
-    def _mlp(self, prefix: str) -> tuple[Panels, Panels]:
+    def _experts(self, plan: BlockPlan, prefix: str) -> None:
+        c = self._config
+        plan.gate = self._held(panels.pack(self._weights.pop(f"{prefix}gate.weight")))
+        if c.selection_bias:
+            plan.bias = self.tensor(f"{prefix}gate.e_score_correction_bias").data_ptr()
+        plan.gated = self._held(
+            panels.pack_gated_stack(self._weights.pop(f"{prefix}experts.gate_up_proj"), self._place)
+        )
+        plan.down = self._matrix(f"{prefix}experts.down_proj")
+        plan.experts, plan.top_k = c.n_routed_experts, c.num_experts_per_tok
+        if c.grouped_routing:
+            plan.groups, plan.topk_group = c.n_group, c.topk_group
+        else:
+            plan.groups = plan.topk_group = 1
+        plan.group_best = 2 if c.selection_bias else 1  # experts whose sum is a group's score
+        plan.softmax, plan.norm_topk = c.scoring_func == "softmax", c.norm_topk_prob
+        plan.routed_scaling_factor = c.routed_scaling_factor
+
+    def _mlp(self, plan: BlockPlan, prefix: str) -> None:
         gate, up = (self._weights.pop(f"{prefix}{name}_proj.weight") for name in ("gate", "up"))
-        return panels.pack_gated(gate, up), self.panels(f"{prefix}down_proj.weight")
+        plan.mlp_gated = self._held(panels.pack_gated(gate, up))
+        plan.mlp_down = self._matrix(f"{prefix}down_proj.weight")

@@ -23,14 +23,14 @@ class Part(NamedTuple):
 
 
 SCALE = "_scale_inv"  # X.weight has its scales in X.weight_scale_inv; here they are X.weight.data and X.weight.scale
-_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)((?:_scale_inv)?)")
+STACKED = re.compile(rf"(.*\.experts)\.(gate_up_proj|down_proj)((?:{SCALE})?)")
 _MTP = re.compile(r"mtp\.(\d+)\.(?:(block)\.|(norm)\.)?(.*)")
 
 
 def hf_parts(name: str, tensor: Tensor, num_hidden_layers: int) -> list[Part]:
     """The published tensors that our state-dict entry `name` is made of; `tensor`, maybe on meta, gives its shape."""
     path = _hf_path(name, num_hidden_layers)
-    stacked = _EXPERTS.fullmatch(path)
+    stacked = STACKED.fullmatch(path)
     if stacked is None:
         return [Part(path, ())]
     base, kind, scale = stacked.groups()

@@ -52,7 +52,7 @@ async def completions(service: Service, request: CompletionRequest) -> dict[str,
         )
         for ids in prompts
     ]
-    generation = await service.generate(requests, request.priority, told=max_tokens > 0)
+    generation = await service.generate(requests, request.priority, keep_tokens=max_tokens > 0)
     answer = _Answer(service, request, generation, prompts, keep_tokens=max_tokens > 0)
     return EventStream(generation, answer.chunks()) if request.stream else await answer.whole()
 

@@ -78,10 +78,10 @@ def check_form(form: Form | None, request: Sampling, variables: Object | None = 
         "ignore_eos": request.ignore_eos,
         f"chat_template_kwargs.{thinking}": thinking,
     }
-    for name, asked in conflicts.items():
-        if asked:
+    for name, value in conflicts.items():
+        if value:
             why = (
-                "the form leaves no room for reasoning" if thinking and asked is thinking else "the form ends by itself"
+                "the form leaves no room for reasoning" if thinking and value is thinking else "the form ends by itself"
             )
             raise ApiError(400, f"{name} and {form.option} cannot be combined: {why}; leave one out", param=name)
 

@@ -293,8 +293,8 @@ class ToolCallParser:
         """Consume the call that may begin at `place`, or its mark as text; False if that needs more text to decide."""
         opening = self.form.opening.match(self._buffer, place)
         if not opening:  # only a section's start can come without a call
-            behind = self._buffer[place + len(mark) :].lstrip()
-            if not final and self.form.call_begin.startswith(behind):
+            after = self._buffer[place + len(mark) :].lstrip()
+            if not final and self.form.call_begin.startswith(after):
                 return False
         if not opening or self._calls == self._most:
             self._emit(parsed, self._buffer[: place + len(mark)], place + len(mark))

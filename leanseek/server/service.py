@@ -167,9 +167,9 @@ class Service:
         return SamplingParams(**values)
 
     async def generate(
-        self, requests: Sequence[tuple[list[int], SamplingParams]], priority: int, told: bool = True
+        self, requests: Sequence[tuple[list[int], SamplingParams]], priority: int, keep_tokens: bool = True
     ) -> Generation:
-        """Submit all requests, or none. told: whether the client gets the generated tokens.
+        """Submit all requests, or none. keep_tokens: whether the client gets the generated tokens.
 
         Raises:
             EngineError, QueueFull, EngineStopped: see the engine's `submit`.
@@ -189,15 +189,15 @@ class Service:
             for stream in streams:
                 stream.close()
             raise
-        return Generation(streams, self.metrics, sum(len(prompt) for prompt, _ in requests), told)
+        return Generation(streams, self.metrics, sum(len(prompt) for prompt, _ in requests), keep_tokens)
 
 
 class Generation:
     """The deltas and token counts of one answer's requests. Iterate once; `close` ends those still running."""
 
-    def __init__(self, streams: Sequence[Stream], metrics: Metrics, prompt_tokens: int, told: bool):
+    def __init__(self, streams: Sequence[Stream], metrics: Metrics, prompt_tokens: int, keep_tokens: bool):
         self._streams = streams
-        self._told = told
+        self._keep_tokens = keep_tokens
         self._metrics = metrics
         self._prompt_tokens = prompt_tokens
         self._cached = self._completion = self._drafts = self._accepted = 0
@@ -214,7 +214,7 @@ class Generation:
                 async for delta in stream:
                     if delta.finish_reason == "abort":
                         raise EngineStopped("the server is stopping")
-                    self._completion += len(delta.token_ids) * self._told
+                    self._completion += len(delta.token_ids) * self._keep_tokens
                     self.reasoning_tokens += delta.reasoning_tokens
                     if delta.usage:
                         self._drafts += delta.usage.draft_tokens
