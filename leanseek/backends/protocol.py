@@ -14,10 +14,10 @@ from leanseek.ops import CacheIndex
 class StepBackend(Protocol):
     """A network that computes the new tokens of several sequences at once, over a cache that the engine owns.
 
-    N rows, maybe none, are a step's new tokens, sequence after sequence. Every method is row-invariant: a row's result
-    is the same bits whatever rows share the call, so a request's tokens do not depend on its neighbours, and a backend
-    may add rows of its own. One thread calls it. A result is the caller's, to write into as well, until it calls that
-    method again.
+    A step's new tokens are N rows, possibly none, sequence after sequence. Every method is row-invariant: a row's
+    result is the same bits whatever rows share the call, so a request's tokens do not depend on its neighbours, and a
+    backend may add rows of its own. One thread calls it. A result belongs to the caller, who may also write into it,
+    until the caller calls that method again.
     """
 
     @property
