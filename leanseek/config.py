@@ -249,6 +249,14 @@ class ModelConfig(_Checked):
         return bool(self.n_routed_experts and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0)
 
     @property
+    def lookahead(self) -> int:
+        """1 + D: tokens that a training sample holds behind its window, where the last positions' targets are.
+
+        Each position predicts the next token, and with each MTP module one further on.
+        """
+        return 1 + self.num_nextn_predict_layers
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self.eos_token_id
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -31,7 +31,8 @@ TokenId = Annotated[int, Field(ge=0, le=2**24)]
 class Structure(BaseModel):
     """What a kind of file must contain: strict types and finite numbers. Keys that we do not read are ignored."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
+    # no namespace is protected: pydantic below 2.10 warns of a field `model_type`
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True, protected_namespaces=())
 
 
 S = TypeVar("S", bound=BaseModel)

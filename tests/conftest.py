@@ -1,5 +1,6 @@
 """What every room's tests stand on: one thread, fixed seeds, and a network small enough to check by hand."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 
@@ -12,8 +13,13 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which some tests' peers do
 
+from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model import Transformer
+from leanseek.model.layers import Linear
+from leanseek.model.moe import Experts
+from leanseek.ops.quantize import quantize_blocks
+from leanseek.ops.weights import replace_weight
 
 settings.register_profile("leanseek", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("leanseek")
@@ -65,6 +71,32 @@ def _randomise(module: torch.nn.Module, seed: int = 0) -> None:
             tensor.normal_(0.0, 0.3, generator=generator)
         elif tensor.dim() > 1:
             tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+
+
+@torch.no_grad()
+def into_fp8_blocks(model: Transformer, *within: str) -> Transformer:
+    """FP8 blocks in the place of all weights of linears and experts, or of those whose names begin with `within`."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Linear | Experts) or not name.startswith(within or ""):
+            continue
+        for leaf, weight in list(module.named_parameters(recurse=False)):
+            parts = [quantize_blocks(part) for part in weight.reshape(-1, *weight.shape[-2:])]
+            codes, scales = (torch.stack(both) for both in zip(*parts, strict=True))
+            scales = scales.view(ops.FP8_BLOCKS.scale_shape(weight.shape))
+            replace_weight(module, leaf, ops.QuantizedWeight(codes.view(weight.shape), scales, ops.FP8_BLOCKS))
+    return model
+
+
+@torch.no_grad()
+def dequantized(model: Transformer) -> Transformer:
+    """A copy whose quantised weights are float32 parameters."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for leaf, weight in list(module.named_children()):
+            if isinstance(weight, ops.QuantizedWeight):
+                delattr(module, leaf)
+                setattr(module, leaf, torch.nn.Parameter(weight.dense(torch.float32), requires_grad=False))
+    return model
 
 
 @pytest.fixture

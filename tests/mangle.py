@@ -70,7 +70,7 @@ def build(root: Path) -> None:
     for i in range(40):
         (root / f"text/{i}.txt").write_text(f"to be or not to be, {i} " * 20, encoding="utf-8")
     prepare([root / "text"], root / "shards", train_vocab=300, workers=1, validation_fraction=0.2)
-    model = Transformer(ModelConfig.from_dict(MODEL)).init_weights(torch.Generator().manual_seed(0))
+    model = Transformer(ModelConfig.from_dict(MODEL)).init_weights(0)
     tokenizer = json.loads((root / "shards/tokenizer_config.json").read_text(encoding="utf-8"))
     for name, size in (("whole", 10**9), ("sharded", 40_000)):
         checkpoint.save(model, root / name, tokenizer_from=root / "shards", max_shard_bytes=size)

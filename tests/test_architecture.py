@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,17 +18,19 @@ ALLOWED = {
     "ops": {"machine"},
     "native": {"machine", "ops"},
     "gpu": {"machine", "ops"},
-    "fp8": {"ops", "gpu"},
-    "model": {"machine", "ops", "fp8"},
+    "model": {"machine", "ops"},
+    "fp8": {"ops", "gpu", "model"},
     "planning": set(),
-    "checkpoint": {"machine", "ops", "fp8", "model"},
+    "checkpoint": {"machine", "ops", "model"},
     "data": {"machine"},
     "training": {"machine", "ops", "fp8", "model", "checkpoint", "data", "planning"},
-    "engine": {"machine", "ops", "model", "checkpoint"},
+    "backends": {"machine", "ops", "native", "model", "checkpoint"},
+    "engine": {"machine", "ops", "checkpoint", "backends"},
     "server": {"ops", "model", "checkpoint", "engine"},
     "evaluation": {"engine"},
     "bench": {
-        "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "engine",
+        "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",
+        "engine",
     },
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -173,6 +176,16 @@ def _without_encoding(tree: ast.AST) -> Iterator[int]:
 def test_every_room_of_the_package_is_known() -> None:
     rooms = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
     assert rooms == set(ALLOWED) | {"cli"}
+
+
+def test_the_walk_through_the_code_names_what_is_there() -> None:
+    text = (ROOT / "docs/a-token.md").read_text(encoding="utf-8")
+    stops = re.findall(r"`([\w/]+\.(?:py|cpp))`((?:,? `\w+`)+)", text)
+    assert len(stops) > 30
+    for file, names in stops:
+        source = (PACKAGE / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"(?:def|class|KERNEL) {name}\b", source), (file, name)
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from leanseek.backends import backend_of
 from leanseek.bench.generate import decode_bytes, prefill_flops
 from leanseek.bench.machine import machine
 from leanseek.config import ModelConfig
@@ -33,8 +34,10 @@ def bench_engine(preset: str) -> dict[str, Any]:
     """
     config, device, limits = ModelConfig.preset(preset), default_device(), machine()
     model = Transformer(config, device, torch.bfloat16).requires_grad_(False)
-    model.init_weights(torch.Generator(device).manual_seed(0))
-    llm = LLM(Engine(model, cache_gib=4.0, step_tokens=2048, step_seconds=60.0, speculate=0, prefix_cache=False))
+    model.init_weights(0)
+    llm = LLM(
+        Engine(backend_of(model), cache_gib=4.0, step_tokens=2048, step_seconds=60.0, speculate=0, prefix_cache=False)
+    )
     ids = random.Random(0)
     results: dict[str, Any] = {}
     for streams in STREAMS:

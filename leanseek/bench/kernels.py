@@ -115,7 +115,7 @@ def _shapes(size: int) -> list[tuple[int, int, int]]:
 
 
 def _gpu_cases(size: int, device: torch.device) -> Iterator[list[Case]]:
-    from leanseek.gpu import refusal
+    from leanseek.gpu.device import refusal
 
     draw = functools.partial(torch.randn, dtype=torch.bfloat16, device=device)
     if reason := refusal(device):
@@ -205,7 +205,7 @@ def _gpu_quantisers(x: Tensor, weight: Tensor, hidden: Tensor) -> Iterator[list[
         Case("quantise 1×128", lambda: quantize_tiles(x, True), bytes=values * (2 + code)),
         Case("quantise 1×128 and transpose", lambda: quantize_both(x, True), bytes=values * (2 + 2 * code)),
         Case("transpose of chosen rows", lambda: turn_tiles(x, True, index=index), bytes=values * (2 + code)),
-        Case("rows of experts", lambda: kept.take(index), bytes=2 * hidden.numel() * code),
+        Case("rows of experts", lambda: kept.index_select(0, index), bytes=2 * hidden.numel() * code),
         Case(
             "quantise 128×128 and transpose", lambda: quantize_blocks_both(weight, True),
             bytes=weight.numel() * (weight.element_size() + 2.0),
@@ -254,18 +254,17 @@ def _cpu_elementwise(gate: Tensor, up: Tensor) -> list[Case]:
 
 def _cpu_serving(x: Tensor, weight: Tensor) -> list[Case]:
     """Decoding's linear: every weight is read once for one row, so that FP8 can be twice as fast as BF16."""
-    fp8, scales = weight.to(torch.float8_e4m3fn), torch.ones(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
+    scales = torch.ones(ops.FP8_BLOCKS.scale_shape(weight.shape))
+    fp8 = ops.QuantizedWeight(weight.to(torch.float8_e4m3fn), scales, ops.FP8_BLOCKS)
 
-    def run(*stored: Tensor) -> Tensor:
+    def run(stored: ops.StoredWeight) -> Tensor:
         with ops.row_invariant(), torch.no_grad():
-            return ops.linear(x, *stored)
+            return ops.linear(x, stored)
 
     full = f"linear of one row, {str(weight.dtype).removeprefix('torch.')}"
     return [
         Case(full, functools.partial(run, weight), bytes=float(weight.nbytes)),
-        Case(
-            "linear of one row, FP8 blocks", functools.partial(run, fp8, scales), bytes=float(fp8.nbytes), against=full
-        ),
+        Case("linear of one row, FP8 blocks", functools.partial(run, fp8), bytes=float(fp8.data.nbytes), against=full),
     ]
 
 

@@ -6,23 +6,22 @@ Nothing is computed: the table that picks is asked with small tensors like those
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from leanseek import gpu, native
+from leanseek import native
+from leanseek.gpu.device import refusal
 from leanseek.machine.device import multiplies
 from leanseek.ops.dispatch import OPS
-from leanseek.ops.packed import Packed
+from leanseek.ops.weights import FP8_BLOCKS, QuantizedWeight, StoredWeight
 
 ROWS = (1, 256)  # one token, and many
-FP8 = torch.float8_e4m3fn
 KINDS = ("float32", "bfloat16", "fp8 weights")  # of the operands; FP8 weights meet BF16 activations
 PRODUCTS = {  # ops that torch computes as matrix products
-    "linear", "head_linear", "experts", "latent_attention", "causal_attention", "mla_attention", "linear_cross_entropy",
-    "grouped_product", "grouped_gradient",
+    "linear", "head_linear", "expert_products", "latent_attention", "causal_attention", "mla_attention",
+    "linear_cross_entropy", "grouped_product", "grouped_gradient",
 }  # fmt: skip
 Operands = tuple[Any, ...]
 
@@ -41,7 +40,7 @@ class Path(NamedTuple):
 @torch.no_grad()
 def survey(device: torch.device) -> list[Path]:
     """Every op, in each use that is made of it and the kinds of operands that it takes."""
-    usable = {"gpu"} if not gpu.refusal(device) else {"native"} if device.type == "cpu" else set()
+    usable = {"gpu"} if not refusal(device) else {"native"} if device.type == "cpu" else set()
     found = []
     for use, ops in (("training", TRAINING), ("loading", LOADING), ("serving", SERVING)):
         serving = use == "serving"
@@ -66,12 +65,12 @@ def reasons(device: torch.device) -> dict[str, str]:
             found["native kernels"] = native.status().detail
         if not multiplies(torch.bfloat16):
             found["bfloat16 products"] = "oneDNN has none for this CPU: torch multiplies in float32 and rounds once"
-    if refusal := gpu.refusal(device):
-        found["GPU kernels"] = refusal
+    if why := refusal(device):
+        found["GPU kernels"] = why
     else:
         from leanseek.gpu import paths  # imports triton
 
-        found |= {f"FP8 by {what}": why for what, why in paths.status(device).items() if why != "runs"}
+        found |= {f"FP8 by {what}": said for what, said in paths.status(device).items() if said != "runs"}
     return found
 
 
@@ -87,11 +86,14 @@ class _Draw:
         return torch.empty(self.rows, *shape, dtype=dtype or self.dtype, device=self.device)
 
     def w(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or (FP8 if self.fp8 else self.dtype)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def scales(self, *shape: int) -> Tensor | None:
-        return torch.empty(shape, device=self.device) if self.fp8 else None
+    def stored(self, *shape: int) -> StoredWeight:
+        """A weight that may be FP8."""
+        if not self.fp8:
+            return self.w(*shape)
+        scales = torch.empty(FP8_BLOCKS.scale_shape(shape), device=self.device)
+        return QuantizedWeight(self.w(*shape, dtype=FP8_BLOCKS.dtype), scales, FP8_BLOCKS)
 
 
 D, H, E = 128, 4, 4  # widths, heads, experts
@@ -108,19 +110,15 @@ def _float32(operands: Callable[[_Draw], Operands]) -> Example:
 
 
 def _experts(t: _Draw) -> Operands:
-    scales = (torch.empty(E, 2, 1), torch.empty(E, 1, 1)) if t.fp8 else None
-    return t.x(D), t.x(2, dtype=torch.int64), t.x(2, dtype=torch.float32), t.w(E, 2 * D, D), t.w(E, D, D), scales
-
-
-def _packed(t: _Draw) -> Packed:
-    return Packed(t.w(1, 2, 64, 64, 2), None, 1, D, D)
+    rows = t.x(D), torch.empty(E, dtype=torch.int32, device=t.device), t.x(dtype=torch.float32), None, None
+    return *rows, t.stored(E, 2 * D, D), t.stored(E, D, D)
 
 
 _SHARED: dict[str, Example] = {
-    "linear": lambda t: (t.x(D), t.w(D, D), t.scales(1, 1)),
-    "experts": _experts,
+    "linear": lambda t: (t.x(D), t.stored(D, D)),
     "rms_norm": _plain(lambda t: (t.x(D), t.w(D), 1e-6)),
     "swiglu": _plain(lambda t: (t.x(D), t.x(D))),
+    "combine_rows": _plain(lambda t: (t.x(D),)),
     "rotate": _plain(lambda t: (t.x(H, 64), t.x(32, dtype=torch.float32), t.x(32, dtype=torch.float32), True)),
     "expert_scores": _float32(lambda t: (t.x(E),)),
     "select_experts": _float32(lambda t: (t.x(E), t.w(E))),
@@ -138,13 +136,12 @@ TRAINING: dict[str, Example] = _SHARED | {
         )
     ),
     "causal_attention": _plain(lambda t: (t.x(H, D)[None], t.x(H, D)[None], t.x(H, D)[None], 1.0)),
-    "weighted_swiglu": _plain(lambda t: (t.x(2 * D), t.x())),
-    "weighted_swiglu_backward": _plain(lambda t: (t.x(2 * D), t.x(), t.x(D))),
-    "combine_rows": _plain(lambda t: (t.x(D),)),
+    "weighted_swiglu": _plain(lambda t: (t.x(2 * D), t.x(dtype=torch.float32))),
+    "weighted_swiglu_backward": _plain(lambda t: (t.x(2 * D), t.x(dtype=torch.float32), t.x(D))),
     "linear_cross_entropy": _plain(lambda t: (t.x(D), t.w(D, D))),
     "softmax_cross_entropy": _plain(lambda t: (t.x(D),)),
-    "grouped_product": _plain(lambda t: (t.x(D), t.w(E, D, D), [], t.x(D))),
-    "grouped_gradient": _plain(lambda t: (t.x(D), t.x(D), [], t.w(E, D, D))),
+    "grouped_product": _plain(lambda t: (t.x(D), t.w(E, D, D), None, t.dtype)),
+    "grouped_gradient": _plain(lambda t: (t.x(D), t.x(D), None, t.dtype)),
     "adamw": _float32(lambda t: (t.x(D), t.x(D), *(t.x(D, dtype=torch.bfloat16) for _ in range(2)), None, None)),
     "fp8_rows": _plain(lambda t: (t.x(D), True)),
     "fp8_turn": _plain(lambda t: (t.x(D),)),
@@ -156,15 +153,12 @@ TRAINING: dict[str, Example] = _SHARED | {
     "fp8_e5m6": _plain(lambda t: (t.x(D),)),
 }
 LOADING: dict[str, Example] = {
-    "pack_panels": lambda t: (t.w(D, D),),
     "quantize_rows": _plain(lambda t: (t.w(D, D),)),
 }
 SERVING: dict[str, Example] = {
-    "stack_step": _plain(lambda t: (SimpleNamespace(embedding=t.w(D, D)), None, None, t.w(2, D, D), None)),
-    "packed_linear": lambda t: (t.x(D), _packed(t)),
-    "packed_experts": lambda t: (t.x(D), None, None, _packed(t), _packed(t)),
     "latent_attention": _plain(lambda t: (t.x(H, D), t.w(D, D))),
     "head_linear": _plain(lambda t: (t.x(H, D), t.w(H, D, D))),
+    "expert_products": _experts,
     **_SHARED,
     "sample": _float32(lambda t: (t.x(D),)),
     "finite_rows": _float32(lambda t: (t.x(D),)),

@@ -121,9 +121,9 @@ def profile(preset: str, batch: int, seq_len: int) -> str:
 
 
 def _ready(run: RunConfig) -> tuple[Trainer, Tensor]:
-    """A trainer and a batch of random tokens [B, T + 1 + D] for it."""
+    """A trainer and a batch of random tokens [B, T + lookahead] for it."""
     device = default_device()
-    model = Transformer(run.model, device).init_weights(torch.Generator(device).manual_seed(0))
+    model = Transformer(run.model, device).init_weights(0)
     return Trainer(run, model), random_tokens(run)
 
 

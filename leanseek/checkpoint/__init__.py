@@ -5,13 +5,11 @@ from leanseek.checkpoint.files import CheckpointError
 from leanseek.checkpoint.gguf import export_gguf
 from leanseek.checkpoint.hf import load, open_checkpoint, read_config, resolve, save, write_model
 from leanseek.checkpoint.names import iter_hf_tensors
-from leanseek.checkpoint.packed import PackedCopy
 from leanseek.checkpoint.tokenizer import find_tokenizer
 from leanseek.checkpoint.training import load_ema
 
 __all__ = [
     "CheckpointError",
-    "PackedCopy",
     "convert",
     "export_gguf",
     "find_tokenizer",

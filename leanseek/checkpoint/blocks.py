@@ -11,24 +11,19 @@ from torch import Tensor
 
 from leanseek import ops
 from leanseek.checkpoint.files import CheckpointError, Lazy
-from leanseek.checkpoint.names import is_quantized
-from leanseek.fp8 import quantize_blocks
-from leanseek.ops.linear import BLOCK
+from leanseek.checkpoint.names import SCALE, is_quantized
+from leanseek.ops.formats import TILE as BLOCK
+from leanseek.ops.quantize import quantize_blocks
+from leanseek.ops.weights import FP8_BLOCKS
 from leanseek.reading import Structure, checked, shorten
 
 FP8 = torch.float8_e4m3fn
-SCALE = "_scale_inv"  # X.weight has its scales in X.weight_scale_inv
 QUANTIZATION_CONFIG = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "weight_block_size": [BLOCK, BLOCK],
 }
-
-
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the scales of a weight [..., rows, columns]."""
-    return (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
 
 
 class _Described(Protocol):
@@ -69,7 +64,7 @@ def _check_scales(name: str, weight: _Described, scale: _Described | None) -> No
         raise CheckpointError(f"{name} is FP8, which only a matrix can be; its shape is {list(weight.shape)}")
     if scale is None:
         raise CheckpointError(f"{name} is FP8 but its scales {name}{SCALE} are missing")
-    if scale.shape != scale_shape(weight.shape):
+    if scale.shape != FP8_BLOCKS.scale_shape(weight.shape):
         raise CheckpointError(
             f"{name}{SCALE} has shape {list(scale.shape)}, not one scale for each 128×128 block of {list(weight.shape)}"
         )
@@ -161,5 +156,5 @@ def _quantize(lazy: Lazy) -> tuple[Lazy, Lazy]:
 
     return (
         Lazy(lazy.name, FP8, lazy.shape, weight),
-        Lazy(lazy.name + SCALE, torch.float32, scale_shape(lazy.shape), scales.pop),
+        Lazy(lazy.name + SCALE, torch.float32, FP8_BLOCKS.scale_shape(lazy.shape), scales.pop),
     )

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from leanseek import reading
+from leanseek.checkpoint.names import STACKED
 from leanseek.errors import InputError
 from leanseek.reading import open_regular, parse_json, shorten
 from leanseek.writing import LOCK, partial_folder, writing
@@ -48,7 +48,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)((?:_scale_inv)?)")
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -217,7 +216,7 @@ def _beside_index(folder: Path, file: str) -> Path:
 def _unfused(tensors: dict[str, Stored]) -> dict[str, Stored]:
     out: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        fused = _FUSED.fullmatch(name) if len(stored.shape) == 3 else None
+        fused = STACKED.fullmatch(name) if len(stored.shape) == 3 else None
         if fused is None:
             out[name] = stored
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanseek import ops
 from leanseek.checkpoint import blocks
@@ -35,6 +35,9 @@ from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.machine.memory import empty, memory
 from leanseek.model import Transformer
+from leanseek.model.layers import Linear
+from leanseek.model.moe import Experts
+from leanseek.ops.weights import replace_weight
 from leanseek.reading import check_links
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -146,19 +149,16 @@ def load(
     kinds: dict[str, torch.dtype] = {}
     for name in stored:
         together = [part for other in ({name} | _read_with(name)) & stored.keys() for part in stored[other]]
-        kinds[name] = blocks.FP8 if name in kept else _dtype(name, together, wanted, exact)
-    _check_memory(folder, sum(meta.numel() * kinds[name].itemsize for name, meta in model.state_dict().items()), device)
-    for name, meta in model.state_dict().items():
-        keep = name in kept
-        state[name] = _fill(empty(meta.shape, kinds[name], device), name, tensors, config, keep)
-        if keep:
-            scale = torch.empty(blocks.scale_shape(tuple(meta.shape)), dtype=torch.float32, device=device)
-            state[name + blocks.SCALE] = _fill(scale, name + blocks.SCALE, tensors, config)
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf + blocks.SCALE, scale)
+        kinds[name] = _dtype(name, together, wanted, exact)
+    for name in kept:
+        _quantize(model, name)
+    metas = {name: (meta, kinds.get(name, meta.dtype)) for name, meta in model.state_dict().items()}
+    _check_memory(folder, sum(meta.numel() * kind.itemsize for meta, kind in metas.values()), device)
+    for name, (meta, kind) in metas.items():
+        state[name] = _fill(empty(meta.shape, kind, device), name, tensors, config)
     model.load_state_dict(state, assign=True)
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.dtype != blocks.FP8)
+        parameter.requires_grad_(True)
     model.rotary.to(device)
     return model
 
@@ -247,7 +247,7 @@ def _kept(model: Transformer, stored: Mapping[str, list[Stored]]) -> set[str]:
     able = {
         name
         for name, parts in stored.items()
-        if all(part.dtype == blocks.FP8 for part in parts) and _takes_scales(model, name)
+        if all(part.dtype == blocks.FP8 for part in parts) and _multiplies(_module(model, name))
     }
     return {name for name in able if able.issuperset(_read_with(name) & stored.keys())}
 
@@ -261,12 +261,23 @@ def _read_with(name: str) -> set[str]:
     return set()
 
 
-def _takes_scales(model: Transformer, name: str) -> bool:
-    """Whether the module of this weight computes with FP8 blocks; one must not lie across an expert's gate and up."""
-    module, _, leaf = name.rpartition(".")
-    if leaf in ("gate_up_proj", "down_proj"):
-        return model.config.moe_intermediate_size % blocks.BLOCK == 0
-    return hasattr(model.get_submodule(module), leaf + blocks.SCALE)
+def _module(model: Transformer, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module computes with FP8 blocks, of which none may lie across an expert's gate and up."""
+    if isinstance(module, Experts):
+        return module.down_proj.shape[2] % blocks.BLOCK == 0
+    return isinstance(module, Linear)
+
+
+def _quantize(model: Transformer, name: str) -> None:
+    """Give a weight, still on meta, the form of FP8 blocks."""
+    shape, device = model.get_parameter(name).shape, torch.device("meta")
+    data = torch.empty(shape, dtype=blocks.FP8, device=device)
+    scale = torch.empty(ops.FP8_BLOCKS.scale_shape(shape), device=device)
+    replace_weight(_module(model, name), name.rpartition(".")[2], ops.QuantizedWeight(data, scale, ops.FP8_BLOCKS))
 
 
 _BIAS = "e_score_correction_bias"
@@ -286,11 +297,11 @@ def _dtype(name: str, parts: list[Stored], wanted: torch.dtype | None, exact: bo
     return torch.float32 if kind == torch.float64 or (exact and kind == torch.float16) else kind
 
 
-def _fill(out: Tensor, name: str, tensors: Mapping[str, Stored], config: ModelConfig, keep: bool = False) -> Tensor:
-    """Read the parts of our tensor `name` into `out`, one at a time; FP8 is dequantised unless `keep`."""
+def _fill(out: Tensor, name: str, tensors: Mapping[str, Stored], config: ModelConfig) -> Tensor:
+    """Read the parts of our tensor `name` into `out`, one at a time; FP8 is dequantised unless `out` is FP8."""
     for part in hf_parts(name, out, config.num_hidden_layers):
         stored, place = tensors[part.name], out[part.place]
-        if stored.dtype == blocks.FP8 and not keep:
+        if stored.dtype == blocks.FP8 and out.dtype != blocks.FP8:
             scale = tensors[part.name + blocks.SCALE].read()
             place.copy_(ops.dequantize_blocks(stored.read(), scale, out.dtype))
         else:

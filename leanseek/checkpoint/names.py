@@ -22,14 +22,15 @@ class Part(NamedTuple):
     place: tuple[int | slice, ...]
 
 
-_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)((?:_scale_inv)?)")
+SCALE = "_scale_inv"  # X.weight has its scales in X.weight_scale_inv; here they are X.weight.data and X.weight.scale
+STACKED = re.compile(rf"(.*\.experts)\.(gate_up_proj|down_proj)((?:{SCALE})?)")
 _MTP = re.compile(r"mtp\.(\d+)\.(?:(block)\.|(norm)\.)?(.*)")
 
 
 def hf_parts(name: str, tensor: Tensor, num_hidden_layers: int) -> list[Part]:
     """The published tensors that make up our state-dict entry `name`; `tensor` (meta is fine) gives its shape."""
     path = _hf_path(name, num_hidden_layers)
-    stacked = _EXPERTS.fullmatch(path)
+    stacked = STACKED.fullmatch(path)
     if stacked is None:
         return [Part(path, ())]
     base, kind, scale = stacked.groups()
@@ -44,6 +45,7 @@ def hf_parts(name: str, tensor: Tensor, num_hidden_layers: int) -> list[Part]:
 
 
 def _hf_path(name: str, num_hidden_layers: int) -> str:
+    name = f"{name.removesuffix('.scale')}{SCALE}" if name.endswith(".scale") else name.removesuffix(".data")
     if mtp := _MTP.fullmatch(name):
         depth, _, norm, rest = mtp.groups()
         return f"model.layers.{num_hidden_layers + int(depth)}.{'shared_head.norm.' if norm else ''}{rest}"

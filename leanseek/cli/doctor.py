@@ -14,31 +14,24 @@ from leanseek.cli.terminal import spelled
 from leanseek.errors import InputError
 
 KINDS = ("float32", "bfloat16", "fp8 weights")
-# what it means where no kernel computes them
-NO_KERNEL = {
-    "stack_step": "op by op",
-    "pack_panels": "as stored",
-    "packed_linear": "see linear",
-    "packed_experts": "see experts",
-}
 LEGEND = """
-Any number of rows, where none is named.
+An entry holds for any number of rows unless it names one.
 avx...: native kernels; gpu: GPU kernels; torch: the references.
-In serving, ops that stack_step computes as one call are not asked one by one.
--: not a call of this op   *: the faster path does not take these operands   +: widened to float32"""
+-: never called this way   *: the faster path does not take these operands   +: widened to float32"""
 
 
 def examine() -> dict[str, Any]:
-    """Versions, hardware, limits measured now, and the implementation of each op."""
-    import psutil
+    """Versions, hardware, freshly measured limits, and the implementation of each op."""
     import torch
 
     from leanseek import native
     from leanseek.bench import survey
     from leanseek.machine import numa
     from leanseek.machine.device import default_device, multiplies, preferred_dtype
+    from leanseek.machine.memory import memory
     from leanseek.machine.probes import gemm_rate
     from leanseek.machine.threads import cpus, quota, waiting
+    from leanseek.native import panels
 
     device = default_device()
     kernels = native.status()
@@ -50,7 +43,7 @@ def examine() -> dict[str, Any]:
         "cpus": cpus(),
         "cpu_quota": None if math.isinf(quota()) else quota(),
         "waiting": waiting(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": memory("cpu"),
         "memory_nodes": numa.placement(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_in_hardware": preferred_dtype(device) == torch.bfloat16,
@@ -68,12 +61,13 @@ def examine() -> dict[str, Any]:
             }
             for p in survey.survey(device)
         ],
+        "steps": panels.refusal() or "packed weights",
         "why_not_faster": survey.reasons(device),
     }  # fmt: skip
 
 
 def examine_weights(model: str, allow_links: bool) -> dict[str, Any]:
-    """How many tensors a model's folder holds, and, by name, how many values of them are NaN or infinity."""
+    """The number of tensors in a model's folder, and by name how many values are NaN or infinity."""
     from leanseek import checkpoint
     from leanseek.checkpoint.finite import Census
 
@@ -109,9 +103,9 @@ def doctor(
     rates = ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in found["gemm_flops"].items())
     why = "multiplied in hardware" if found["bf16_in_hardware"] else "emulated here, so float32 is faster"
     print(f"python {found['python']}, torch {found['torch']}, {found['device']}, {found['threads']} threads")
-    print(f"memory: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
+    print(f"memory that may be used: {found['memory_bytes'] / 2**30:.1f} GiB; GEMM: {rates}")
     limit = "no quota" if found["cpu_quota"] is None else f"a quota of {found['cpu_quota']:.4g}"
-    print(f"CPUs that may be used: {found['cpus']} ({limit}); a thread without work: {found['waiting']}")
+    print(f"usable CPUs: {found['cpus']} ({limit}); idle threads: {found['waiting']}")
     print(f"memory nodes: {found['memory_nodes']}")
     print(f"training dtype: {found['training_dtype']} (bfloat16 is {why})")
     print(f"kernels: {found['kernels']['variant'] or 'none'}: {found['kernels']['detail']}")
@@ -121,13 +115,15 @@ def doctor(
         for op in dict.fromkeys(p["op"] for p in paths):
             cells = {p["operands"]: _cell(p, found["kernels"]["variant"]) for p in paths if p["op"] == op}
             print(f"  {op:24}" + "".join(f"{cells.get(kind, '-'):22}" for kind in KINDS).rstrip())
+    steps = found["steps"]
+    print(f"\na served step: {'one native call over ' + steps if steps == 'packed weights' else f'op by op ({steps})'}")
     print(LEGEND)
     for what, why in found["why_not_faster"].items():
         print(f"no {what}: {why}")
 
 
 def _cell(path: dict[str, Any], variant: str | None) -> str:
-    names = {"native": variant or "native", "torch": NO_KERNEL.get(path["op"], "torch")}
+    names = {"native": variant or "native", "torch": "torch"}
     by_rows = {rows: names.get(backend, backend) for rows, backend in path["rows"].items()}
     one, many = by_rows.values()
     notes = "*" * path["declined"] + "+" * path["widened"]

@@ -1,4 +1,4 @@
-"""leanseek eval: how good a model is."""
+"""leanseek eval: score a model on tasks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face folder or a run")],
     tasks: Annotated[
         str,
-        typer.Option(help="names with commas: human_eval, luce_gsm8k, luce_hellaswag, luce_truthfulqa, or lm-eval's"),
+        typer.Option(help="comma-separated: human_eval, luce_gsm8k, luce_hellaswag, luce_truthfulqa, or lm-eval's"),
     ],
-    limit: Annotated[int | None, typer.Option(min=1, help="samples of each task at most")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the most samples per task")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="examples in the prompt, for lm-eval's tasks")] = None,
     include_path: Annotated[Path | None, typer.Option(help="a folder with lm-eval task files of your own")] = None,
     allow_code_execution: Annotated[

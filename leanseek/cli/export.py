@@ -1,4 +1,4 @@
-"""`leanseek export`: a run or a checkpoint, as others read it."""
+"""`leanseek export`: write a run or a checkpoint in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def export(
         str, typer.Option(help="auto (as stored), or float32, bfloat16, float16; for gguf f32, bf16, f16, q8_0.")
     ] = "auto",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json or its folder; found beside the checkpoint by itself.")
+        Path | None, typer.Option(help="tokenizer.json or its folder; by default the one beside the checkpoint.")
     ] = None,
     ema: Annotated[
-        bool, typer.Option("--ema", help="the averaged weights that a run with optimizer.ema keeps.")
+        bool, typer.Option("--ema", help="export the averaged weights of a run with optimizer.ema.")
     ] = False,
     allow_links: AllowLinks = False,
     allow_nonfinite: AllowNonfinite = False,
@@ -53,7 +53,7 @@ def export(
                 checkpoint.export_gguf(averaged / folder.name, out, dtype, tokenizer, **allowed)
         else:
             checkpoint.export_gguf(folder, out, dtype, tokenizer, **allowed)
-    nothing = "" if tokenizer else "; there was no tokenizer to write beside it"
+    nothing = "" if tokenizer else ", without a tokenizer: none was found"
     console.print(f"wrote {shorten(str(out), 1000)}{nothing}", markup=False, soft_wrap=True)
     for line in left:
         console.print(f"left out: {shorten(line, 1000)}", markup=False, soft_wrap=True)

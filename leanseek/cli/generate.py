@@ -1,4 +1,4 @@
-"""leanseek generate: a prompt goes on."""
+"""leanseek generate: continue a prompt."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from leanseek.errors import Interrupted
 if TYPE_CHECKING:
     from leanseek.engine import Engine
 
-DEFAULT_TEMPERATURE = 0.8  # where neither the caller nor the model says
-AllowLinks = Annotated[bool, typer.Option("--allow-links", help="read what links out of the model's folder lead to")]
+DEFAULT_TEMPERATURE = 0.8  # if neither the user nor the model sets one
+AllowLinks = Annotated[bool, typer.Option("--allow-links", help="follow links out of the model's folder")]
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="write weights that hold NaN or infinity too, and name them")
+    bool, typer.Option("--allow-nonfinite", help="also write weights with NaN or infinity, and name them")
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads  (default: one a physical core)")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads  (default: one per physical core)")]
 
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face folder or a run")],
-    prompt: Annotated[str, typer.Argument(help="the text to go on from; - reads it from standard input")],
-    max_tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 128,
+    prompt: Annotated[str, typer.Argument(help="the text to continue; - reads it from standard input")],
+    max_tokens: Annotated[int, typer.Option(help="the most tokens to generate")] = 128,
     temperature: Annotated[
         float | None, typer.Option(help=f"0 is greedy  [default: the model's, else {DEFAULT_TEMPERATURE}]")
     ] = None,
@@ -59,20 +59,20 @@ def generate(
 
 
 def finish_copy(engine: Engine) -> None:
-    """Wait until the weights' packed copy is written, which a process that ends would cut short; Ctrl-C ends it too."""
+    """Wait until the packed copy of the weights is written: exiting would cut it short. Ctrl-C stops it."""
     if engine.copying is None or not engine.copying.is_alive():
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("writing the packed weights, once: the next start maps them (Ctrl-C: not now)"):
+    with Console(stderr=True).status("writing the packed weights once, for the next start to map (Ctrl-C skips it)"):
         try:
             engine.copying.join()
         except KeyboardInterrupt:
-            raise Interrupted("stopped; the next start begins the copy anew") from None
+            raise Interrupted("stopped; the next start writes the copy from scratch") from None
 
 
 def sampling_params(defaults: dict[str, Any], **given: Any) -> Any:
-    """SamplingParams: what is given, else the model's defaults, else a temperature for reading and no limit."""
+    """SamplingParams from the given values, else the model's defaults, else DEFAULT_TEMPERATURE and no token limit."""
     from leanseek.engine import SamplingParams
 
     given = {name: value for name, value in given.items() if value is not None}
@@ -80,7 +80,7 @@ def sampling_params(defaults: dict[str, Any], **given: Any) -> Any:
 
 
 def describe(output: Any) -> dict[str, Any]:
-    """What `--json` prints of a CompletionOutput."""
+    """What `--json` prints for a CompletionOutput."""
     timing = output.timing
     seconds = timing.finished - timing.first_token
     return {

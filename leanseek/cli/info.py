@@ -50,7 +50,7 @@ def info(
     model: Annotated[
         str, typer.Argument(metavar="PRESET_OR_MODEL", help="preset, TOML file, checkpoint folder or run")
     ],
-    seq_len: Annotated[int, typer.Option(help="sequence length that training FLOPs are counted at")] = 4096,
+    seq_len: Annotated[int, typer.Option(help="sequence length for the training FLOPs")] = 4096,
     allow_links: AllowLinks = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""leanseek serve: OpenAI's API and a chat page over a model."""
+"""leanseek serve: OpenAI's API and a chat page for a model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="a Jinja chat template instead of the model's")
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="tokens of a prompt and its answer; by default what model and cache allow")
+        int | None, typer.Option(help="tokens of a prompt and its answer; by default as many as model and cache allow")
     ] = None,
-    cache_gib: Annotated[float, typer.Option(help="memory of the latent cache, never exceeded")] = 1.0,
-    max_queue: Annotated[int, typer.Option(help="requests that may wait; further ones are answered 429")] = 256,
+    cache_gib: Annotated[float, typer.Option(help="memory limit of the latent cache")] = 1.0,
+    max_queue: Annotated[int, typer.Option(help="requests that may wait; further ones get a 429")] = 256,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N  (default: a GPU where there is one, else the CPU)")
+        str | None, typer.Option(help="cpu, cuda or cuda:N  (default: a GPU if there is one, else the CPU)")
     ] = None,
     threads: Threads = None,
     allow_links: AllowLinks = False,
     int8_head: Annotated[
-        bool, typer.Option("--int8-head", help="hold the output head in 8 bits, a scale a row")
+        bool, typer.Option("--int8-head", help="store the output head in 8 bits, with a scale per row")
     ] = False,
     packed_copy: Annotated[
         bool, typer.Option(help="keep the packed weights in a file beside the model, so that the next start is instant")
@@ -40,12 +40,12 @@ def serve(
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="another site whose pages may call this server (CORS); may be repeated")
     ] = None,
-    root_path: Annotated[str, typer.Option(help="what a proxy puts before every path, such as /llm")] = "",
+    root_path: Annotated[str, typer.Option(help="the prefix of every path behind a proxy, such as /llm")] = "",
     keep_alive_timeout: Annotated[
-        float, typer.Option(min=0, help="seconds that a connection is kept between two requests")
+        float, typer.Option(min=0, help="seconds to keep a connection open between two requests")
     ] = 75.0,
     shutdown_timeout: Annotated[
-        float, typer.Option(min=0, help="seconds that running requests have to end when the server is told to stop")
+        float, typer.Option(min=0, help="seconds for running requests to finish after a signal to stop")
     ] = 30.0,
 ) -> None:
     """Serve a model: OpenAI's API under /v1, a chat page at /."""

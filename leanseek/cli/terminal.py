@@ -1,4 +1,4 @@
-"""What crosses the edge of the process as text: arguments and standard input in, lines to a terminal out."""
+"""Text at the process boundary: arguments and standard input come in, lines for a terminal go out."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _LONGEST = 1000  # characters of an error's line
 
 
 def prepare() -> None:
-    """Whatever the locale: what cannot be written is escaped, and bytes that are read survive until `given_text`."""
+    """Work in any locale: escape output that it cannot encode, and keep input bytes intact until `given_text`."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    if logging.lastResort:  # what writes the log where nobody set one up
+    if logging.lastResort:  # the handler in use if nobody configured logging
         logging.lastResort.setFormatter(_LogFormat())
     warnings.formatwarning = lambda message, *_, **__: f"leanseek: {spelled(str(message))}\n"
 
 
 def given_text(text: str, what: str = "the prompt") -> str:
-    """An argument or input: bytes that the locale's encoding does not have are taken as UTF-8.
+    """An argument or input as text: bytes outside the locale's encoding are read as UTF-8.
 
     Raises:
-        InputError: they are not UTF-8.
+        InputError: these bytes are not UTF-8.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode()
@@ -37,12 +37,12 @@ def given_text(text: str, what: str = "the prompt") -> str:
 
 
 def spelled(text: str, kept: str = "") -> str:
-    """A text whose control characters, but for those kept, are spelled (`\\x1b`), so that they move nothing."""
+    """A text with its control characters spelled out (`\\x1b`), except those in `kept`, so a terminal ignores them."""
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def shown(text: str) -> str:
-    """A model's text for standard output: spelled in a terminal, as it is in a file."""
+    """A model's text for standard output: spelled out for a terminal, unchanged for a file."""
     with contextlib.suppress(ValueError):  # a closed stream
         if sys.stdout.isatty():
             return spelled(text, "\n\t")
@@ -50,13 +50,13 @@ def shown(text: str) -> str:
 
 
 class _LogFormat(logging.Formatter):
-    """Spelled, and further lines indented: what clients and files say forges no entry."""
+    """Spells out control characters and indents further lines, so text from clients or files cannot forge entries."""
 
     def format(self, record: logging.LogRecord) -> str:
         return spelled(super().format(record), "\n").replace("\n", "\n    ")
 
 
 def report(error: Exception) -> None:
-    """An error's one line on standard error."""
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    """Print an error as one line on standard error."""
+    with contextlib.suppress(OSError):  # standard error is closed
         print(f"leanseek: {shorten(str(error), _LONGEST)}", file=sys.stderr)

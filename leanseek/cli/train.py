@@ -18,11 +18,11 @@ def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG.toml", help="a TOML file, or the name of a preset")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     name: Annotated[str | None, typer.Option(help="folder in runs/; the file's name when unset")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on at the newest good checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest good checkpoint")] = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0.0, help="fewer steps, where this machine would take longer than that")
+        float | None, typer.Option(min=0.0, help="reduce the steps if this machine would take longer")
     ] = None,
-    compare: Annotated[Path | None, typer.Option(help="another run, drawn beside this one in the report")] = None,
+    compare: Annotated[Path | None, typer.Option(help="another run to plot with this one in the report")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
 ) -> None:
     """Train; writes runs/NAME/ with config.toml, metrics.jsonl, checkpoints/, tensorboard/ and report.html."""
@@ -30,7 +30,7 @@ def train(
     from leanseek.training import train as run
 
     if resume and minutes is not None:
-        raise InputError("--minutes sets the length of a run when it starts; leave it away with --resume")
+        raise InputError("--minutes sets the length of a run when it starts; leave it out with --resume")
     named = [] if name is None else [f"name={json.dumps(given_text(name, '--name'))}"]
     given = [given_text(override, shorten(override)) for override in overrides or []]
     settings = RunConfig.load(config, [*given, *named])

@@ -1,7 +1,7 @@
 """Token shards -> packed batches, as a pure function of (seed, sample number), so resuming needs one integer.
 
 An epoch concatenates every document of the split in a seeded order (packing without a mask between documents, as in
-section 4.1) and splits the result into windows of seq_len tokens. A window also holds the `extra` tokens after it,
+section 4.1) and splits the result into windows of seq_len tokens. A window also holds the `lookahead` tokens after it,
 which its last positions predict. With `fim_rate`, that share of the documents is first rearranged as
 prefix-suffix-middle.
 """
@@ -23,7 +23,7 @@ from leanseek.tokens import special_tokens
 
 
 class Batch(NamedTuple):
-    tokens: Tensor  # [n, seq_len + extra] int64
+    tokens: Tensor  # [n, seq_len + lookahead] int64
 
 
 class TokenDataset:
@@ -36,10 +36,12 @@ class TokenDataset:
             the tokenizer lacks the tokens for FIM.
     """
 
-    def __init__(self, folder: Path, split: str, seq_len: int, extra: int = 1, seed: int = 0, fim_rate: float = 0.0):
+    def __init__(
+        self, folder: Path, split: str, seq_len: int, lookahead: int = 1, seed: int = 0, fim_rate: float = 0.0
+    ):
         if split not in SPLITS:
             raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-        self.folder, self.split, self.extra = folder, split, extra
+        self.folder, self.split, self.lookahead = folder, split, lookahead
         self.seed, self.fim_rate = seed, fim_rate
         self.shards: list[np.ndarray] = []
         starts, ends, shard_of = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -53,14 +55,14 @@ class TokenDataset:
                 self.shards.append(tokens)
         stored.keep_stamps()
         total = sum(map(len, self.shards))
-        if split == "train" and total < seq_len + extra:
+        if split == "train" and total < seq_len + lookahead:
             raise DataError(
-                f"{folder} has {total} train tokens, fewer than the {seq_len + extra} of one window; prepare more text "
-                "or lower seq_len"
+                f"{folder} has {total} train tokens, fewer than the {seq_len + lookahead} of one window; prepare more "
+                "text or lower seq_len"
             )
-        self.seq_len = min(seq_len, max(total - extra, 1))
+        self.seq_len = min(seq_len, max(total - lookahead, 1))
         self.starts, self.ends, self.shard_of = map(np.concatenate, (starts, ends, shard_of))
-        self.samples_per_epoch = max(total - extra, 0) // self.seq_len
+        self.samples_per_epoch = max(total - lookahead, 0) // self.seq_len
         self.token_bytes = torch.from_numpy(stored.token_bytes)
         tokenizer = load_tokenizer(folder)
         self.special, self.fim = special_tokens(tokenizer, folder), fim_tokens(tokenizer)
@@ -104,8 +106,8 @@ class TokenDataset:
         return self._window(place * self.seq_len, order, stops, rearranged)
 
     def _window(self, start: int, order: np.ndarray, stops: np.ndarray, rearranged: np.ndarray | None) -> np.ndarray:
-        """Tokens start to start + seq_len + extra of the documents in `order`, which end at `stops`."""
-        size = self.seq_len + self.extra
+        """Tokens start to start + seq_len + lookahead of the documents in `order`, which end at `stops`."""
+        size = self.seq_len + self.lookahead
         out = np.empty(size, dtype=np.int64)
         filled, place = 0, int(np.searchsorted(stops, start, side="right"))
         offset = start - (int(stops[place - 1]) if place else 0)

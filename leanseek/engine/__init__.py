@@ -1,4 +1,4 @@
-"""Inference: checkpoints -> tokens. Start at engine.py; llm.py and asynchronous.py are its two faces."""
+"""Inference: checkpoints -> tokens. Start at engine.py; llm.py and asynchronous.py are its two interfaces."""
 
 from leanseek.engine.asynchronous import AsyncEngine, EngineStopped, QueueFull, RequestFailed, Stream
 from leanseek.engine.confined import Confined, Crowded, Overtaxed

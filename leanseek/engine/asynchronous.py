@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class QueueFull(RuntimeError):
-    """Too many requests wait; try again after `retry_after` seconds."""
+    """Too many requests are waiting; try again after `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: float):
         super().__init__(f"{waiting} requests are waiting; try again in {retry_after:.0f} s")
@@ -33,21 +33,21 @@ class QueueFull(RuntimeError):
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no more requests: it is stopping, was stopped, or broke."""
+    """The engine takes no more requests: it is stopping, has stopped, or has crashed."""
 
 
 class RequestFailed(RuntimeError):
-    """Something of ours went wrong in this request; others go on."""
+    """An internal error ended this request; others continue."""
 
 
 class Stream:
-    """The deltas of one request. Closing it, or cancelling who waits for it, ends the request within a step."""
+    """The deltas of one request. Closing it, or cancelling the task that awaits it, ends the request within a step."""
 
     def __init__(self, engine: AsyncEngine, request_id: str, choices: int, loop: asyncio.AbstractEventLoop):
         self.request_id = request_id
         self.loop = loop
         self._engine = engine
-        self._open = choices  # that have not finished
+        self._open = choices  # choices that have not finished
         self._ready: deque[Delta] = deque()
         self._arrival = asyncio.Event()
 
@@ -55,11 +55,11 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        """The next delta; the stream ends when all choices have.
+        """The next delta; the stream ends when all choices have ended.
 
         Raises:
-            EngineError: what was asked for cannot be done, as shows only now.
-            RequestFailed: the request did.
+            EngineError: the request turned out to be impossible to serve.
+            RequestFailed: an internal error ended the request.
         """
         try:
             while not self._ready:
@@ -78,7 +78,7 @@ class Stream:
         return delta
 
     def close(self) -> None:
-        """End the request if it has not ended; may be called again."""
+        """End the request if it has not ended; may be called repeatedly."""
         if self._open:
             self._open = 0
             self._ready.clear()
@@ -96,7 +96,7 @@ class Stream:
 class AsyncEngine:
     """An `Engine` that steps in its own thread.
 
-    max_queue: requests that may wait beyond those that run.
+    max_queue: requests that may wait, in addition to those running.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = 256):
@@ -114,10 +114,10 @@ class AsyncEngine:
 
     @classmethod
     def load(cls, path: str | Path, *, max_queue: int = 256, **options: Any) -> AsyncEngine:
-        """Of a Hugging Face folder or a run; options as in `load_engine`.
+        """Load a Hugging Face folder or a run; options as in `load_engine`.
 
         Raises:
-            InputError: the folder, or an option, is not right.
+            InputError: the folder or an option is invalid.
         """
         return cls(load_engine(path, **options), max_queue=max_queue)
 
@@ -144,39 +144,39 @@ class AsyncEngine:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Of SamplingParams, out of generation_config.json."""
+        """Defaults of SamplingParams from generation_config.json."""
         return self._engine.defaults
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises EngineError: the request can never be served, its guide apart."""
+        """Raises EngineError if the request can never be served. Does not check its guide."""
         self._engine.check(prompt_token_ids, params)
 
     def matcher(self, params: SamplingParams) -> Matcher | None:
-        """The compiled guide of a request, if it has one, for `submit`. It may take seconds: call this in a thread.
+        """The compiled guide of a request, if it has one, for `submit`. Takes up to seconds: call it in a thread.
 
         Raises:
-            EngineError: the guide is not valid, or takes too much to compile.
-            Crowded: many such guides are being compiled.
+            EngineError: the guide is invalid, or takes too much time or memory to compile.
+            Crowded: too many slow guides are being compiled.
         """
         return self._engine.matcher(params)
 
     def stats(self) -> EngineStats:
-        """As of the last step; does not wait."""
+        """Statistics as of the last step; does not block."""
         return self._snapshot
 
     @property
     def accepting(self) -> bool:
-        """Whether new requests are taken."""
+        """Whether the engine takes new requests."""
         return self._accepting and self.alive
 
     def refuse(self) -> None:
-        """Take no more requests; those there are go on."""
+        """Take no more requests; those already submitted continue."""
         self._accepting = False
 
     def stop(self, timeout: float | None = None) -> None:
         """End the thread after its current step; open streams end with finish_reason "abort".
 
-        timeout: seconds to wait for that step, None for as long as it takes.
+        timeout: seconds to wait for that step; None waits as long as it takes.
         """
         with self._lock:
             self._accepting, self._stopping = False, True
@@ -194,14 +194,14 @@ class AsyncEngine:
         request_id: str | None = None,
         matcher: Matcher | None = None,
     ) -> Stream:
-        """Queue a request; to be called in the event loop that reads the stream.
+        """Queue a request. Call it in the event loop that reads the stream.
 
-        matcher: of a guided request; without it the guide is compiled here, and the loop waits for that.
+        matcher: the compiled guide of a guided request; without it, compiling the guide here blocks the loop.
 
         Raises:
             EngineError: the request can never be served.
-            QueueFull: not now.
-            EngineStopped: never again.
+            QueueFull: too many requests are waiting.
+            EngineStopped: the engine takes no more requests.
         """
         self.check(prompt_token_ids, params)
         request_id = request_id or f"request-{next(self._ids)}"
@@ -240,21 +240,21 @@ class AsyncEngine:
         except Exception:
             log.exception("the engine broke")
             with self._lock:
-                self._accepting = False  # before the streams are told: nobody may come after that
+                self._accepting = False  # before telling the streams, so that no new one misses the news
                 streams = list(self._streams)
             self._publish([Delta(each, finish_reason="error", error="the engine broke") for each in streams])
         finally:
             self._accepting = False
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do; whether it is work rather than the end."""
+        """Sleep until there is something to do; False if that is to stop."""
         with self._lock:
             while not (self._commands or self._stopping or self._engine.has_work()):
                 self._lock.wait()
             return not self._stopping
 
     def _execute(self) -> None:
-        """Add and abort what was asked for since the last step."""
+        """Add and abort the requests queued since the last step."""
         with self._lock:
             commands, self._commands = self._commands, []
         for command in commands:
@@ -268,7 +268,7 @@ class AsyncEngine:
                 self._publish([Delta(command.request_id, finish_reason="error", error=str(error), refused=refused)])
 
     def _publish(self, deltas: Sequence[Delta]) -> None:
-        """Hand deltas to their streams, each in its own event loop."""
+        """Deliver deltas to their streams, each in its own event loop."""
         self._snapshot = self._engine.stats()
         parcels: dict[Stream, list[Delta]] = defaultdict(list)
         for delta in deltas:
@@ -280,5 +280,5 @@ class AsyncEngine:
             if not self._engine.serves(stream.request_id):
                 with self._lock:
                     del self._streams[stream.request_id]
-            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody reads it any more
+            with contextlib.suppress(RuntimeError):  # its loop is closed, so nobody reads the stream
                 stream.loop.call_soon_threadsafe(stream._deliver, parcel)

@@ -1,6 +1,6 @@
-"""Other people's programs, run in processes of their own: chat templates, grammars on trial.
+"""Runs untrusted programs (chat templates, trial compilations of grammars) in processes of their own.
 
-A program that takes too long, takes too much memory or dies costs its caller an error and nobody else anything.
+A program that takes too long, takes too much memory or dies causes an error for its caller and affects nobody else.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import weakref
 from contextlib import suppress
 from typing import Any
 
-SLOW_S = 0.25  # an answer that takes longer gives way to all others
-MOST_SLOW = 8  # such answers at once
-LANES = MOST_SLOW + 2  # answers at once that still leave room for quick ones
-_KEPT = 2  # idle processes
+SLOW_S = 0.25  # an answer that takes longer continues at low priority
+MOST_SLOW = 8  # slow answers at once
+LANES = MOST_SLOW + 2  # answers at once, with room for quick ones beside the slow ones
+_KEPT = 2  # idle processes to keep
 
 
 class Overtaxed(Exception):
@@ -25,22 +25,22 @@ class Overtaxed(Exception):
 
 
 class Crowded(Exception):
-    """So many slow answers are being worked out that this one, slow too, was given up; it may be asked for again."""
+    """This answer is slow, and too many slow ones are running already. The caller may ask again later."""
 
 
 class Confined:
-    """A script that answers lines of JSON, in as many processes as are asked at once.
+    """A script that answers lines of JSON, with one process for each concurrent question.
 
-    An answer that takes longer than `SLOW_S` goes on at the lowest priority, and only `MOST_SLOW` of those at once:
-    quick answers never wait for slow ones. All methods may be called from any thread.
+    An answer that takes longer than `SLOW_S` continues at the lowest priority, and at most `MOST_SLOW` of these run at
+    once, so quick answers never wait for slow ones. All methods are thread-safe.
 
     Args:
         script: path of a Python file
-        opening: what each process is told first
-        seconds: of an answer, at most
+        opening: the first line sent to each process
+        seconds: time limit of an answer
 
     Raises:
-        Overtaxed: no process would take the opening.
+        Overtaxed: the process failed on the opening.
     """
 
     def __init__(self, script: str, opening: Any, seconds: float):
@@ -52,8 +52,8 @@ class Confined:
         self._all: set[subprocess.Popen[str]] = set()
         self._slow = 0
         self._closed = False
-        weakref.finalize(self, _end_all, self._all)  # also at the interpreter's exit
-        process, self.opened = self._start()  # what a process answers to the opening
+        weakref.finalize(self, _end_all, self._all)  # runs at the interpreter's exit too
+        process, self.opened = self._start()  # a process's answer to the opening
         self._idle.append(process)
 
     def ask(self, question: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Confined:
             answer = _converse(process, line)
         finally:
             watch.end()
-            with self._lock:  # a slow one keeps its low priority: it is of no more use
+            with self._lock:  # a slow process is not reused: it keeps its low priority
                 kept = answer is not None and not watch.slow and not self._closed and len(self._idle) < _KEPT
                 if kept:
                     self._idle.append(process)
@@ -79,7 +79,7 @@ class Confined:
         return answer
 
     def close(self) -> None:
-        """End all processes: whoever waits for an answer is told Overtaxed."""
+        """End all processes; callers that wait for an answer get Overtaxed."""
         with self._lock:
             self._closed = True
             processes, self._idle = list(self._all), []
@@ -87,7 +87,7 @@ class Confined:
             self._end(process)
 
     def _start(self) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-        """A process, and its answer to the opening."""
+        """Start a process; returns it and its answer to the opening."""
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             self._command,
@@ -95,7 +95,7 @@ class Confined:
             stdout=pipe,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for the server, which still answers what runs
+            start_new_session=True,  # Ctrl-C reaches only the server, which still finishes its requests
         )
         with self._lock:
             self._all.add(process)
@@ -122,7 +122,7 @@ def _end_all(processes: set[subprocess.Popen[str]]) -> None:
 
 
 class _Watch:
-    """Looks on while a process works out an answer: first it is quick, then slow, then ended."""
+    """Times a process's answer: lowers its priority after SLOW_S, and kills it at the time limit."""
 
     def __init__(self, pool: Confined, process: subprocess.Popen[str]):
         self._pool = pool
@@ -142,7 +142,7 @@ class _Watch:
                 self.crowded = True
                 self._process.kill()
                 return
-            with suppress(OSError):  # it has just died
+            with suppress(OSError):  # the process has just died
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)
             self._timer = threading.Timer(max(0.0, self._pool.seconds - SLOW_S), self._process.kill)
             self._timer.start()
@@ -155,7 +155,7 @@ class _Watch:
 
 
 def _converse(process: subprocess.Popen[str], line: str) -> dict[str, Any] | None:
-    """The answer to a line; None from a process that has died."""
+    """The answer to a line; None if the process has died."""
     assert process.stdin and process.stdout
     try:
         process.stdin.write(line)

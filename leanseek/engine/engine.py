@@ -15,6 +15,7 @@ from collections.abc import Sequence as Listing
 from threading import Thread
 from typing import Any, ClassVar
 
+from leanseek.backends import StepBackend
 from leanseek.engine.guidance import Grammars, GuideFailed, Matcher
 from leanseek.engine.outputs import Delta, EngineStats, FinishReason
 from leanseek.engine.pages import PagePool
@@ -25,7 +26,6 @@ from leanseek.engine.scheduler import Scheduler
 from leanseek.engine.sequence import Request, Sequence, Work, seed_of
 from leanseek.engine.speculation import Speculation
 from leanseek.engine.tokenizer import TextStream, Tokenizer
-from leanseek.model import Transformer
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ NOT_FINITE = "the model's logits are not finite: a weight is NaN or infinite, or
 
 
 class Engine:
-    """Continuous batching over one model.
+    """Continuous batching over one network, which `backend` computes.
 
     cache_gib: of the latent cache, never exceeded. max_model_len: prompt and output of a request together; as much as
     the model and the cache allow when None. step_tokens: the most rows in a step. step_seconds: how long a step with
@@ -52,7 +52,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Transformer,
+        backend: StepBackend,
         tokenizer: Tokenizer | None = None,
         *,
         defaults: dict[str, Any] | None = None,
@@ -69,18 +69,21 @@ class Engine:
     ):
         self.check_process()
         Engine._process = os.getpid()
-        config = model.config
-        drafts = DRAFTS * bool(model.mtp) if speculate is None else speculate
+        config = backend.config
+        ahead = bool(config.num_nextn_predict_layers)
+        drafts = DRAFTS * ahead if speculate is None else speculate
         if min(page_size, max_batch, step_tokens) < 1 or drafts < 0:
             raise EngineError("page_size, max_batch and step_tokens must be at least 1, speculate at least 0")
-        if drafts and not model.mtp:
+        if drafts and not ahead:
             raise EngineError("speculate needs a model with an MTP module; this one has none")
         self.config = config
         self.tokenizer = tokenizer
-        self.copying: Thread | None = None  # writes the packed copy (checkpoint/packed.py); nothing here waits for it
+        self.copying: Thread | None = (
+            None  # writes the packed copy (backends/packed_copy.py); nothing here waits for it
+        )
         self.defaults = defaults or {}
         self.eos_token_ids = frozenset(eos_token_ids or config.eos_token_ids)
-        width = config.cache_width * model.embed_tokens.weight.element_size()
+        width = config.cache_width * backend.dtype.itemsize
         self.kv_bytes_per_token = width * config.num_hidden_layers
         page_bytes = width * (config.num_hidden_layers + bool(drafts)) * page_size
         pages = int(cache_gib * GIB) // page_bytes - 1  # the runner has one of its own
@@ -88,7 +91,7 @@ class Engine:
         self.max_model_len = self._context(max_model_len, pages * page_size)
         self._pool = PagePool(pages, page_size, prefix_cache)
         self._scheduler = Scheduler(self._pool, max_batch)
-        self._runner = Runner(model, pages, page_size, drafts)
+        self._runner = Runner(backend, pages, page_size, drafts)
         self._speculation = Speculation(drafts)
         self._grammars = Grammars(tokenizer, config.vocab_size, sorted(self.eos_token_ids)) if tokenizer else None
         self._step_tokens = step_tokens

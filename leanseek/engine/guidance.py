@@ -1,4 +1,4 @@
-"""Structured output: which tokens may come next, by llguidance."""
+"""Structured output with llguidance: which tokens may come next."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from leanseek.reading import shorten
 
 log = logging.getLogger(__name__)
 
-MAX_GUIDE = 65_536  # characters: compiling takes up to their square
+MAX_GUIDE = 65_536  # characters; compile time grows up to quadratically
 COMPILE_S = 3.0
-KEPT_GRAMMARS = 32  # compiled ones, for requests that share a schema
-KEPT_CHARACTERS = 4 * MAX_GUIDE  # of their sources: memory follows it
+KEPT_GRAMMARS = 32  # compiled grammars to keep, for requests that share a schema
+KEPT_CHARACTERS = 4 * MAX_GUIDE  # total length of their sources, which bounds their memory
 
-# What llguidance says about a guide, and what a client is told then, with shortened parts of the guide. Everything else
-# it says is about itself: "it cannot be compiled".
+# llguidance's messages about a guide, and our message to the client, with shortened parts of the guide. All its other
+# messages are about its own state; the client then reads "it cannot be compiled".
 _REASONS = [
-    (re.compile(pattern, re.DOTALL), told)
-    for pattern, told in (
+    (re.compile(pattern, re.DOTALL), reason)
+    for pattern, reason in (
         (r"regex parse error:.*\nerror: ([^\n]+)", "not a valid regular expression: {}"),
         (r"lookarounds not supported", "not a valid regular expression: ^, $ and \\b inside it are not supported"),
         (r"Invalid type: (.+?)(?:\n|$)", "there is no type {}"),
         (r"Unknown format: (.+?)(?:\n|$)", "the format {} is not supported"),
         (r"Pointer '(.+?)' does not exist", "a $ref points to {}, which does not exist"),
-        (r"Resource '(.+?)' is not present", "{} lies outside the schema; references must stay within it"),
+        (r"Resource '(.+?)' is not present", "{} is outside the schema; references must stay within it"),
         (r"Invalid URI (?:reference )?'(.+?)'", "{} is not an address"),
         (r"Unimplemented keys: \[([^\n]+)\]", "not supported in a schema: {}"),
-        (r"oneOf constraints are not supported", "oneOf is supported where its schemas exclude each other; use anyOf"),
-        (r"min/maxProperties only", "minProperties and maxProperties are supported where all properties are required"),
+        (r"oneOf constraints are not supported", "oneOf is supported if its schemas exclude each other; use anyOf"),
+        (r"min/maxProperties only", "minProperties and maxProperties are supported if all properties are required"),
         (r"Unsatisfiable schema: ([^\n]+)", "no output fits it: {}"),
         (r"Expected positive integer for '(\w+)'", "{} must be a whole number of at least 0"),
         (r"Expected f64 for '(\w+)'", "{} must be a number"),
@@ -60,7 +60,7 @@ _REASONS = [
         (r"Token range end too large: (\d+)", "token {} is not in the vocabulary"),
         (r"(?:invalid token range|invalid digit found)", "token ids are written like <[5]> or <[5-9]>"),
         (r'duplicate rule: "(.+?)"', "there are two rules {}"),
-        (r'circular reference in token "(.+?)"', "the token {} is made of itself"),
+        (r'circular reference in token "(.+?)"', "the token {} refers to itself"),
         (r"(?:Empty grammar|no start rule)", 'it has no rule "start"'),
         (r"unknown grammar (\S+)", "there is no grammar {}"),
         (r"Unknown common regex: (\S+?);", "there is nothing named {} to import"),
@@ -70,15 +70,15 @@ _REASONS = [
         (r" at line \d+ column \d+", "the schema is not JSON"),
     )
 ]
-_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")  # line and column in a grammar
+_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")  # line and column in the grammar
 
 
 class GuideFailed(EngineError):
-    """A guide that compiled cannot be followed to its end: it asks for too much."""
+    """A compiled guide cannot be followed to its end: it takes too much work."""
 
 
 class Matcher:
-    """Where one choice stands in its grammar."""
+    """The position of one choice in its grammar."""
 
     def __init__(self, inner: llguidance.LLMatcher, vocab_size: int):
         self._inner = inner
@@ -89,14 +89,14 @@ class Matcher:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but the end can follow."""
+        """Whether only the end of the output can follow."""
         return bool(self._inner.is_stopped())
 
     def advance(self, token: int) -> None:
-        """Take the token that was chosen.
+        """Advance by the chosen token.
 
         Raises:
-            GuideFailed: it does not fit, or the guide takes too much work from here.
+            GuideFailed: the token does not fit, or the guide takes too much work from here on.
         """
         if not self._inner.consume_token(token):
             self._fail()
@@ -105,7 +105,7 @@ class Matcher:
         """Allowed tokens (bits of int32 words) now and after each draft, up to the first draft not allowed.
 
         Raises:
-            GuideFailed: the guide takes too much work from here.
+            GuideFailed: the guide takes too much work from here on.
         """
         masks = [self._mask()]
         for draft in drafts:
@@ -127,13 +127,13 @@ class Matcher:
         return mask
 
     def _fail(self) -> NoReturn:
-        """What llguidance says is about its own state: for the log, not for a client."""
+        """Log llguidance's message, which is about its own state, and raise one for the client."""
         log.warning("a form cannot be followed: %s", shorten(self._inner.get_error(), 200))
         raise GuideFailed("the output's form takes too much work to follow; make it simpler")
 
 
 class Grammars:
-    """Compiles guides for one vocabulary. From any thread but the engine's: it may take seconds."""
+    """Compiles guides for one vocabulary. Use it in any thread but the engine's: compiling may take seconds."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]):
         self._tokenizer = tokenizer
@@ -141,12 +141,12 @@ class Grammars:
         self._eos = [token for token in eos_token_ids if token < vocab_size]
         self._special = [token for token in tokenizer.added_ids if token < vocab_size]
         self._first_use = threading.Lock()
-        self._lock = threading.Lock()  # of the two below, held for an instant
+        self._lock = threading.Lock()  # guards the next two; held only briefly
         self._compiled: OrderedDict[Guide, Matcher] = OrderedDict()
         self._compiling: dict[Guide, Future[Matcher]] = {}
 
     @cached_property
-    def _vocabulary(self) -> llguidance.LLTokenizer:  # takes seconds for 129 K tokens: only for who asks
+    def _vocabulary(self) -> llguidance.LLTokenizer:  # lazy: takes seconds for 129 K tokens
         tokens = [self._tokenizer.token_bytes(token) for token in range(self._vocab_size)]
         return guide_worker.make_vocabulary(tokens, self._special, self._eos, self._tokenizer.ordinary_encoder())
 
@@ -157,11 +157,11 @@ class Grammars:
         return Confined(guide_worker.__file__, opening, COMPILE_S)
 
     def compile(self, guide: Guide) -> Matcher:
-        """A matcher at the guide's beginning, for all who ask: who advances it makes a copy.
+        """A matcher at the guide's start. It is shared: copy it before advancing it.
 
         Raises:
-            EngineError: the guide is not valid, or takes too much time or memory to compile.
-            Crowded: many such guides are being compiled.
+            EngineError: the guide is invalid, or takes too much time or memory to compile.
+            Crowded: too many slow guides are being compiled.
         """
         with self._lock:
             if guide in self._compiled:
@@ -194,7 +194,7 @@ class Grammars:
     def _compile(self, guide: Guide) -> Matcher:
         name = f"guided {guide.kind}"
         if len(guide.source) > MAX_GUIDE:
-            raise EngineError(f"{name}: it has {len(guide.source):,} characters; at most {MAX_GUIDE:,} are compiled")
+            raise EngineError(f"{name}: it has {len(guide.source):,} characters; the limit is {MAX_GUIDE:,}")
         if not self._eos:
             raise EngineError(f"{name}: it needs a model with an end token; this one has none")
         with self._first_use:
@@ -208,20 +208,20 @@ class Grammars:
                 raise ValueError(answer["error"])
             return Matcher(guide_worker.compile_guide(vocabulary, guide.kind, guide.source), self._vocab_size)
         except ValueError as error:
-            raise EngineError(f"{name}: {_told(guide.kind, str(error))}") from None
+            raise EngineError(f"{name}: {_reason(guide.kind, str(error))}") from None
 
     def close(self) -> None:
-        """End the processes."""
+        """End the trial processes."""
         if "_trial" in self.__dict__:
             self._trial.close()
 
 
-def _told(kind: str, message: str) -> str:
-    """What a client is told of llguidance's words: one line about the guide, nothing about the library."""
+def _reason(kind: str, message: str) -> str:
+    """llguidance's message as one line for the client: about the guide, not about the library."""
     message = message.replace("\r", "\n")
     place = _PLACE.match(message) if kind == "grammar" and "JSON schema" not in message else None
     where = f"line {place[1]}, column {place[2]}: " if place else ""
-    for pattern, told in _REASONS:
+    for pattern, reason in _REASONS:
         if found := pattern.search(message):
-            return where + told.format(*(shorten(part, 100) for part in found.groups()))
+            return where + reason.format(*(shorten(part, 100) for part in found.groups()))
     return where + "it cannot be compiled: it is wrong, or takes too much; make it simpler"

@@ -1,6 +1,6 @@
-"""Compiles guides. Run as a script it does so on trial: what takes too long or breaks llguidance ends its process.
+"""Compiles guides. As a script it compiles on trial: a guide that takes too long or breaks llguidance ends its process.
 
-It imports nothing of leanseek, so that a process starts fast.
+It imports nothing from leanseek, so the process starts fast.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 import llguidance
 
 MEMORY_BYTES = 1 << 30
-STACK_BYTES = 4 << 20  # half of what the server's threads have: what just fits here fits there
-# A step of a guide is worked out while everybody waits, so its work is bounded, and so is what a guide may remember.
+STACK_BYTES = 4 << 20  # half that of the server's threads, so what fits here fits there
+# All requests wait while a guide computes its step, so its work is bounded, and so is its memory.
 LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
-# What is too large to follow mostly shows at the first steps already: beginnings that are tried, their steps, seconds.
+# A guide that is too large to follow mostly fails in its first steps: outputs to try, steps of each, seconds in all.
 TRIED, TRIED_STEPS, TRIED_S = 4, 64, 0.5
-JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}  # room to indent, and no endless blank for a weak model
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}  # room to indent, but no endless blanks by weak models
 
 
 class _Tokens:
-    """What llguidance asks of a tokenizer."""
+    """The tokenizer interface of llguidance."""
 
     bos_token_id = None
 
@@ -45,23 +45,23 @@ class _Tokens:
 def make_vocabulary(
     tokens: Sequence[bytes], special: Sequence[int], eos: Sequence[int], encode: Callable[[str], Sequence[int]]
 ) -> llguidance.LLTokenizer:
-    """A vocabulary whose special tokens never stand for the text that spells them; a Lark grammar may name them.
+    """A vocabulary whose special tokens never match the text that spells them; a Lark grammar can name them.
 
     Args:
-        tokens: what each id spells
+        tokens: the bytes of each id
         special: ids of special tokens
-        eos: ids that end an output, one at least
-        encode: ids of a text, none of them special
+        eos: ids that end an output, at least one
+        encode: turns a text into ids, none of them special
     """
     wrapper = llguidance.TokenizerWrapper(_Tokens(tokens, special, eos[0], encode))
     return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(eos))
 
 
 def compile_guide(vocabulary: llguidance.LLTokenizer, kind: str, source: str) -> llguidance.LLMatcher:
-    """A matcher at the beginning of a guide, with its first mask worked out, which copies of it share.
+    """A matcher at the start of a guide. Its first mask is computed here, and its copies share it.
 
     Raises:
-        ValueError: the guide is not valid, or takes too much.
+        ValueError: the guide is invalid, or takes too much work.
     """
     make = llguidance.LLMatcher
     if kind == "json_schema":
@@ -79,7 +79,7 @@ def compile_guide(vocabulary: llguidance.LLTokenizer, kind: str, source: str) ->
 def _bytes_vocabulary(
     size: int, special: Mapping[str, str], eos: Sequence[int]
 ) -> tuple[llguidance.LLTokenizer, list[int]]:
-    """Single bytes under the first ids that are free, and the special tokens under theirs; the ids of the bytes."""
+    """A vocabulary of single bytes, at the first free ids, and of the special tokens; also returns the bytes' ids."""
     named = {int(token): text.encode() for token, text in special.items()}
     free = [token for token in range(size + 256) if token not in named and token not in eos][:256]
     size = max(size, free[-1] + 1)
@@ -90,10 +90,10 @@ def _bytes_vocabulary(
 
 
 def _try(compiled: llguidance.LLMatcher, ids: Sequence[int]) -> None:
-    """Write beginnings of outputs: bytes that the guide allows, by chance.
+    """Write the starts of some outputs: random bytes that the guide allows.
 
     Raises:
-        ValueError: a step takes too much.
+        ValueError: a step takes too much work.
     """
     end = time.monotonic() + TRIED_S
     for seed in range(TRIED):
@@ -101,7 +101,7 @@ def _try(compiled: llguidance.LLMatcher, ids: Sequence[int]) -> None:
 
 
 def _follow(matcher: llguidance.LLMatcher, ids: Sequence[int], chance: random.Random, end: float) -> None:
-    closing = {ids[byte] for byte in b'"]}'}  # preferred, so that it gets behind the first string of JSON
+    closing = {ids[byte] for byte in b'"]}'}  # preferred, to get past the first string of JSON
     for _ in range(TRIED_STEPS):
         mask = matcher.compute_bitmask()
         allowed = [token for token in ids if mask[token >> 3] >> (token & 7) & 1]
@@ -115,7 +115,7 @@ def _follow(matcher: llguidance.LLMatcher, ids: Sequence[int], chance: random.Ra
 
 
 def _main() -> None:
-    """Lines of JSON: the vocabulary in, {} out; then (kind, source) in, {} or {"error"} out, again and again."""
+    """Lines of JSON: first the vocabulary in and {} out; then (kind, source) in and {} or {"error"} out, repeatedly."""
     vocabulary, ids = _bytes_vocabulary(**json.loads(sys.stdin.readline()))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print("{}", flush=True)

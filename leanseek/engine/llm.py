@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from leanseek import checkpoint, ops
+from leanseek import checkpoint
+from leanseek.backends import open_backend
 from leanseek.engine.engine import Engine
 from leanseek.engine.outputs import CompletionOutput, Delta, RequestOutput, Timing, Usage
 from leanseek.engine.params import EngineError, SamplingParams
@@ -20,8 +21,6 @@ from leanseek.engine.sequence import Request
 from leanseek.engine.tokenizer import Tokenizer
 from leanseek.errors import RunError
 from leanseek.machine.device import default_device
-from leanseek.machine.numa import memory_nodes
-from leanseek.model import Transformer
 from leanseek.reading import Structure, TokenId, checked, read_optional_json
 
 # Keys of generation_config.json that are defaults of a request, and what they are called here.
@@ -101,17 +100,19 @@ def load_engine(
         device = torch.empty(0, device=device or default_device()).device
     except (RuntimeError, AssertionError) as error:  # before the weights are read
         raise EngineError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
-    model, copying = _frozen(folder, device, dtype, int8_head, packed_copy, allow_links)
+    backend, copying = open_backend(
+        folder, device, dtype, int8_head=int8_head, packed_copy=packed_copy, allow_links=allow_links
+    )
     found = checkpoint.find_tokenizer(folder, allow_links)
     config = folder / "generation_config.json"
     generation = read_optional_json(config, EngineError)
     eos = checked(_Generation, generation, str(config), EngineError).eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
     engine = Engine(
-        model,
+        backend,
         Tokenizer(found) if found else None,
         defaults=_defaults(config, generation),
-        eos_token_ids=sorted({*eos, *model.config.eos_token_ids}),
+        eos_token_ids=sorted({*eos, *backend.config.eos_token_ids}),
         **options,
     )
     engine.copying = copying
@@ -135,26 +136,6 @@ def _defaults(file: Path, generation: dict[str, Any]) -> dict[str, Any]:
     if unserved:
         log.warning("%s: %s will not be applied; leanseek does not serve it", file, ", ".join(unserved))
     return defaults
-
-
-def _frozen(
-    folder: Path, device: torch.device, dtype: torch.dtype | str, int8_head: bool, packed_copy: bool, allow_links: bool
-) -> tuple[Transformer, threading.Thread | None]:
-    """A folder's model for serving, its weights packed where kernels take them so, and what writes a copy of them."""
-    # a mapped file's pages are not interleaved over memory nodes
-    packed_copy = packed_copy and device.type == "cpu" and ops.can_pack(torch.empty(1, 1)) and len(memory_nodes()) < 2
-    copy = checkpoint.PackedCopy(folder, str(dtype).removeprefix("torch."), int8_head) if packed_copy else None
-    if copy and (model := copy.load()):
-        model.freeze(ops.Place.THERE)
-        return model, None
-    model = checkpoint.load(folder, device, dtype, keep_fp8=dtype == "auto", allow_links=allow_links).requires_grad_(
-        False
-    )
-    if int8_head:
-        model.quantize_head()
-    state = model.state_dict() if copy else {}
-    model.freeze(ops.Place.WITHIN)
-    return model, copy.save(state) if copy else None
 
 
 class LLM:

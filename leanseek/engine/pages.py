@@ -1,8 +1,8 @@
-"""Pages of the latent cache: who holds them, and which hold a known prefix.
+"""Pages of the latent cache: which requests hold them, and which contain a known prefix.
 
-A page is `page_size` consecutive rows of every layer's cache. Pages are counted by reference: requests with the same
-beginning hold the same pages. A page filled with known tokens is registered under (its predecessor, its tokens) and
-stays findable after its last holder lets go, until its room is needed; the least recently used goes first.
+A page is `page_size` consecutive rows of every layer's cache. Pages are reference-counted: requests with the same
+prefix hold the same pages. A page filled with known tokens is registered under (its predecessor, its tokens) and stays
+findable after its last holder releases it, until the page is needed; the least recently used page is reused first.
 
 The lookup is a trie, not a hash: a page matches only if its own tokens are equal and its predecessor matched.
 """
@@ -13,7 +13,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
-ROOT = 0  # the serial before a first page
+ROOT = 0  # serial of the predecessor of a first page
 
 
 class PagePool:
@@ -22,8 +22,8 @@ class PagePool:
         self.page_size = page_size
         self._prefix_cache = prefix_cache
         self._holders = [0] * pages
-        self._serial = [0] * pages  # of a registered page; never given twice, so no page can be taken for its successor
-        self._key: list[tuple[int, bytes] | None] = [None] * pages  # what it is registered under
+        self._serial = [0] * pages  # of registered pages; never reused, so an old successor cannot match a new page
+        self._key: list[tuple[int, bytes] | None] = [None] * pages  # of registered pages
         self._known: dict[tuple[int, bytes], int] = {}
         self._empty = list(range(pages - 1, -1, -1))  # unregistered, held by nobody
         self._idle: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody; oldest first
@@ -36,11 +36,11 @@ class PagePool:
 
     @property
     def cached(self) -> int:
-        """Of those, the ones that hold a known prefix."""
+        """Available pages that hold a known prefix."""
         return len(self._idle)
 
     def take(self) -> int | None:
-        """A page to write to, held once; None when all are held."""
+        """A page to write to, with one holder; None if all pages are held."""
         if self._empty:
             page = self._empty.pop()
         elif self._idle:
@@ -52,7 +52,7 @@ class PagePool:
         return page
 
     def release(self, pages: Sequence[int]) -> None:
-        """Let go of a sequence's pages, given in order; its last page will be reused first."""
+        """Release a sequence's pages, given in order; its last page will be reused first."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if not self._holders[page]:
@@ -62,7 +62,7 @@ class PagePool:
                     self._idle[page] = None
 
     def match(self, tokens: Sequence[int]) -> list[int]:
-        """Take hold of the pages of the longest known prefix, which leaves at least one token to compute."""
+        """Hold and return the pages of the longest known prefix that leaves at least one token to compute."""
         found: list[int] = []
         if not self._prefix_cache:
             return found
@@ -78,9 +78,9 @@ class PagePool:
         return found
 
     def register(self, page: int, after: int, tokens: Sequence[int]) -> int:
-        """Make a filled page findable behind the page of serial `after`; returns the serial that its successor names.
+        """Make a filled page findable after the page with serial `after`; returns the serial for its successor.
 
-        If another page already holds the same prefix that one stays, and this page is its holder's alone.
+        If another page already holds the same prefix, that one stays registered, and this page remains private.
         """
         if not self._prefix_cache:
             return ROOT
@@ -101,10 +101,10 @@ class PagePool:
         self._key[page], self._serial[page] = None, 0
 
     def check(self, holdings: Iterable[Sequence[int]]) -> None:
-        """Every page is held as often as the sequences' page lists say, and is empty, idle or held, never two of them.
+        """Check that holder counts match the sequences' page lists, and that each page is either empty, idle or held.
 
         Raises:
-            AssertionError: the books are wrong.
+            AssertionError: they do not.
         """
         held = Counter(page for pages in holdings for page in pages)
         assert all(self._holders[page] == held[page] for page in range(self.pages)), "reference counts are off"

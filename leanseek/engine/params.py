@@ -1,4 +1,4 @@
-"""What a request asks for: vLLM's names and defaults, checked once, when made."""
+"""The parameters of a request: vLLM's names and defaults, checked once at creation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from leanseek.errors import InputError
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 64
-GREEDY_BELOW = 1e-5  # a temperature that is as good as 0, as vLLM has it
+GREEDY_BELOW = 1e-5  # lower temperatures count as 0, as in vLLM
 
-_WHOLE = {  # bounds, both included
+_WHOLE = {  # inclusive bounds
     "n": (1, MAX_CHOICES),
     "top_k": (0, None),
     "max_tokens": (1, None),
@@ -38,12 +38,12 @@ _LOGIT_BIAS = 100.0
 
 
 class EngineError(InputError):
-    """A request or an option the engine cannot serve; one line that says how to mend it."""
+    """The engine cannot serve a request or an option; the message says in one line how to fix that."""
 
 
 @dataclass(frozen=True)
 class Guide:
-    """A form the output must have. Made by the constructors below; compiled before the request is added."""
+    """The form that the output must have. Use the constructors below; compiled before the request is added."""
 
     kind: Literal["json_schema", "regex", "grammar"]
     source: str
@@ -76,15 +76,15 @@ class Guide:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of a request are chosen and when they end.
+    """How the tokens of a request are sampled, and when the output ends.
 
-    Logprobs are of the model's own distribution, before temperature, penalties and masks.
+    Logprobs come from the model's own distribution, before temperature, penalties and masks.
 
     Raises:
-        EngineError: a value out of its range.
+        EngineError: a value is out of its range.
     """
 
-    n: int = 1  # choices for one prompt
+    n: int = 1  # choices per prompt
     temperature: float = 1.0  # 0 to 100; 0: greedy
     top_p: float = 1.0  # 0.000001 to 1
     top_k: int = 0  # 0 or -1: all
@@ -99,12 +99,12 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
-    logprobs: int | None = None  # of each sampled token, with that many alternatives
+    logprobs: int | None = None  # for each sampled token, with this many alternatives
     prompt_logprobs: int | None = None
     guided: Guide | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    spans: Spans | None = None  # where stop strings do not count
+    spans: Spans | None = None  # where stop strings are ignored
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -120,7 +120,7 @@ class SamplingParams:
             raise EngineError("stop_token_ids must be token ids")
 
     def _normalise(self) -> None:
-        """Empty lists become None, lists tuples: the object is frozen and compares by value."""
+        """Turn empty lists into None and lists into tuples, because the object is frozen and compared by value."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", tuple(stop) if stop else None)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids) if self.stop_token_ids else None)
@@ -148,7 +148,7 @@ class SamplingParams:
 
     @cached_property
     def adjusts(self) -> bool:
-        """Whether logits are changed before a token is chosen (a guide's masks apart)."""
+        """Whether logits are changed before sampling, not counting a guide's masks."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
         return bool(penalties or self.logit_bias or self.min_tokens)
 
@@ -158,12 +158,12 @@ def _is_whole(value: object) -> TypeGuard[int]:
 
 
 def _is_between(value: object, low: float | None, high: float | None) -> bool:
-    """Whether it is a finite number within the bounds that there are."""
+    """Whether `value` is a finite number within the bounds; None is no bound."""
     if not (_is_whole(value) or (isinstance(value, float) and math.isfinite(value))):
         return False
     return (low is None or value >= low) and (high is None or value <= high)  # type: ignore[operator]
 
 
 def _shown(value: object) -> str:
-    """In a message; a number of a thousand digits is not."""
+    """A value for a message, without printing thousands of digits."""
     return "one of many digits" if _is_whole(value) and abs(value) >= 10**20 else repr(value)

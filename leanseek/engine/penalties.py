@@ -1,4 +1,4 @@
-"""What penalties and biases do to a sequence's logits, kept up to date token by token."""
+"""How penalties and biases change a sequence's logits, updated token by token."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 
 from leanseek.engine.params import SamplingParams
 
-Adjustment = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids under the repetition penalty; ids, and what to add to each
+# Ids under the repetition penalty; ids to add a value to; these values.
+Adjustment = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class _Tally:
-    """Distinct tokens in order of their first appearance, and how often each came."""
+    """Distinct tokens in order of first appearance, with their counts."""
 
     def __init__(self, known: Iterable[int] = ()):
         self._places = {token: place for place, token in enumerate(dict.fromkeys(known))}
@@ -30,7 +31,7 @@ class _Tally:
         self._counts[place] += 1
 
     def remove(self, token: int) -> None:
-        """Take back the token that was added last."""
+        """Undo the last `add`."""
         place = self._places[token]
         self._counts[place] -= 1
         if place >= self._known and not self._counts[place]:
@@ -46,9 +47,9 @@ class _Tally:
 
 
 class Penalties:
-    """Of one sequence. Its tokens are counted once, whatever its length; drafts are counted and taken back.
+    """The penalties of one sequence. Each token is counted once; drafts are counted and then removed again.
 
-    ends: tokens that complete it, which are forbidden before `min_tokens`
+    ends: tokens that complete the sequence, forbidden before `min_tokens`
     """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], ends: Iterable[int]):
@@ -59,13 +60,13 @@ class Penalties:
         biases = dict(params.logit_bias or {})
         forbidden = list(ends) if params.min_tokens else []
         self._output = _Tally([*forbidden, *biases])
-        self._forbidden = len(forbidden)  # the first entries
+        self._forbidden = len(forbidden)  # these entries come first
         self._biases = np.array([biases.get(token, 0.0) for token in self._output.ids.tolist()])
 
     def rows(self, tokens: Sequence[int], drafts: Sequence[int]) -> list[Adjustment]:
         """Adjustments for the token after all of `tokens`, and for the one after each draft.
 
-        tokens: prompt and output; since the last call they have only grown
+        tokens: prompt and output; may only grow between calls
         """
         tallies = [self._seen] * (self._params.repetition_penalty != 1) + [self._output] * self._by_count
         for tally in tallies:
@@ -83,7 +84,7 @@ class Penalties:
         return rows
 
     def _row(self, position: int) -> Adjustment:
-        """For the token at a position. Copies: what is counted next changes the tallies."""
+        """The adjustment for the token at a position; copies, because later counting changes the tallies."""
         counts = self._output.counts
         values = np.zeros(len(counts))
         values[: len(self._biases)] = self._biases
@@ -91,6 +92,6 @@ class Penalties:
             values -= np.where(counts > 0, self._params.presence_penalty + self._params.frequency_penalty * counts, 0.0)
         if position - self._prompt_length < self._params.min_tokens:
             values[: self._forbidden] = -math.inf
-        elif not self._by_count and not self._params.logit_bias:  # nothing but min_tokens, which are past
+        elif not self._by_count and not self._params.logit_bias:  # min_tokens alone, and they are reached
             return self._seen.ids.copy(), np.empty(0, np.int64), np.empty(0, np.float32)
         return self._seen.ids.copy(), self._output.ids.copy(), values.astype(np.float32)

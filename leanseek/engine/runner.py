@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
+from leanseek.backends import StepBackend
 from leanseek.engine import sampler
 from leanseek.engine.outputs import TokenLogprob
 from leanseek.engine.sampler import Choice, Rows
 from leanseek.engine.sequence import Sequence, Work
 from leanseek.machine.memory import empty
-from leanseek.model import Transformer
 
 PROMPT_LOGPROB_ROWS = 64  # rows whose logits over the whole vocabulary are held at a time
 
@@ -52,24 +52,22 @@ class _Batch:
 
 
 class Runner:
-    """The model, its cache of `pages` pages, and up to `drafts` MTP drafts a step.
+    """A step backend, its cache of `pages` pages, and up to `drafts` MTP drafts a step.
 
     One page beyond the pool is scratch: rows that no sequence owns lie there.
     """
 
-    def __init__(self, model: Transformer, pages: int, page_size: int, drafts: int):
-        c = model.config
-        weight = model.embed_tokens.weight
-        self.model = model
-        model.freeze()
+    def __init__(self, backend: StepBackend, pages: int, page_size: int, drafts: int):
+        c = backend.config
+        self.backend = backend
         self.page_size = page_size
-        self.device = weight.device
+        self.device = backend.device
         self._drafts = drafts
         self._vocab_size = c.vocab_size
         self._scratch = pages
         layers = c.num_hidden_layers + (1 if drafts else 0)
         shape = (layers, (pages + 1) * page_size, c.cache_width)
-        self.cache = empty(shape, weight.dtype, self.device).zero_()
+        self.cache = empty(shape, backend.dtype, self.device).zero_()
 
     @torch.inference_mode()
     def run(self, works: Listing[Work], rows: Rows) -> StepResult:
@@ -79,7 +77,7 @@ class Runner:
             batch = self._batch(works)
             result = StepResult(batch.starts[-1])
             clock.turn("main")
-            hidden = self.model.step(batch.tokens, self.cache, batch.index)
+            hidden = self.backend.step(batch.tokens, self.cache, batch.index)
             clock.turn("host")
             place = None
             if len(rows) < result.rows:  # there are prompts
@@ -87,7 +85,7 @@ class Runner:
                 place = self._logit_rows(batch)
             if len(rows):
                 clock.turn("main")
-                logits = self.model.logits(hidden if place is None else hidden[place])
+                logits = self.backend.logits(hidden if place is None else hidden[place])
                 clock.turn("host")
                 sampled = sampler.choose(sampler.adjust(logits, rows), rows.choice(self._vocab_size, self.device))
                 self._collect(rows, logits, sampled, result)
@@ -154,7 +152,7 @@ class Runner:
         The module goes on from the main model's hidden state (eq. 21); for a second draft and later ones the same
         module goes on from its own. What it caches for those is overwritten by the next step.
         """
-        hidden = self.model.step_ahead(1, hidden, batch.following, self.cache, batch.index)
+        hidden = self.backend.step_ahead(1, hidden, batch.following, self.cache, batch.index)
         chosen = sorted((i for i, s in enumerate(rows.sequences) if s.depth), key=lambda i: -rows.sequences[i].depth)
         if not chosen:
             return {}
@@ -166,7 +164,7 @@ class Runner:
         drafts: list[Tensor] = []
         while True:  # the deepest come first, so that those who go on are a beginning
             choice = self._draft_choice(sequences[: len(state)], len(drafts), confirmed)
-            drafts.append(sampler.choose(self.model.logits(state), choice))
+            drafts.append(sampler.choose(self.backend.logits(state), choice))
             going = sum(s.depth > len(drafts) for s in sequences)
             if not going:
                 break
@@ -174,7 +172,7 @@ class Runner:
                 s.computed + last[i] - batch.starts[works[i]] + len(drafts) for i, s in enumerate(sequences[:going])
             ]
             index = self._singles(sequences[:going], ahead, self._picked(batch.index.pages, works[:going]))
-            state = self.model.step_ahead(1, state[:going], drafts[-1][:going], self.cache, index)
+            state = self.backend.step_ahead(1, state[:going], drafts[-1][:going], self.cache, index)
         columns = [column.tolist() for column in drafts]  # here the host waits
         return {s: [column[i] for column in columns[: s.depth]] for i, s in enumerate(sequences)}
 
@@ -224,7 +222,7 @@ class Runner:
             scores = result.prompt_logprobs[s] = []
             for row in range(start, start + count, PROMPT_LOGPROB_ROWS):
                 part = slice(row, min(row + PROMPT_LOGPROB_ROWS, start + count))
-                logits = self.model.logits(hidden[part])
+                logits = self.backend.logits(hidden[part])
                 if not ops.finite_rows(logits).all():
                     result.not_finite.add(s)
                 scores += sampler.logprobs_of(logits, batch.following[part], wanted)

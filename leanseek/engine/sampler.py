@@ -1,9 +1,9 @@
-"""Rows of logits become tokens: adjusted (penalties, biases, masks), then chosen, all rows of a step at once.
+"""Turns logits into tokens: adjusts them (penalties, biases, masks) and samples, all rows of a step at once.
 
-The random numbers of a choice come from the request's seed and the token's position and nothing else, one per token id
-(Gumbel-max: argmax of log p + noise has the distribution p). So what a request samples depends neither on its batch
-nor on speculation: a draft made with the same noise is kept if it is what the model itself chooses at that position.
-Compare Daliri et al., "Coupling without communication and drafter-invariant speculative decoding" (arXiv 2408.07978).
+The noise depends only on the request's seed and the token's position, with one number per token id (Gumbel-max: argmax
+of log p + noise has the distribution p). So neither the batch nor speculation changes what a request samples: a draft
+is made with the same noise, and kept if the model itself chooses that token at that position. Compare Daliri et al.,
+"Coupling without communication and drafter-invariant speculative decoding" (arXiv 2408.07978).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from leanseek.engine.outputs import TokenLogprob
 from leanseek.engine.params import SamplingParams
 from leanseek.engine.sequence import Sequence
 
-# ---- what a row asks for: on the host, before the model runs ----
+# ---- the rows of a step: on the host, before the model runs ----
 
 
 @dataclass
 class Rows:
-    """The sampled rows of a step. `add` collects one sequence at a time; a failure leaves the others untouched."""
+    """The rows of a step to sample. `add` takes one sequence at a time; if it fails, the others are unaffected."""
 
     sequences: list[Sequence] = field(default_factory=list)
-    first: list[int] = field(default_factory=list)  # of each sequence's rows: one per draft and one more
+    first: list[int] = field(default_factory=list)  # first row of each sequence, which has one row more than drafts
     count: int = 0
-    greedy: bool = True  # all of them
+    greedy: bool = True  # whether all rows are
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
     penalised: list[tuple[int, np.ndarray, float]] = field(default_factory=list)  # row, ids, repetition penalty
-    added: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # row, ids, what to add
+    added: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # row, ids, values to add
 
     def __len__(self) -> int:
         return self.count
 
     def add(self, sequence: Sequence) -> None:
-        """Rows for the next token and the one after each draft; drafts that a grammar forbids are dropped."""
+        """Add rows for the next token and the one after each draft; drop drafts that the grammar forbids."""
         if sequence.adjusts:
             self._restrict(sequence)
         self.greedy &= sequence.greedy
@@ -49,7 +49,7 @@ class Rows:
         self.count += 1 + len(sequence.drafts)
 
     def choice(self, vocab_size: int, device: torch.device) -> Choice | None:
-        """How each row is chosen; None when all are greedy."""
+        """How to sample each row; None if all are greedy."""
         if self.greedy:
             return None
         rows = [(s, len(s.tokens) + j) for s in self.sequences for j in range(len(s.drafts) + 1)]
@@ -70,7 +70,7 @@ class Rows:
 
 
 def adjust(logits: Tensor, rows: Rows) -> Tensor:
-    """logits [R, V] with each row's masks, penalties and biases; the same tensor when there are none."""
+    """logits [R, V] with each row's masks, penalties and biases applied; the same tensor if there are none."""
     if not (rows.masks or rows.penalised or rows.added):
         return logits
     logits, device = logits.clone(), logits.device
@@ -97,15 +97,15 @@ def _flat(parts: list[tuple[int, np.ndarray]], device: torch.device) -> tuple[Te
     return torch.from_numpy(row).to(device), torch.from_numpy(ids).to(device)
 
 
-# ---- choosing ----
+# ---- sampling ----
 
 
 class Choice(ops.Choice):
-    """Made of requests' parameters."""
+    """How to sample each row, from the requests' parameters."""
 
     @staticmethod
     def of(params: Listing[SamplingParams], keys: Listing[int], vocab_size: int, device: torch.device) -> Choice | None:
-        """None when every row is greedy."""
+        """None if every row is greedy."""
         if all(p.greedy for p in params):
             return None
         values = torch.tensor([(p.temperature * (not p.greedy), p.top_p, p.min_p) for p in params])
@@ -121,15 +121,15 @@ class Choice(ops.Choice):
 
 
 def as_keys(keys: Listing[int] | Listing[list[int]], device: torch.device) -> Tensor:
-    """64-bit numbers as an int64 tensor of the same bits."""
+    """Unsigned 64-bit numbers as an int64 tensor with the same bits."""
     return torch.from_numpy(np.array(keys, dtype=np.uint64).astype(np.int64)).to(device)
 
 
 def choose(logits: Tensor, choice: Choice | None) -> Tensor:
-    """logits [R, V] float32 -> tokens [R] int64, of the vocabulary whatever the logits."""
+    """logits [R, V] float32 -> tokens [R] int64, always within the vocabulary."""
     if choice is not None:
         return ops.sample(logits, choice)
-    if logits.device.type == "cpu":  # torch wakes its threads for a maximum that one finds in microseconds
+    if logits.device.type == "cpu":  # torch would wake its threads for microseconds of work
         return torch.from_numpy(logits.numpy().argmax(-1))
     return logits.argmax(-1)
 
@@ -138,7 +138,7 @@ def choose(logits: Tensor, choice: Choice | None) -> Tensor:
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, alternatives: int) -> list[TokenLogprob]:
-    """Of tokens [R] under logits [R, V], each with the likeliest `alternatives`."""
+    """Logprobs of tokens [R] under logits [R, V], each with the most likely `alternatives`."""
     log_p = logits.log_softmax(-1)
     chosen = log_p.gather(1, tokens[:, None]).squeeze(1).tolist()
     values, ids = log_p.topk(alternatives, dim=-1)

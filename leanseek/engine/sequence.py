@@ -1,4 +1,4 @@
-"""A request, the sequences (one per choice) it becomes, and their parts of a step."""
+"""A request, its sequences (one per choice), and their parts of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MASK = 2**64 - 1
 
 
 def mix(a: int, b: int) -> int:
-    """Two numbers hashed into 64 bits (splitmix64): streams of random numbers that have nothing in common."""
+    """Two numbers hashed into 64 bits (splitmix64), to derive independent streams of random numbers."""
     z = (a * 0x9E3779B97F4A7C15 + b + 0x632BE59BD9B4E019) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -31,40 +31,40 @@ class Request:
     params: SamplingParams
     priority: int = 0  # lower runs first
     arrived: float = field(default_factory=time.monotonic)
-    matcher: Matcher | None = None  # of `params.guided`, at its beginning
+    matcher: Matcher | None = None  # of `params.guided`, at its start
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One choice on its way: tokens, what of them is in the cache, and what is not yet told."""
+    """One choice in progress: its tokens, how many of them are in the cache, and its text."""
 
     request: Request
     index: int
-    order: tuple[float, int, int]  # earlier is served first; fixed at arrival, so nobody waits for ever
+    order: tuple[float, int, int]  # lower runs first; fixed at arrival, so nobody waits forever
     seed: int
     max_tokens: int
-    leader: Sequence | None  # choice 0, whose pages of the prompt this choice shares
+    leader: Sequence | None  # choice 0, whose prompt pages this choice shares
     text: TextStream | None
     matcher: Matcher | None
-    ends: frozenset[int] = frozenset()  # tokens that complete it
+    ends: frozenset[int] = frozenset()  # tokens that complete the sequence
     tokens: list[int] = field(init=False)  # prompt and output
     prompt_length: int = field(init=False)
     params: SamplingParams = field(init=False)
-    # what a step asks of each sequence lies here: after a forward whatever else it touches is out of the cache
+    # Copies of what a step reads of each sequence: after a forward, other objects are no longer in the CPU's cache.
     request_id: str = field(init=False)
     greedy: bool = field(init=False)
-    penalties: Penalties | None = field(init=False)  # and biases, where it has any
-    adjusts: bool = field(init=False)  # its logits are changed before a token is chosen
+    penalties: Penalties | None = field(init=False)  # and biases, if there are any
+    adjusts: bool = field(init=False)  # logits are changed before sampling
     min_tokens: int = field(init=False)
     logprobs: int | None = field(init=False)
-    scores_prompt: bool = field(init=False)  # the prompt's own log-probabilities are asked for: all of it is computed
+    scores_prompt: bool = field(init=False)  # returns logprobs of the prompt, so all of it is computed
     computed: int = 0  # tokens whose latents are in the cache
-    pages: array[int] = field(default_factory=lambda: array("q"))  # an array, for the step's tensors are made of it
-    registered: int = 0  # pages that are findable by their tokens
-    serial: int = 0  # of the last of those
+    pages: array[int] = field(default_factory=lambda: array("q"))  # an array, since the step's tensors are made from it
+    registered: int = 0  # pages findable by their tokens
+    serial: int = 0  # of the last registered page
     drafts: list[int] = field(default_factory=list)  # proposed tokens after `tokens`
-    depth: int = 0  # drafts to propose in a step; once 0, for good: the MTP module's cache is behind from there on
-    chances: list[float] = field(default_factory=list)  # of each draft, where those before it were right
+    depth: int = 0  # drafts per step; 0 is final, because the MTP module's cache falls behind
+    chances: list[float] = field(default_factory=list)  # acceptance rate of each draft if those before it were right
     trials: int = 0  # steps that verified drafts
     cached_tokens: int = 0
     draft_tokens: int = 0
@@ -87,7 +87,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens that are not yet in the cache: 1 while decoding."""
+        """Known tokens not yet in the cache: 1 while decoding."""
         return len(self.tokens) - self.computed
 
     @property
@@ -99,7 +99,7 @@ class Sequence:
         return self.computed >= self.prompt_length
 
     def key(self, position: int) -> int:
-        """The random number behind the token at a position: 64 bits of the request's seed and nothing else."""
+        """The 64-bit random number for the token at a position; depends on nothing but the seed and the position."""
         return mix(self.seed, position)
 
     def usage(self) -> Usage:
@@ -108,7 +108,7 @@ class Sequence:
         )
 
     def delta(self, finished: float = 0.0) -> Delta:
-        """An empty delta; with usage and timing once finished."""
+        """An empty delta, with usage and timing once finished."""
         delta = Delta(self.request_id, self.index, finish_reason=self.finish_reason)
         if self.finish_reason is not None:
             delta.usage = self.usage()
@@ -118,11 +118,11 @@ class Sequence:
 
 @dataclass(slots=True)
 class Work:
-    """A sequence's part of a step: `count` known tokens, and its drafts when those are the last known ones."""
+    """A sequence's part of a step: `count` known tokens, and its drafts if these are the last known tokens."""
 
     sequence: Sequence
     count: int
-    samples: bool  # whether these are all known tokens: the last row is to become the next
+    samples: bool  # whether these are the last known tokens, so the last row samples the next one
 
     @property
     def rows(self) -> int:
@@ -130,5 +130,5 @@ class Work:
 
 
 def seed_of(params: SamplingParams, index: int, fresh: random.Random) -> int:
-    """The seed of choice `index`: the request's, or a new one."""
+    """The seed of choice `index`, from the request's seed or a random one."""
     return mix(fresh.getrandbits(64) if params.seed is None else params.seed & _MASK, index)

@@ -1,6 +1,6 @@
-"""Which part of a text is being written: stop strings count in the answer, not in reasoning or tool calls.
+"""Tracks which part of a text is being written: stop strings count in the answer, not in reasoning or tool calls.
 
-The engine knows no chat format: whoever asks gives the marks (`Spans`).
+The engine knows no chat format; the caller provides the marks (`Spans`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Part = Literal["begin", "reasoning", "answer", "calls"]
 class Spans:
     """The marks around reasoning and tool calls.
 
-    think: begins reasoning where it is the first that is written; None for an answer without reasoning
+    think: begins reasoning if the text starts with it; None for an answer without reasoning
     opened: the prompt ends inside the reasoning
-    section: begin and end of a section of calls
-    call: begin and end of one call. It may stand without a section; a section's begin without a call behind it is a
-        mention, and a call without a section does not end reasoning.
+    section: start and end of a section of calls
+    call: start and end of one call. A call may come without a section, but then does not end reasoning. A section's
+        start without a call after it is only a mention.
     """
 
     think: str | None = None
@@ -31,14 +31,14 @@ class Spans:
 
 
 class SpanTracker:
-    """Follows a text that grows."""
+    """Follows a growing text."""
 
     __slots__ = ("_marks", "_spans", "_tail", "_unsure", "part")
 
     def __init__(self, spans: Spans):
         self._spans = spans
-        self._tail = ""  # the end of the text seen, where a mark may have begun; of "begin" all that is undecided
-        self._unsure = False  # a section began, and it has to show whether a call follows
+        self._tail = ""  # end of the text seen, which may hold part of a mark; in "begin", all undecided text
+        self._unsure = False  # a section has begun, and it is open whether a call follows
         self.part: Part = "reasoning" if spans.opened else "begin" if spans.think else "answer"
         reasoning = re.escape(spans.end_think)
         self._marks: dict[Part, re.Pattern[str]] = {}
@@ -49,7 +49,7 @@ class SpanTracker:
         self._marks["reasoning"] = re.compile(reasoning)
 
     def feed(self, text: str) -> list[tuple[Part, str]]:
-        """Take text; what is known of it by now, in its order."""
+        """Add text; return the parts known by now, in order."""
         known: list[tuple[Part, str]] = []
         while text:
             if self.part == "begin":
@@ -76,11 +76,11 @@ class SpanTracker:
         return known
 
     def rest(self) -> str:
-        """The text that is still undecided when it ends."""
+        """The text that is still undecided at its end."""
         return self._tail if self.part == "begin" else ""
 
     def _begin(self, text: str) -> str:
-        """Decide how the text begins; what is decided of it, or "" while it may still be either."""
+        """Decide how the text begins; return the decided text, or "" while it is undecided."""
         self._tail += text
         think, written = self._spans.think or "", self._tail.lstrip()
         if think.startswith(written) and written != think:
@@ -90,7 +90,7 @@ class SpanTracker:
         return text
 
     def _section(self, text: str) -> str:
-        """Look for the call behind a section's begin; the text that belongs to the section while that is not known."""
+        """Look for the call after a section's start; return the text that belongs to the section until it is found."""
         begin, written = self._spans.call[0], (self._tail + text).lstrip()
         if begin.startswith(written) and written != begin:
             self._tail += text
@@ -101,7 +101,7 @@ class SpanTracker:
         return ""
 
     def _pass(self, mark: str) -> None:
-        """Go on behind a mark."""
+        """Switch to the part after a mark."""
         spans = self._spans
         if not spans.section or self.part == "calls" or mark == spans.end_think:
             self.part = "answer"

@@ -1,4 +1,4 @@
-"""How far ahead to draft: as far as the tokens that drafts bring outweigh the time they take, for each request."""
+"""Decides, per request, how many drafts to make: as many as gain more from accepted tokens than they cost in time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 from leanseek.engine.sequence import Sequence
 
-SMOOTHING = 0.1  # weight of the newest value in a running mean
-HOPE = 0.8  # what a draft's chance is taken to be before any was verified
-LEAST_COST = 0.05  # of a plain step: no draft is free, whatever a busy machine makes of the difference of two times
+SMOOTHING = 0.1  # weight of the newest value in a running mean of acceptance
+HOPE = 0.8  # assumed acceptance rate of a draft before any was verified
+LEAST_COST = 0.05  # of a plain step: no draft is free, even if timing noise on a busy machine says so
 TRIALS = 16  # verified steps before a request may stop drafting
-EXPLORE_EVERY = 32  # verified steps between two that draft as far as allowed, so that far drafts stay known
-TRY_EVERY = 16  # requests between two that draft at first although drafts did not pay for others
-PLAIN_STEPS = 4  # steps without drafts that must have been measured before their cost counts
-PROBE_EVERY = 128  # steps between two that measure it again
-RECENT = 9  # measurements of which the median counts: a step that the system interrupted is none
+EXPLORE_EVERY = 32  # every so many verified steps, draft to the limit, to keep measuring far drafts
+TRY_EVERY = 16  # every so many requests, draft at first although drafts did not pay for others
+PLAIN_STEPS = 4  # steps without drafts to measure before their cost counts
+PROBE_EVERY = 128  # every so many steps, measure a step without drafts again
+RECENT = 9  # measurements to take the median of, which ignores steps that the system interrupted
 
 
 def _recent() -> deque[float]:
@@ -25,10 +25,10 @@ def _recent() -> deque[float]:
 
 @dataclass
 class _Cost:
-    """What a decode step took lately at one batch size."""
+    """Recent times of decode steps at one batch size."""
 
     plain: deque[float] = field(default_factory=_recent)  # seconds without drafts
-    each: deque[float] = field(default_factory=_recent)  # more seconds for each draft of a sequence
+    each: deque[float] = field(default_factory=_recent)  # additional seconds for each draft of a sequence
     steps: int = 0
 
     @property
@@ -37,18 +37,18 @@ class _Cost:
 
 
 class Speculation:
-    """Counts what drafts bring and measures what they cost, by batch size (in powers of two)."""
+    """Counts accepted drafts and measures their cost, by batch size (in powers of two)."""
 
     def __init__(self, drafts: int):
         self.drafts = drafts
         self.proposed = [0] * drafts  # per draft position
         self.accepted = [0] * drafts
-        self._chances = [HOPE] * drafts  # of each position's draft, where those before it were right
+        self._chances = [HOPE] * drafts  # acceptance rate of each draft if those before it were right
         self._costs: defaultdict[int, _Cost] = defaultdict(_Cost)  # by the batch's bit length
-        self._begun = 0  # requests since drafts do not pay
+        self._begun = 0  # requests begun while drafts did not pay
 
     def begin(self, sequence: Sequence, batch: int) -> None:
-        """A request starts with what others found, and does not draft if that would not have paid for them."""
+        """Start a request with the acceptance rates of the others, and without drafts if those did not pay."""
         sequence.chances = list(self._chances)
         cost = self._cost(batch)
         pays = not cost.known or self._best(self._chances, cost) > 0
@@ -56,13 +56,13 @@ class Speculation:
         self._begun += not pays
 
     def probes(self, batch: int) -> bool:
-        """Whether the next decode step of `batch` sequences should run without drafts, to know what they cost."""
+        """Whether the next decode step of `batch` sequences should run without drafts, to measure what drafts cost."""
         cost = self._cost(batch)
         return self.drafts > 0 and (len(cost.plain) < PLAIN_STEPS or cost.steps % PROBE_EVERY == 0)
 
     def measured(self, batch: int, verified: int, seconds: float, draft_seconds: float) -> None:
-        """A step that only decoded `batch` sequences, with `verified` drafts in all; draft_seconds of it went into
-        the next ones."""
+        """Record a step that only decoded `batch` sequences and verified `verified` drafts in all; of its seconds,
+        draft_seconds went into making the next drafts."""
         cost = self._cost(batch)
         cost.steps += 1
         if not verified:
@@ -71,7 +71,7 @@ class Speculation:
             cost.each.append((seconds - statistics.median(cost.plain)) * batch / verified)
 
     def judge(self, sequence: Sequence, accepted: int, batch: int) -> None:
-        """Count a verification of the sequence's drafts, and settle how many the next step drafts."""
+        """Record how many of the sequence's drafts were accepted, and set how many to make in the next step."""
         proposed = len(sequence.drafts)
         sequence.draft_tokens += proposed
         sequence.accepted_tokens += accepted
@@ -85,7 +85,7 @@ class Speculation:
         sequence.depth = self._depth(sequence, self._cost(batch))
 
     def _depth(self, sequence: Sequence, cost: _Cost) -> int:
-        """The number of drafts at which a sequence is expected to go on fastest."""
+        """The number of drafts with which a sequence is expected to run fastest."""
         if not cost.known:
             return self.drafts
         best = self._best(sequence.chances, cost)
@@ -95,7 +95,7 @@ class Speculation:
 
     @staticmethod
     def _best(chances: list[float], cost: _Cost) -> int:
-        """The number of drafts with the most tokens a second."""
+        """The number of drafts with the most expected tokens per second."""
         plain = statistics.median(cost.plain)
         each = max(statistics.median(cost.each), LEAST_COST * plain)
         tokens, going = 1.0, 1.0

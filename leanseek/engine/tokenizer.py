@@ -1,4 +1,4 @@
-"""Text and tokens: a byte-level tokenizer.json, and text that grows a token at a time."""
+"""Text and tokens: a byte-level tokenizer.json, and streaming text token by token."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from leanseek.tokens import (
 
 
 class TooLong(EngineError):
-    """A text of more tokens than the context holds."""
+    """The text has more tokens than the context holds."""
 
 
 class Tokenizer:
-    """A byte-level BPE out of a Hugging Face folder, as every model of this family has.
+    """The byte-level BPE of a Hugging Face folder; all models of this family have one.
 
     Raises:
         EngineError: the file cannot be read, or is not byte-level.
@@ -52,22 +52,22 @@ class Tokenizer:
         self._added = self.inner.get_added_tokens_decoder()
         self.added_ids = sorted(self._added)
         self.special_ids = frozenset(token for token, added in self._added.items() if added.special)
-        self._spelled: dict[int, bytes] = {}  # of tokens there are, and so no larger than the vocabulary
+        self._spelled: dict[int, bytes] = {}  # existing tokens only, so no larger than the vocabulary
 
     def _leading_token(self, folder: Path) -> int | None:
-        """The token that `add_bos_token` puts before a text: transformers adds it outside tokenizer.json."""
+        """The token that `add_bos_token` puts before a text, as transformers does outside tokenizer.json."""
         if not read_optional_json(folder / CONFIG).get("add_bos_token"):
             return None
         return named_token(folder, "bos_token", self.inner)
 
     def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
-        """Token ids of a text; special tokens spelled in it become themselves. Other threads run meanwhile.
+        """Token ids of a text. Special tokens written in it become these tokens. Other threads can run meanwhile.
 
-        most: tokens after which a long text is not read to its end.
+        most: stop encoding a long text after this many tokens
 
         Raises:
-            EngineError: the tokenizer cannot take the text.
-            TooLong: it was not read to its end.
+            EngineError: the tokenizer cannot encode the text.
+            TooLong: encoding stopped before the end of the text.
         """
         ids: list[int] = list(self._before) if add_special_tokens else []
         try:
@@ -84,12 +84,12 @@ class Tokenizer:
         return ids
 
     def least_tokens(self, text: str) -> int:
-        """How many tokens a text has at least, without splitting it: no token spells more than the longest."""
+        """A lower bound on a text's tokens, without encoding it: its length over that of the longest token."""
         return len(text) // self._longest
 
     @cached_property
     def _longest(self) -> int:
-        """Bytes: each is a character in the vocabulary's spelling. A text has at least as many bytes as characters."""
+        """Bytes of the longest token (a character each in the vocabulary). No text has more characters than bytes."""
         spelled = max(map(len, self.inner.get_vocab(with_added_tokens=False)), default=1)
         return max([spelled, *(len(token.content) for token in self._added.values())])
 
@@ -99,7 +99,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token spells: bytes, because a character may span tokens. Ids without a token spell nothing."""
+        """The bytes of a token (a character may span several tokens). Ids without a token have none."""
         spelled = self._spelled.get(token)
         if spelled is None:
             spelled = self._spell(token)
@@ -119,7 +119,7 @@ class Tokenizer:
         return str(spelled).encode()
 
     def ordinary_encoder(self) -> Callable[[str], list[int]]:
-        """Ids of a text in ordinary tokens alone: added tokens spelled in it stay text. Made anew at each call."""
+        """A function that encodes text into ordinary tokens only: added tokens written in it stay text. Not cached."""
         described = json.loads(self.inner.to_str())
         described["added_tokens"] = []
         ordinary = tokenizers.Tokenizer.from_str(json.dumps(described))
@@ -128,16 +128,16 @@ class Tokenizer:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """The character a byte-level vocabulary writes for each byte (GPT-2's): printable bytes are themselves."""
+    """The byte for each character of a byte-level vocabulary (GPT-2's): printable bytes stand for themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 class TextStream:
-    """Text out of tokens as they come: whole characters only, and nothing that may be the start of a stop string.
+    """Decodes tokens as they come, holding back incomplete characters and text that may start a stop string.
 
-    With spans, stop strings count in the answer alone.
+    With spans, stop strings count only in the answer.
     reasoning_tokens: tokens up to the end of the reasoning, its marks included
     """
 
@@ -167,14 +167,14 @@ class TextStream:
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._include_stop = include_stop
         self._bytes = b""  # not yet decoded
-        self._ready = ""  # decoded, for no stop string to take back
-        self._held = ""  # decoded behind that, and not yet given out
+        self._ready = ""  # decoded text that no stop string can affect
+        self._held = ""  # decoded text after that, not returned yet
         self._tracker = SpanTracker(spans) if spans else None
         self._undecided = 0  # tokens that are reasoning if `<think>` follows
         self.reasoning_tokens = 0
 
     def add(self, token: int, match_stop: bool = True) -> str | None:
-        """Take a token; the stop string it completes, if any, ends the text."""
+        """Add a token. Returns the stop string that it completes, if any; that ends the text."""
         part = self._tracker.part if self._tracker else "answer"
         stop = None if token in self._skipped else self._add(self._spell(token), match_stop)
         if part == "begin" and self._tracker:
@@ -200,7 +200,7 @@ class TextStream:
         return None
 
     def _match(self, text: str, match_stop: bool) -> str | None:
-        """Take text of the answer; the stop string it completes."""
+        """Add text of the answer; return the stop string that it completes."""
         searched = len(self._held)
         self._held += text
         if not match_stop:
@@ -212,13 +212,13 @@ class TextStream:
                 found.append((place, -len(stop), stop))
         if not found:
             return None
-        place, _, stop = min(found)  # the first; of two at one place, the longer
+        place, _, stop = min(found)  # the first, or the longest if several start there
         self._held = self._held[: place + (len(stop) if self._include_stop else 0)]
         self._bytes, self._stop = b"", ()
         return stop
 
     def take(self, final: bool) -> str:
-        """The text that can be given out now; all of it when `final`."""
+        """The text that can be returned now; all of it if `final`."""
         ready, self._ready = self._ready, ""
         if final:
             undecided = self._tracker.rest() if self._tracker else ""
@@ -230,13 +230,13 @@ class TextStream:
         return ready + text[:given]
 
     def _decode(self, final: bool) -> str:
-        """The whole characters of the bytes there are; a beginning of one stays unless it is `final`."""
+        """Decode the complete characters; bytes of an incomplete one stay unless `final`."""
         text, used = codecs.utf_8_decode(self._bytes, "replace", final)
         self._bytes = self._bytes[used:]
         return text
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest tail that a stop string starts with."""
+        """Length of the longest tail that is the start of a stop string."""
         longest = min(max(map(len, self._stop), default=1) - 1, len(text))
         for length in range(longest, 0, -1):
             tail = text[-length:]

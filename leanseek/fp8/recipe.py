@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanseek.ops import quantize as q
 from leanseek.ops.formats import TILE, Counts, counts, quantize, spread, tile_scale
 from leanseek.ops.grouped import Groups
-from leanseek.ops.quantize import Both, Kept, Operand, SwiGLUBackward, Weight
-
-PRECISIONS = ("bf16", "fp8", "fp8-tensorwise")
+from leanseek.ops.operands import Activation, Kept, Weight
+from leanseek.ops.quantize import Both, SwiGLUBackward
+from leanseek.ops.swiglu import swiglu_gradient
 
 
 class Tilewise:
@@ -23,11 +25,24 @@ class Tilewise:
 
     def __init__(self, power_of_two: bool = True):
         self.power_of_two = power_of_two
+        self._latest: tuple[weakref.ref[Tensor], int, tuple[Activation, Kept]] | None = None
 
-    def rows(self, x: Tensor) -> tuple[Operand, Kept]:
+    def shared_rows(self, x: Tensor) -> tuple[Activation, Kept]:
+        """`rows` of x [..., K]. Modules that read one tensor after each other share what was made for the first."""
+        found = self._latest
+        if found is None or found[0]() is not x or found[1] != x._version:
+            made = self.rows(x.detach().reshape(-1, x.shape[-1]))
+            self._latest = found = weakref.ref(x, self._forget), x._version, made
+        return found[2]
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        if self._latest is not None and self._latest[0] is dead:
+            self._latest = None
+
+    def rows(self, x: Tensor) -> tuple[Activation, Kept]:
         return q.rows(x, self.power_of_two)
 
-    def turn(self, x: Tensor | Kept, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
+    def turn(self, x: Tensor | Kept, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Activation:
         return q.turn(x, groups, self.power_of_two, dtype, index)
 
     def both(self, x: Tensor, groups: Groups) -> Both:
@@ -36,7 +51,7 @@ class Tilewise:
     def blocks(self, weight: Tensor, dtype: torch.dtype) -> Weight:
         return q.blocks(weight, self.power_of_two, dtype)
 
-    def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Operand, Kept]:
+    def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Activation, Kept]:
         return q.swiglu(hidden, weight, self.power_of_two)
 
     def whole_scale(self, x: Tensor) -> Tensor | None:
@@ -50,27 +65,25 @@ class Tilewise:
 class Tensorwise(Tilewise):
     """One scale for a whole tensor (for each expert's weight): here to show why tiles matter."""
 
-    def rows(self, x: Tensor) -> tuple[Operand, Kept]:
+    def rows(self, x: Tensor) -> tuple[Activation, Kept]:
         return q.rows(x, self.power_of_two, self.whole_scale(x))
 
-    def turn(self, x: Tensor | Kept, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Operand:
+    def turn(self, x: Tensor | Kept, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Activation:
         if isinstance(x, Kept):  # on the grid of its one scale: the same codes again
             operand, _ = q.rows(x.wide().to(dtype), self.power_of_two, x.scales.flatten()[:1])
         else:
             operand, _ = self.rows(x)
-        return operand if index is None else q.take(operand, index)
+        return operand if index is None else operand.index_select(0, index)
 
     def both(self, x: Tensor, groups: Groups) -> Both:
         operand, _ = self.rows(x)
         return Both(operand, operand)
 
     def blocks(self, weight: Tensor, dtype: torch.dtype) -> Weight:
-        each = [q.blocks(w[None], self.power_of_two, dtype, self.whole_scale(w)) for w in weight]
-        if isinstance(each[0], Tensor):
-            return torch.cat([w for w in each if isinstance(w, Tensor)])
-        return q.Coded(*(torch.cat(parts) for parts in zip(*each, strict=True)))
+        scales = [self.whole_scale(w) for w in weight]
+        return q.blocks(weight, self.power_of_two, dtype, torch.cat(scales))
 
-    def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Operand, Kept]:
+    def swiglu(self, hidden: Tensor, weight: Tensor | None) -> tuple[Activation, Kept]:
         gate, up = hidden.float().chunk(2, dim=-1)
         act = F.silu(gate) * up
         scale = self.whole_scale(hidden)
@@ -79,7 +92,7 @@ class Tensorwise(Tilewise):
         return self.rows((act if weight is None else act * weight[:, None]).to(hidden.dtype))[0], kept
 
     def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups) -> SwiGLUBackward:
-        dgate, dup, act, dweight = q.swiglu_gradient(grad, hidden, weight)
+        dgate, dup, act, dweight = swiglu_gradient(*q.hidden_halves(hidden), weight, grad.float())
         dhidden = self.both(torch.cat((dgate, dup), dim=-1).to(grad.dtype), groups)
         return SwiGLUBackward(dhidden, self.rows(act.to(grad.dtype))[0], dweight)
 
@@ -99,6 +112,11 @@ class Cast:
         self.recipe, self.wide_input = recipe, wide_input
         self.seen: dict[str, Counts] | None = None
         self._casts: dict[int, tuple[object, Weight]] = {}
+
+    def input(self, x: Tensor) -> tuple[Activation, Kept]:
+        """x [..., K] in 1×128 tiles: as a product reads it, and as backward finds it."""
+        self.note("input", x.detach().reshape(-1, x.shape[-1]))
+        return self.recipe.shared_rows(x)
 
     def weight(
         self,
@@ -132,29 +150,3 @@ class Cast:
         if self.seen is not None:
             _, scales = quantize(x, tile, self.recipe.power_of_two, self.recipe.whole_scale(x))
             self.seen[what] = counts(x, spread(scales, tile, x.shape))
-
-
-def apply(model: nn.Module, precision: str) -> None:
-    """Set the precision of every linear and expert of `model` that trains in FP8; "bf16" takes it away again.
-
-    Those are the modules with an attribute `fp8`. The output head stays as it is, and so does MTP's `eh_proj`, which
-    the published checkpoints do not quantise either.
-    """
-    recipes: dict[str, Tilewise | None] = {"bf16": None, "fp8": Tilewise(), "fp8-tensorwise": Tensorwise()}
-    recipe = recipes[precision]
-    for name, module in model.named_modules():
-        if hasattr(module, "fp8"):
-            cast = None
-            if recipe is not None and not name.endswith(("lm_head", "eh_proj")):
-                cast = Cast(recipe, wide_input=name.endswith("o_proj"))
-            module.fp8 = cast  # type: ignore[assignment]
-
-
-def observe(model: nn.Module) -> dict[str, dict[str, Counts]]:
-    """Start counting what quantisation loses; the answer fills in as the model runs: module -> tensor -> counts."""
-    found: dict[str, dict[str, Counts]] = {}
-    for name, module in model.named_modules():
-        cast = getattr(module, "fp8", None)
-        if isinstance(cast, Cast):
-            cast.seen = found[name] = {}
-    return found

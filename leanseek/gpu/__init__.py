@@ -10,6 +10,3 @@ invariant.py  row-invariant products, experts and attention      serving.py   re
 """
 
 from leanseek.gpu import serving, training  # noqa: F401  (they register themselves)
-from leanseek.gpu.device import refusal
-
-__all__ = ["refusal"]

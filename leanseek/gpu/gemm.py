@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.gpu.numbers import TILE, narrow
+from leanseek.gpu.numbers import narrow
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles
-from leanseek.ops.quantize import Codes
+from leanseek.ops.operands import Codes
 
 ONE, ROWS, SHARED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which dimension is split among the experts
 

@@ -27,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from leanseek.gpu.numbers import TILE
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles
-from leanseek.ops.quantize import Codes
+from leanseek.ops.operands import Codes
 
 ONE, ROWS, SHARED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # which dimension is split among the experts
 BLOCK = gl.constexpr(TILE)

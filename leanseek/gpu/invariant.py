@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.gpu.elementwise import combine, swiglu_forward
-from leanseek.gpu.numbers import INTERPRETED, TILE, narrow
-from leanseek.ops.experts import route_order
+from leanseek.gpu.elementwise import swiglu_forward
+from leanseek.gpu.numbers import INTERPRETED, narrow
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles, group_tiles
 from leanseek.ops.latent_attention import CacheIndex
+from leanseek.ops.weights import QuantizedWeight, StoredWeight
 
 ROWS = 64  # rows of a product's tile
 CHUNK = 256  # cached tokens per partial sum of attention
@@ -28,11 +29,11 @@ PARTIAL_BYTES = 2**28  # most bytes of partial sums at a time
 # ---- products ----
 
 
-def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    """Like ops.linear; weight in x's dtype, or FP8 with block scales."""
+def linear(x: Tensor, weight: StoredWeight) -> Tensor:
+    """As ops.linear; weight of x's dtype, or FP8 blocks."""
     flat = x.reshape(-1, x.shape[-1])
     out = torch.empty(flat.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    _launch(flat, weight.t(), scale_inv, out)
+    _launch(flat, *_turned(weight), out)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -43,30 +44,35 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def experts(
+def expert_products(
     x: Tensor,
-    indices: Tensor,
+    ends: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
+    token: Tensor | None,
+    place: Tensor | None,
+    gate_up: StoredWeight,
+    down: StoredWeight,
 ) -> Tensor:
-    """Like ops.experts."""
-    n, k = indices.shape
-    order, place, ends = route_order(indices, gate_up.shape[0])
-    tiles = group_tiles(ends, n * k, ROWS)
-    up_scale, down_scale = scales or (None, None)
-    hidden = x.new_empty(n * k, gate_up.shape[1])
-    _launch(x.index_select(0, order // k), gate_up.transpose(1, 2), up_scale, hidden, tiles)
+    """As ops.experts.products_of_rows."""
+    rows = x if token is None else x.index_select(0, token)
+    tiles = group_tiles(ends, rows.shape[0], ROWS)
+    hidden = x.new_empty(rows.shape[0], gate_up.shape[1])
+    _launch(rows, *_turned(gate_up), hidden, tiles)
     gate, up = hidden.chunk(2, dim=-1)
-    act = swiglu_forward(gate, up, weights.flatten()[order].to(x.dtype))
-    out = x.new_empty(n * k, x.shape[1])
-    _launch(act, down.transpose(1, 2), down_scale, out, tiles)
-    return combine(out, place, n)
+    out = torch.empty_like(rows)
+    _launch(swiglu_forward(gate, up, weights), *_turned(down), out, tiles)
+    return out
 
 
-def _launch(x: Tensor, weight: Tensor, scale_inv: Tensor | None, out: Tensor, tiles: Tiles | None = None) -> None:
-    """x [.., M, K] · weight [.., K, N] into out [.., M, N]; with `tiles`, rows use their expert's weight."""
+def _turned(weight: StoredWeight) -> tuple[Tensor, Tensor | None]:
+    """[.., out, in] as [.., in, out], and the scales of its blocks as they are stored."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.data.mT, weight.scale
+    return weight.mT, None
+
+
+def _launch(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor, tiles: Tiles | None = None) -> None:
+    """x [.., M, K] · weight [.., K, N] into out [.., M, N]; with `tiles` the rows of x share the weights out."""
     (m, k), n = x.shape[-2:], weight.shape[-1]
     if not out.numel():
         return
@@ -76,11 +82,11 @@ def _launch(x: Tensor, weight: Tensor, scale_inv: Tensor | None, out: Tensor, ti
     expert, start, stop, _ = (None,) * 4 if tiles is None else tiles
     batch = x.shape[0] if x.ndim == 3 else 1
     _product[(row_blocks * triton.cdiv(n, block_n), batch)](
-        x, weight, scale_inv, out, expert, start, stop, m, n, k,
+        x, weight, scale, out, expert, start, stop, m, n, k,
         x.stride(0) if x.ndim == 3 else 0, x.stride(-2), _outer(weight), weight.stride(-2), weight.stride(-1),
         out.stride(0) if out.ndim == 3 else 0, out.stride(-2),
-        0 if scale_inv is None else _outer(scale_inv), 0 if scale_inv is None else scale_inv.stride(-2),
-        scale_inv is not None, tiles is not None, exact, ROWS, block_n, TILE, num_warps=4, num_stages=2 if exact else 3,
+        0 if scale is None else _outer(scale), 0 if scale is None else scale.stride(-2),
+        scale is not None, tiles is not None, exact, ROWS, block_n, TILE, num_warps=4, num_stages=2 if exact else 3,
     )  # fmt: skip
 
 

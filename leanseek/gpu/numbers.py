@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE = 128  # values along K that share a scale (3.3.2)
 E4M3_MAX = tl.constexpr(448.0)
 E5M6_MAX = tl.constexpr(65024.0)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

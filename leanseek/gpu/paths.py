@@ -16,10 +16,10 @@ from torch import Tensor
 
 from leanseek.gpu import gemm
 from leanseek.gpu.device import complaint
-from leanseek.gpu.numbers import TILE
 from leanseek.gpu.quantize import quantize_blocks, quantize_both, quantize_tiles
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles, group_tiles
-from leanseek.ops.quantize import FP8, Codes
+from leanseek.ops.operands import FP8, Codes
 
 _RAN: Counter[tuple[str, str]] = Counter()
 

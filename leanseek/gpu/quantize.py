@@ -13,20 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.gpu.numbers import (
-    E5M6_MAX,
-    TILE,
-    divide,
-    encode,
-    encode_four,
-    known,
-    largest,
-    narrow,
-    on_grid,
-    tile_scale,
-)
+from leanseek.gpu.numbers import E5M6_MAX, divide, encode, encode_four, known, largest, narrow, on_grid, tile_scale
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles
-from leanseek.ops.quantize import FP8, Blocks, Codes, new_codes
+from leanseek.ops.operands import FP8, Blocks, Codes, new_codes
 
 BLOCK_WARPS = 8
 TURN = {"num_warps": 4, "maxnreg": 168}  # three programs fit on a multiprocessor

@@ -5,34 +5,33 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from leanseek import ops
 from leanseek.gpu.device import implements
 from leanseek.gpu.training import takes_rows
 from leanseek.ops.dispatch import Op, Rows
-from leanseek.ops.experts import grouped_experts
+from leanseek.ops.experts import products_of_rows
+from leanseek.ops.weights import FP8_BLOCKS, QuantizedWeight, StoredWeight
 
 
-def _multiplies(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> bool:
-    """The weight has x's dtype, or is FP8 with block scales."""
+def _multiplies(x: Tensor, weight: StoredWeight) -> bool:
+    """Weights of x's dtype, or FP8 blocks."""
     if not takes_rows(x) or weight.device != x.device:
         return False
-    if scale is None:
-        return weight.dtype == x.dtype
-    return weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
+    return weight.format == FP8_BLOCKS if isinstance(weight, QuantizedWeight) else weight.dtype == x.dtype
 
 
 def _of_experts(
     x: Tensor,
-    indices: Tensor,
+    ends: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
+    token: Tensor | None,
+    place: Tensor | None,
+    gate_up: StoredWeight,
+    down: StoredWeight,
 ) -> bool:
-    return all(_multiplies(x, *pair) for pair in zip((gate_up, down), scales or (None, None), strict=True))
+    return _multiplies(x, gate_up) and _multiplies(x, down)
 
 
 @implements(ops.rms_norm, takes_rows, Rows.INVARIANT)
@@ -55,7 +54,7 @@ def _of_invariant(name: str) -> Callable[..., Tensor]:
 _FORMS: tuple[tuple[Op[..., Tensor], Callable[..., bool]], ...] = (
     (ops.linear, _multiplies),
     (ops.head_linear, _multiplies),
-    (grouped_experts, _of_experts),
+    (products_of_rows, _of_experts),
     (ops.latent_attention, takes_rows),
 )
 for _op, _accepts in _FORMS:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanseek.gpu.numbers import INTERPRETED, TILE, known
+from leanseek.gpu.numbers import INTERPRETED, known
 from leanseek.gpu.quantize import (
     Codes,
     new_codes,
@@ -25,6 +25,7 @@ from leanseek.gpu.quantize import (
     store_rows,
     turn_four,
 )
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles
 
 BACKWARD = {"num_warps": 8}  # two programs fit on a multiprocessor

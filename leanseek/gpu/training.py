@@ -4,6 +4,7 @@ leanseek/ops/quantize.py describes, and everything that is not a product."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek import ops
@@ -11,9 +12,12 @@ from leanseek.gpu import device
 from leanseek.gpu.device import implements
 from leanseek.ops import cross_entropy, quantize
 from leanseek.ops.adamw import AdamW
-from leanseek.ops.experts import combine_rows, weighted_swiglu, weighted_swiglu_backward
+from leanseek.ops.dispatch import Rows
+from leanseek.ops.experts import combine_rows
 from leanseek.ops.grouped import Groups
-from leanseek.ops.quantize import Blocks, Both, Codes, Kept, SwiGLUBackward
+from leanseek.ops.operands import Blocks, Codes, Kept
+from leanseek.ops.quantize import Both, SwiGLUBackward
+from leanseek.ops.swiglu import weighted_swiglu, weighted_swiglu_backward
 
 
 def _takes(x: Tensor | Kept, *_: object) -> bool:
@@ -94,6 +98,28 @@ def round_e5m6(x: Tensor) -> Tensor:
     return round_e5m6(x)
 
 
+def _coded(a: object, *_: object) -> bool:
+    return isinstance(a, Codes)
+
+
+@implements(ops.grouped_product, _coded)
+def coded_product(a: Codes, b: Blocks, groups: Groups, dtype: torch.dtype) -> Tensor:
+    from leanseek.gpu import paths
+
+    if groups.tiles is None:
+        return paths.product(a, Codes(b.codes[0], b.scales[0]), dtype)
+    return paths.grouped_product(a, Codes(b.codes, b.scales), groups.tiles, dtype)
+
+
+@implements(ops.grouped_gradient, _coded)
+def coded_gradient(a: Codes, b: Codes, groups: Groups, dtype: torch.dtype) -> Tensor:
+    from leanseek.gpu import paths
+
+    if groups.tiles is None:
+        return paths.product(a, b, dtype)[None]
+    return paths.grouped_weight_gradient(a, b, groups.tiles, dtype)
+
+
 # ---- in either precision ----
 
 
@@ -143,7 +169,21 @@ def weighted_backward(hidden: Tensor, weight: Tensor, grad: Tensor) -> tuple[Ten
     return act, dhidden, dweight
 
 
-@implements(combine_rows, _first)
+def _on_tensor_cores(a: Tensor, b: Tensor, *_: object) -> bool:
+    return isinstance(a, Tensor) and a.is_cuda and a.dtype == torch.bfloat16
+
+
+@implements(ops.grouped_product, _on_tensor_cores)
+def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    return F.grouped_mm(a, b.to(a.dtype).transpose(1, 2), offs=groups.offsets).to(dtype)
+
+
+@implements(ops.grouped_gradient, _on_tensor_cores)
+def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    return F.grouped_mm(a.t(), b, offs=groups.offsets).to(dtype)
+
+
+@implements(combine_rows, _first, Rows.BOTH)
 def combined(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
     from leanseek.gpu.elementwise import combine
 

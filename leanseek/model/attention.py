@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leanseek import fp8, ops
+from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
 from leanseek.ops.products import wide
@@ -61,19 +61,16 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False) -> Tensor:
         """Expanded form over whole sequences: x [B, T, D], cos and sin [B or 1, T, rope / 2] -> [B, T, D]."""
-        c = self.config
-        q_latent = self._query_latent(x)
-        latent, k_rope = self._compress(x)
-        q, kv = self._query(q_latent, recompute), self._keys_values(latent, recompute)
-        if self.o_proj.fp8 is None:
-            out = ops.mla_attention(q, kv, k_rope, cos, sin, c.softmax_scale, c.rope_interleave)  # eq. 3, 4, 9, 10
-        else:  # keep the latents alone (3.2.3)
-            held = q_latent.detach(), latent.detach()
-            with fp8.Recomputed((q, lambda: self._query(held[0])), (kv, lambda: self._keys_values(held[1]))):
-                out = ops.mla_attention(q, kv, k_rope, cos, sin, c.softmax_scale, c.rope_interleave)
-            # the attention's backward reads its output too (3.3.3): one tensor, rounded, serves it and W_O
-            out.data.copy_(fp8.round_e5m6(out.detach()))
+        out = self._attend(self._query_latent(x), *self._compress(x), cos, sin, recompute)
         return self.o_proj(out.flatten(-2))  # eq. 11
+
+    def _attend(
+        self, q_latent: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, recompute: bool
+    ) -> Tensor:
+        """eq. 2 to 10, from what `_query_latent` and `_compress` return -> [B, T, H, v]."""
+        c = self.config
+        q, kv = self._query(q_latent, recompute), self._keys_values(latent, recompute)
+        return ops.mla_attention(q, kv, k_rope, cos, sin, c.softmax_scale, c.rope_interleave)
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """Absorbed form: x [N, D] of the step's new tokens; writes their latents into cache [slots, W] -> [N, D]."""
@@ -93,7 +90,7 @@ class MLA(nn.Module):
     def _absorbed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_b_proj as W_UK [H, nope, kv_lora_rank] and W_UV [H, v, kv_lora_rank]."""
         c = self.config
-        weight = self.kv_b_proj.dense(dtype).unflatten(0, (c.num_attention_heads, -1))
+        weight = ops.dense(self.kv_b_proj.weight, dtype).unflatten(0, (c.num_attention_heads, -1))
         w_uk, w_uv = weight.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         return w_uk, w_uv
 

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from leanseek import fp8, ops
+from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import MLP
-from leanseek.ops.stack import Router
 
 
 class Route(NamedTuple):
@@ -86,28 +85,24 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked; FP8 blocks carry their scales beside them."""
-
-    gate_up_proj_scale_inv: Tensor | None
-    down_proj_scale_inv: Tensor | None
+    """The routed experts' weights, stacked. Quantised ones may take the parameters' place, for inference."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None, dtype: torch.dtype):
         super().__init__()
         e, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj: nn.Parameter | ops.QuantizedWeight
+        self.down_proj: nn.Parameter | ops.QuantizedWeight
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, d, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(e, d, i, device=device, dtype=dtype))
-        self.register_buffer("gate_up_proj_scale_inv", None)
-        self.register_buffer("down_proj_scale_inv", None)
-        self.fp8: fp8.Cast | None = None
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """x [N, D] -> [N, D], the weighted sum of each token's experts."""
-        if self.fp8 is not None:
-            return fp8.experts(x, route.indices, route.weights, self.gate_up_proj, self.down_proj, self.fp8)
-        scales = None
-        if self.gate_up_proj_scale_inv is not None and self.down_proj_scale_inv is not None:
-            scales = (self.gate_up_proj_scale_inv, self.down_proj_scale_inv)
-        return ops.experts(x, route.indices, route.weights, self.gate_up_proj, self.down_proj, scales)
+        sent = ops.expert_dispatch(x, route.indices, route.weights, self.down_proj.shape[0])
+        return ops.expert_combine(self.products(sent), sent)
+
+    def products(self, sent: ops.Dispatched) -> Tensor:
+        """Each expert on its own rows, times their gate values: [M, D]. An exchange of rows stands before and after."""
+        return ops.expert_products(sent, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):
@@ -130,26 +125,6 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat).view(x.shape)
         return out, route
-
-    def pack(self, place: ops.Place) -> Router:
-        c, experts = self.gate.config, self.experts
-        scale, scales = experts.gate_up_proj_scale_inv, None
-        if scale is not None:
-            scales = (scale[:, : scale.shape[1] // 2], scale[:, scale.shape[1] // 2 :])
-        gate, up = experts.gate_up_proj.data.chunk(2, 1)
-        return Router(
-            ops.pack(self.gate.weight.data),
-            self.gate.e_score_correction_bias,
-            ops.pack_gated(gate, up, scales, place),
-            ops.pack(experts.down_proj.data, experts.down_proj_scale_inv, place),
-            top_k=c.num_experts_per_tok,
-            n_group=c.n_group if c.grouped_routing else 1,
-            topk_group=c.topk_group if c.grouped_routing else 1,
-            group_best=2 if c.selection_bias else 1,
-            scoring_func=c.scoring_func,
-            norm_topk_prob=c.norm_topk_prob,
-            routed_scaling_factor=c.routed_scaling_factor,
-        )
 
 
 # ---- balance: functions of routes ----

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.block import Block
-from leanseek.model.layers import Linear, RMSNorm, release_weights
+from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.moe import Route
 
 
@@ -24,7 +24,7 @@ class MTPModule(nn.Module):
         d, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(d, eps, device, dtype)
         self.hnorm = RMSNorm(d, eps, device, dtype)
-        self.eh_proj = Linear(2 * d, d, device, dtype)
+        self.eh_proj = Linear(2 * d, d, device, dtype, high_precision=True)
         self.block = Block(config, config.num_hidden_layers + depth, device, dtype)
         self.norm = RMSNorm(d, eps, device, dtype)
 
@@ -43,16 +43,6 @@ class MTPModule(nn.Module):
         """embedded [B, T, D] of tokens i + k, hidden [B, T, D] of depth k - 1 -> (hidden of depth k, route)."""
         out, route = self.block(self._join(embedded, hidden), cos, sin, recompute, replay)  # eq. 22
         return self.norm(out), route
-
-    def freeze(self, place: ops.Place) -> tuple[ops.Join, ops.BlockWeights] | None:
-        """As Transformer.freeze; None where nothing can be packed."""
-        block = self.block.freeze(place)
-        if block is None:
-            return None
-        join = ops.Join(self.enorm.stored(), self.hnorm.stored(), self.eh_proj.pack(place))
-        if place is not ops.Place.APART:
-            release_weights(self.eh_proj)
-        return join, block
 
     def step(
         self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex

@@ -1,13 +1,14 @@
 """The Transformer: the story starts here.
 
 tokens -> embedding -> blocks (attention.py, moe.py) -> norm -> head; MTP modules (mtp.py) go on from the last hidden.
-Two ways through: `hidden` over whole sequences (training, evaluation), `step` over new tokens with a cache (serving).
+Two ways through: `forward` over whole sequences (training, evaluation), `step` over new tokens with a cache (serving).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,40 +16,85 @@ from torch import Tensor, nn
 from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.block import Block
-from leanseek.model.layers import Embedding, Linear, RMSNorm, release_weights
+from leanseek.model.layers import Embedding, Head, RMSNorm, next_token_loss
 from leanseek.model.moe import Route
 from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import Rotary
 
 
+class Stage(NamedTuple):
+    """The part of a network that one Transformer holds: some layers, with the embedding before them where it is the
+    first part, and the final norm, the head and the MTP modules after them where it is the last."""
+
+    layers: range
+    first: bool
+    last: bool
+
+
+class Output(NamedTuple):
+    """What a forward with targets gives."""
+
+    hidden: Tensor | None  # [B, T, D], the input of the next stage; None from the last
+    losses: list[Tensor]  # from the last stage, float32 scalars: of the next token, then of each MTP depth
+    routes: list[Route]  # of this stage's MoE layers, the MTP modules' included
+
+
+class Layers(nn.ModuleList):
+    """The blocks of a stage under their numbers in the whole network: `layers[30]`, "layers.30.self_attn…"."""
+
+    def __init__(self, blocks: Mapping[int, nn.Module]):
+        super().__init__()
+        for number, block in blocks.items():
+            self.add_module(str(number), block)
+
+    def __getitem__(self, number: int) -> nn.Module:  # type: ignore[override]
+        return self.get_submodule(str(number))
+
+
 class Transformer(nn.Module):
-    """A network of the DeepSeek-V3 family. Weights are uninitialised until `init_weights` or a checkpoint."""
+    """A network of the DeepSeek-V3 family, or the `stage` of one. Weights are uninitialised until `init_weights` or a
+    checkpoint.
+
+    The last stage holds the embedding too where MTP modules or a tied head read it: its gradient is then the sum of
+    both stages', unless they share the parameter.
+    """
 
     def __init__(
-        self, config: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        stage: Stage | None = None,
     ):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device, dtype)
-        self.layers = nn.ModuleList(Block(config, i, device, dtype) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
-        self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, device, dtype)
-        )
-        self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype) for k in range(config.num_nextn_predict_layers))
+        self.stage = stage = stage or Stage(range(config.num_hidden_layers), first=True, last=True)
+        tied, depths = config.tie_word_embeddings, config.num_nextn_predict_layers if stage.last else 0
+        if stage.first or depths or (stage.last and tied):
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device, dtype)
+        self.layers = Layers({i: Block(config, i, device, dtype) for i in stage.layers})
+        if stage.last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+            self.lm_head = None if tied else Head(config.hidden_size, config.vocab_size, device, dtype)
+        self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype) for k in range(depths))
         self.rotary = Rotary(config, device)
-        self._packed_head: ops.Packed | None = None
-        # planned by `freeze`: the main network, then each MTP module by its depth
-        self._stacks: list[ops.StackWeights | None] = [None] * (1 + len(self.mtp))
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> Transformer:
-        """Normal weights with std `initializer_range` (4.2), norms at one, balancing biases at zero; returns self."""
+    def init_weights(self, seed: int) -> Transformer:
+        """Normal weights with std `initializer_range` (4.2), norms at one, balancing biases at zero; returns self.
+
+        Each tensor, and each expert of a stack, is drawn by itself from (seed, name): a part of the network, or a rank
+        that holds some of the experts, draws what the whole would.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                continue
+            stacked = parameter.ndim == 3  # experts
+            for number, matrix in enumerate(parameter if stacked else [parameter]):
+                key = hashlib.blake2b(f"{seed}/{name}/{number}".encode(), digest_size=8).digest()
+                generator = torch.Generator(matrix.device).manual_seed(int.from_bytes(key))
+                matrix.normal_(0.0, self.config.initializer_range, generator=generator)
         for name, buffer in self.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
@@ -57,23 +103,41 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[vocab_size, D]: the output head, which is the embedding when tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.embed_tokens.weight if self.lm_head is None else cast(Tensor, self.lm_head.weight)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] after the final norm -> logits [..., vocab_size]."""
-        if self._packed_head is not None:
-            return ops.packed_linear(hidden, self._packed_head)
-        return ops.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+    def head(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """hidden [..., D] after the final norm -> logits [..., vocab_size]; with targets [...] int64 their mean
+        loss, a float32 scalar."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden, targets)
+        weight = self.embed_tokens.weight
+        return ops.linear(hidden, weight) if targets is None else next_token_loss(hidden, weight, targets)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """As `head`, in float32 [..., vocab_size]: not rounded on the way where the head is packed."""
-        if self._packed_head is not None:
-            return ops.packed_linear(hidden, self._packed_head, torch.float32)
-        return self.head(hidden).float()
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+        replay: Mapping[int, Tensor] | None = None,
+    ) -> Tensor | Output:
+        """tokens [B, T] int64 -> logits [B, T, vocab_size]; with `targets`, for training, an Output.
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] int64 -> logits [B, T, vocab_size]."""
-        return self.head(self.hidden(tokens)[0])
+        targets [B, T + D] int64: the tokens after each position, D more than there are positions for the MTP modules.
+        A stage that is not the first takes the hidden state [B, T, D] of the one before in place of tokens, and one
+        that is not the last gives its hidden state in place of logits. Options as in `hidden`.
+        """
+        hidden, routes = self.hidden(tokens, dtype=dtype, recompute=recompute, replay=replay)
+        if targets is None:
+            return self.head(hidden) if self.stage.last else hidden
+        if not self.stage.last:
+            return Output(hidden, [], routes)
+        length = hidden.shape[1]
+        losses = [self.head(hidden, targets[:, :length])]
+        states, more = self.predict_ahead(hidden, targets, recompute=recompute, replay=replay)
+        losses += [self.head(state, targets[:, k : k + length]) for k, state in enumerate(states, start=1)]
+        return Output(None, losses, routes + more)
 
     def embed(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """tokens [...] -> [..., D]; `dtype` is the activations' from here on, the weights' own when None."""
@@ -90,36 +154,37 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[Route]]:
         """Whole sequences from position 0: tokens [B, T] -> (hidden [B, T, D] after the final norm, routes).
 
+        A stage that is not the first takes hidden [B, T, D]; one that is not the last gives it before the norm.
         dtype: of the activations (BF16 compute over float32 weights). recompute: do not keep norms and MLA
         up-projections for backward. replay: per layer, the experts [N, K] to use instead of the gate's choice.
         """
-        x = self.embed(tokens, dtype)
-        cos, sin = self.rotary(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        x = self.embed(tokens, dtype) if self.stage.first else tokens
+        cos, sin = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
         routes = []
-        for layer, block in enumerate(self.layers):
+        for layer, block in zip(self.stage.layers, self.layers, strict=True):
             x, route = block(x, cos, sin, recompute, (replay or {}).get(layer))
             if route is not None:
                 routes.append(route)
-        return self.norm(x), routes
+        return self.norm(x) if self.stage.last else x, routes
 
     def predict_ahead(
         self,
         hidden: Tensor,
-        tokens: Tensor,
+        targets: Tensor,
         *,
         recompute: bool = False,
         replay: Mapping[int, Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Route]]:
         """MTP hidden states of depths 1 to D (eq. 21, 22), each [B, T, D] after its norm, and their routes.
 
-        hidden [B, T, D] as `hidden` returns it; tokens [B, T + D]: the model's inputs and the D tokens after them.
-        The head on depth k's state of token i predicts token i + k + 1 (eq. 23).
+        hidden [B, T, D] as `hidden` returns it; targets [B, T - 1 + D] or more: the tokens after the first.
+        The head on depth k's state of token i predicts token i + k + 1 (eq. 23), targets[i + k].
         """
         length = hidden.shape[1]
-        cos, sin = self.rotary(torch.arange(length, device=tokens.device)[None])
+        cos, sin = self.rotary(torch.arange(length, device=hidden.device)[None])
         states, routes = [], []
         for depth, module in enumerate(self.mtp, start=1):
-            embedded = self.embed(tokens[:, depth : depth + length], hidden.dtype)
+            embedded = self.embed(targets[:, depth - 1 : depth - 1 + length], hidden.dtype)
             layer = self.config.num_hidden_layers + depth - 1
             hidden, route = module(embedded, hidden, cos, sin, recompute, (replay or {}).get(layer))
             states.append(hidden)
@@ -127,63 +192,12 @@ class Transformer(nn.Module):
                 routes.append(route)
         return states, routes
 
-    def quantize_head(self) -> None:
-        """The head in 8 bits with a scale a row, for serving: most of what a small model reads for a token."""
-        self.set_head(*ops.quantize_rows(self.head_weight.data))
-
-    def set_head(self, codes: Tensor, scale: Tensor) -> None:
-        """A head in 8 bits: codes [vocab_size, D] uint8, scale [vocab_size] float32."""
-        self.lm_head = Linear(codes.shape[1], codes.shape[0], "meta", self.embed_tokens.weight.dtype)
-        self.lm_head.weight = torch.nn.Parameter(codes, requires_grad=False)
-        self.lm_head.weight_scale_inv = scale
-
-    def freeze(self, place: ops.Place = ops.Place.APART) -> None:
-        """For serving: from now on a step multiplies packed copies of the weights, all of it as one planned call.
-
-        The weights must not change any more. Unless packed apart the originals' memory is theirs, and only `step`,
-        `step_ahead`, `head` and `logits` work. Where nothing can be packed (CUDA, no kernels) nothing changes.
-        """
-        if self._packed_head is not None:
-            return
-        blocks = [cast(Block, block).freeze(place) for block in self.layers]
-        self._stacks[0] = self._planned(blocks, self.norm)
-        for depth, module in enumerate(self.mtp, start=1):
-            if (frozen := cast(MTPModule, module).freeze(place)) is not None:
-                self._stacks[depth] = self._planned([frozen[1]], cast(RMSNorm, module.norm), frozen[0])
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        if ops.can_pack(head.weight):
-            own = place if self.lm_head is not None else ops.Place.APART
-            self._packed_head = ops.pack(head.weight.data, getattr(head, "weight_scale_inv", None), own)
-            if own is not ops.Place.APART and self.lm_head is not None:
-                release_weights(self.lm_head)
-
-    def _planned(
-        self, blocks: list[ops.BlockWeights | None], norm: RMSNorm, join: ops.Join | None = None
-    ) -> ops.StackWeights | None:
-        packed = tuple(block for block in blocks if block is not None)
-        if len(packed) < len(blocks):
-            return None
-        rotary = self.rotary
-        return ops.StackWeights(
-            self.embed_tokens.weight.data, rotary.inv_freq, rotary.scale, join, packed, norm.stored()
-        )
-
-    def _run_planned(
-        self, depth: int, tokens: Tensor, hidden: Tensor | None, cache: Tensor, index: ops.CacheIndex
-    ) -> Tensor | None:
-        """As ops.stack_step; None also where `freeze` has planned nothing."""
-        stack = self._stacks[depth]
-        return None if stack is None else ops.stack_step(stack, tokens, hidden, cache, index)
-
     def step(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """New tokens of several sequences at once: tokens [N] -> hidden [N, D] after the final norm.
 
         cache [num_hidden_layers (+ D), slots, cache_width] is read and written in place; MTP modules use the layers
         after the main model's.
         """
-        planned = self._run_planned(0, tokens, None, cache, index)
-        if planned is not None:
-            return planned
         x = self.embed(tokens)
         cos, sin = self.rotary(index.positions)
         for block, layer_cache in zip(self.layers, cache, strict=False):
@@ -192,11 +206,7 @@ class Transformer(nn.Module):
 
     def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """MTP module `depth` (from 1) in serving: hidden [N, D] of depth - 1, the tokens [N] after them -> [N, D]."""
-        layer = self.config.num_hidden_layers + depth - 1
-        planned = self._run_planned(depth, tokens, hidden, cache[layer:], index)
-        if planned is not None:
-            return planned
         cos, sin = self.rotary(index.positions)
-        layer_cache = cache[layer]
+        layer_cache = cache[self.config.num_hidden_layers + depth - 1]
         module = cast(MTPModule, self.mtp[depth - 1])
         return module.step(self.embed(tokens), hidden, cos, sin, layer_cache, index)

@@ -3,6 +3,6 @@
 from leanseek.native.library import Status, status, usable_variants, use_variant
 
 if usable_variants():
-    from leanseek.native import attention, experts, fp8, grouped, packed, rowwise, sampling, stack  # noqa: F401  (they register themselves)
+    from leanseek.native import attention, fp8, grouped, latent_attention, rowwise, sampling  # noqa: F401  (they register themselves)
 
 __all__ = ["Status", "status", "usable_variants", "use_variant"]

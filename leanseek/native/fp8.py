@@ -11,8 +11,10 @@ from torch import Tensor
 
 from leanseek.native.library import DTYPES, accepts, implements, kernel, pointers
 from leanseek.ops import quantize
+from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Groups
-from leanseek.ops.quantize import Both, Kept, SwiGLUBackward
+from leanseek.ops.operands import FP8, Kept
+from leanseek.ops.quantize import Both, SwiGLUBackward
 
 _rows = kernel("fp8_rows", "nnnn pn nn p ppp")
 _turn = kernel("fp8_turn", "nnn ppp pp nn pp")
@@ -20,8 +22,7 @@ _blocks = kernel("fp8_blocks", "nnn p nnn p ppp")
 _swiglu = kernel("fp8_swiglu", "nnn pp nn ppp")
 _swiglu_backward = kernel("fp8_swiglu_backward", "nnn p ppp p nn pppp")
 
-FP8 = torch.float8_e4m3fn
-E4M3, E5M6 = 0, 2  # fp8_quantise.cpp: FORMATS
+E4M3, E5M6 = 0, 1  # fp8_quantise.cpp: FORMATS
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype, power_of_two: bool) -> Tensor:
@@ -29,7 +30,7 @@ def _values(shape: tuple[int, ...], dtype: torch.dtype, power_of_two: bool) -> T
 
 
 def _tiles(columns: int) -> int:
-    return -(-columns // 128)
+    return -(-columns // TILE)
 
 
 @implements(quantize.rows, accepts)

@@ -1,4 +1,7 @@
-"""Grouped BF16 products (grouped.cpp), rounded once, also to float32: torch.mm would round to BF16 first."""
+"""Products of rows in groups and the sum over a token's rows: what the routed experts of a training step are made of.
+
+Products are rounded once, also to float32 (grouped.cpp): torch.mm would round to BF16 first.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,62 @@ from torch import Tensor
 
 from leanseek import ops
 from leanseek.native.library import DTYPES, accepts, implements, kernel
+from leanseek.ops.dispatch import Rows
+from leanseek.ops.experts import combine_rows
+from leanseek.ops.grouped import Groups
 
-_product = kernel("grouped_product", "nn pp pn pn p")
-_gradient = kernel("grouped_gradient", "n pp ppp")
+_product = kernel("grouped_product", "nnn pp pn pn p")
+_gradient = kernel("grouped_gradient", "nn pp ppp")
+_combine = kernel("combine_rows", "n pp nnn p")
 
 
-def _first(ends: list[int]) -> Tensor:
-    return torch.tensor([0, *ends])
+def _first(groups: Groups) -> Tensor:
+    return torch.tensor([0, *groups.ends])
 
 
-def _takes_product(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> bool:
+def _takes_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> bool:
+    if not isinstance(a, Tensor):
+        return False
     stored = b if b.is_contiguous() else b.transpose(1, 2)
-    return accepts(a, stored, out) and a.dtype == torch.bfloat16 and stored.is_contiguous() and out.is_contiguous()
+    return accepts(a, stored) and stored.is_contiguous() and (dtype == torch.float32 or dtype == a.dtype)
 
 
 @implements(ops.grouped_product, _takes_product)
-def grouped_product(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
-    across, first = int(not b.is_contiguous()), _first(ends)
-    shape = torch.tensor(b.shape)
+def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    across, first, shape = int(not b.is_contiguous()), _first(groups), torch.tensor(b.shape)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
     _product(
-        DTYPES[b.dtype], DTYPES[out.dtype], shape.data_ptr(), first.data_ptr(), a.data_ptr(), a.stride(0),
+        DTYPES[a.dtype], DTYPES[b.dtype], DTYPES[dtype], shape.data_ptr(), first.data_ptr(), a.data_ptr(), a.stride(0),
         b.data_ptr(), across, out.data_ptr(),
     )  # fmt: skip
     return out
 
 
-def _takes_gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> bool:
-    return accepts(a, b, out) and a.dtype == b.dtype == torch.bfloat16 and all(t.is_contiguous() for t in (a, b, out))
+def _takes_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and accepts(a, b)
+        and dtype in DTYPES
+        and a.dtype == b.dtype
+        and a.is_contiguous()
+        and b.is_contiguous()
+    )
 
 
 @implements(ops.grouped_gradient, _takes_gradient)
-def grouped_gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
-    first, shape = _first(ends), torch.tensor(out.shape)
-    _gradient(DTYPES[out.dtype], shape.data_ptr(), first.data_ptr(), a.data_ptr(), b.data_ptr(), out.data_ptr())
+def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(len(groups.ends), a.shape[1], b.shape[1], dtype=dtype)
+    first, shape = _first(groups), torch.tensor(out.shape)
+    _gradient(
+        DTYPES[a.dtype], DTYPES[dtype], shape.data_ptr(), first.data_ptr(), a.data_ptr(), b.data_ptr(), out.data_ptr()
+    )
+    return out
+
+
+@implements(combine_rows, lambda rows, *_: accepts(rows) and rows.is_contiguous(), Rows.BOTH)
+def combined(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
+    d = rows.shape[1]
+    out = torch.empty(tokens, d, dtype=rows.dtype)
+    k = place.numel() // max(1, tokens)
+    _combine(DTYPES[rows.dtype], rows.data_ptr(), place.data_ptr(), tokens, k, d, out.data_ptr())
     return out

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and RoPE, forward and backward, in float32 and BF16; AdamW over BF16 moments."""
+"""RMSNorm, SwiGLU and RoPE, forward and backward, in float32 and BF16; AdamW over BF16 moments; rows in 8 bits."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.native.library import DTYPES, Function, accepts, implements, kernel
+from leanseek.native.library import DTYPES, Function, accepts, implements, kernel, pointers
 from leanseek.ops.adamw import AdamW
 from leanseek.ops.dispatch import Rows
+from leanseek.ops.swiglu import weighted_swiglu, weighted_swiglu_backward
+from leanseek.ops.weights import INT8_ROWS, QuantizedWeight
 
 _rms_norm = kernel("rms_norm", "n pn p pp nn f")
 _rms_norm_backward = kernel("rms_norm_backward", "n pn pp p pp nn")
-_swiglu = kernel("swiglu", "n ppp n")
-_swiglu_backward = kernel("swiglu_backward", "n ppp pp n")
+_swiglu = kernel("swiglu", "n ppn p p nn")
+_swiglu_backward = kernel("swiglu_backward", "n ppn pp pppp nn")
 _adamw = kernel("adamw", "pppp n ffffff")
 _rotate = kernel("rotate", "n pp pp n p p nn")
+_quantize_rows = kernel("quantize_rows", "np nn pp")
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,18 +64,30 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up):  # type: ignore[no-untyped-def]
         gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        _swiglu(DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
         ctx.save_for_backward(gate, up)
-        return out
+        return _gated(gate, up, None).view(gate.shape)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
-        grad = grad.contiguous()
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _swiglu_backward(DTYPES[gate.dtype], *(t.data_ptr() for t in (gate, up, grad, dgate, dup)), gate.numel())
+        _gated_backward(gate, up, None, grad.contiguous(), dgate, dup, None, None)
         return dgate, dup
+
+
+def _gated(gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
+    """weight · silu(gate) · up as rows, [.., I]: gate and up of one row stride, which may be halves of one tensor."""
+    rows, out = gate.view(-1, gate.shape[-1]), torch.empty(gate.shape, dtype=gate.dtype)
+    _swiglu(DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), rows.stride(0), *pointers(weight, out), *rows.shape)
+    return out
+
+
+def _gated_backward(gate: Tensor, up: Tensor, weight: Tensor | None, *others: Tensor | None) -> None:
+    """others: the gradient; then what is written: dgate, dup, the activation again, dweight."""
+    rows = gate.view(-1, gate.shape[-1])
+    _swiglu_backward(
+        DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), rows.stride(0), *pointers(weight, *others), *rows.shape
+    )
 
 
 def _alike(gate: Tensor, up: Tensor) -> bool:
@@ -82,6 +97,25 @@ def _alike(gate: Tensor, up: Tensor) -> bool:
 @implements(ops.swiglu, _alike, Rows.BOTH)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
+
+
+def _weighs(hidden: Tensor, weight: Tensor, grad: Tensor | None = None) -> bool:
+    dense = all(t.is_contiguous() for t in (hidden, weight) + (() if grad is None else (grad,)))
+    return accepts(hidden, weight, grad) and dense and weight.dtype == torch.float32
+
+
+@implements(weighted_swiglu, _weighs)
+def weighted(hidden: Tensor, weight: Tensor) -> Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return _gated(gate, up, weight)
+
+
+@implements(weighted_swiglu_backward, _weighs)
+def weighted_backward(hidden: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    act, dhidden, dweight = torch.empty_like(grad), torch.empty_like(hidden), torch.empty_like(weight)
+    gate, up = hidden.chunk(2, dim=-1)
+    _gated_backward(gate, up, weight, grad, *dhidden.chunk(2, dim=-1), act, dweight)
+    return act, dhidden, dweight
 
 
 class _Rotate(Function):
@@ -141,3 +175,10 @@ def adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ste
         weight.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), weight.numel(),
         rule.beta1, rule.beta2, rate, root, rule.eps, 1 - rule.lr * rule.weight_decay,
     )  # fmt: skip
+
+
+@implements(ops.quantize_rows, lambda weight: accepts(weight) and weight.is_contiguous())
+def quantize_rows(weight: Tensor) -> QuantizedWeight:
+    codes, scale = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(len(weight))
+    _quantize_rows(DTYPES[weight.dtype], weight.data_ptr(), *weight.shape, *pointers(codes, scale))
+    return QuantizedWeight(codes, scale, INT8_ROWS)

@@ -4,44 +4,43 @@ from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.cross_entropy import linear_cross_entropy
 from leanseek.ops.dispatch import ordinary, row_invariant, use
-from leanseek.ops.experts import experts, route_order
+from leanseek.ops.experts import Dispatched, expert_combine, expert_dispatch, expert_products, experts, route_order
 from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
 from leanseek.ops.head_linear import head_linear
 from leanseek.ops.latent_attention import CacheIndex, latent_attention
-from leanseek.ops.linear import dense, dequantize_blocks, linear, quantize_rows
+from leanseek.ops.linear import linear
 from leanseek.ops.norm import rms_norm
-from leanseek.ops.packed import (
-    Packed,
-    Place,
-    can_pack,
-    pack,
-    pack_gated,
-    pack_heads,
-    packed_experts,
-    packed_linear,
-    unpack,
-)
 from leanseek.ops.rotary import rotate
 from leanseek.ops.sampling import Choice, finite_rows, sample
 from leanseek.ops.select import expert_scores, select_experts
-from leanseek.ops.stack import BlockWeights, Join, StackWeights, stack_step
 from leanseek.ops.swiglu import swiglu
+from leanseek.ops.weights import (
+    FP8_BLOCKS,
+    INT8_ROWS,
+    QuantizedWeight,
+    StoredWeight,
+    dense,
+    dequantize_blocks,
+    quantize_rows,
+)
 
 __all__ = [
+    "FP8_BLOCKS",
+    "INT8_ROWS",
     "AdamW",
-    "BlockWeights",
     "CacheIndex",
     "Choice",
+    "Dispatched",
     "Groups",
-    "Join",
-    "Packed",
-    "Place",
-    "StackWeights",
+    "QuantizedWeight",
+    "StoredWeight",
     "adamw",
-    "can_pack",
     "causal_attention",
     "dense",
     "dequantize_blocks",
+    "expert_combine",
+    "expert_dispatch",
+    "expert_products",
     "expert_scores",
     "experts",
     "finite_rows",
@@ -53,11 +52,6 @@ __all__ = [
     "linear_cross_entropy",
     "mla_attention",
     "ordinary",
-    "pack",
-    "pack_gated",
-    "pack_heads",
-    "packed_experts",
-    "packed_linear",
     "quantize_rows",
     "rms_norm",
     "rotate",
@@ -65,8 +59,6 @@ __all__ = [
     "row_invariant",
     "sample",
     "select_experts",
-    "stack_step",
     "swiglu",
-    "unpack",
     "use",
 ]

@@ -48,7 +48,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
+        # in place: another [V, D] would be a step's largest tensor; torch refuses a second backward
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight.mul_(grad), None, None
 
 
 @op("softmax_cross_entropy")

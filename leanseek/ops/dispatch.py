@@ -26,6 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
+BACKENDS = ("torch", "native", "gpu")
 ROOMS = ("leanseek.ops.invariant", "leanseek.native", "leanseek.gpu")  # imported at the first call of an op
 
 
@@ -108,10 +109,9 @@ class Op(Generic[P, R]):
         _open_rooms()
         if not (forms := self._forms[row_invariant]):
             return None
-        forced = _FORCED[-1] if _FORCED else None
-        memory = ordinary(*args, *kwargs.values())
+        chosen, memory = forced(), ordinary(*args, *kwargs.values())
         for form in forms:
-            allowed = form.backend == "torch" or (memory and forced in (None, form.backend))
+            allowed = form.backend == "torch" or (memory and chosen in (None, form.backend))
             if allowed and form.accepts(*args, **kwargs):
                 return form
         return None
@@ -133,6 +133,11 @@ def _open_rooms() -> None:
         importlib.import_module(room)
 
 
+def forced() -> str | None:
+    """The backend of the innermost `use`."""
+    return _FORCED[-1] if _FORCED else None
+
+
 def ordinary(*arguments: object) -> bool:
     """Whether all tensors among these have memory, and a call with them is neither traced nor intercepted."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -141,7 +146,14 @@ def ordinary(*arguments: object) -> bool:
         return False
     if torch._C._len_torch_function_stack() and torch.get_default_device().type != "cpu":
         return False  # `with torch.device("meta")`: a kernel's output would have no memory
-    return all(not isinstance(a, Tensor) or (type(a) in (Tensor, nn.Parameter) and not a.is_meta) for a in arguments)
+    return all(map(_has_memory, arguments))
+
+
+def _has_memory(argument: object) -> bool:
+    """Of anything but a tensor, and a weight made of some, it is true."""
+    if isinstance(argument, Tensor):
+        return type(argument) in (Tensor, nn.Parameter) and not argument.is_meta
+    return not isinstance(argument, nn.Module) or all(map(_has_memory, argument.buffers()))
 
 
 def transformed() -> bool:
@@ -165,7 +177,12 @@ def use(backend: str) -> Iterator[None]:
     """Force a backend within the context: "torch" (the reference), or "native" / "gpu" where they accept the call.
 
     For tests and measurements; process-wide, so not for threads that run side by side.
+
+    Raises:
+        ValueError: there is no backend of that name.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     _FORCED.append(backend)
     try:
         yield

@@ -24,8 +24,7 @@ class Format(NamedTuple):
 
 
 E4M3 = Format(0, 448.0, 2.0**-6, 3)
-E5M2 = Format(1, 57344.0, 2.0**-14, 2)
-E5M6 = Format(2, 65024.0, 2.0**-14, 6)  # the paper's own, 12 bits: for what the attention's backward reads as well
+E5M6 = Format(1, 65024.0, 2.0**-14, 6)  # the paper's own, 12 bits: for what the attention's backward reads as well
 
 
 class Counts(NamedTuple):

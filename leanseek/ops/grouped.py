@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanseek.ops.dispatch import op
+from leanseek.ops.dispatch import Priority, op
+from leanseek.ops.formats import TILE
+from leanseek.ops.operands import Activation, Coded, Weight, exact_product
 from leanseek.ops.products import multiply
-
-BAND = 128  # rows that share a scale in FP8's weight gradients, at most (3.3.2)
 
 
 class Tiles(NamedTuple):
@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
     first: Tensor  # [E + 1] int32
 
 
-def group_tiles(ends: Tensor, rows: int, size: int = BAND) -> Tiles:
+def group_tiles(ends: Tensor, rows: int, size: int = TILE) -> Tiles:
     """ends [E] int32: where each expert's rows end; any count, also none. Rows past the last end belong to nobody.
 
     size: rows of a tile, at most.
@@ -52,45 +52,71 @@ class Groups:
 
     def __init__(self, rows: int, device: torch.device, ends: Tensor | None = None):
         """ends [G] int32: where each group's rows end; None for one group of all rows."""
-        self.rows, self._device, self._ends = rows, device, ends
+        self.rows, self._device, self.offsets = rows, device, ends
 
     @cached_property
     def ends(self) -> list[int]:
-        return [self.rows] if self._ends is None else self._ends.tolist()
+        return [self.rows] if self.offsets is None else self.offsets.tolist()
 
     @cached_property
     def bands(self) -> Tensor:
         """[n + 1] int64: cuts the rows into runs of at most 128, none of which crosses a group's end."""
         cuts, start = [0], 0
         for end in self.ends:
-            cuts += [*range(start + BAND, end, BAND), end] if end > start else []
+            cuts += [*range(start + TILE, end, TILE), end] if end > start else []
             start = end
         return torch.tensor(cuts, device=self._device)
 
     @cached_property
     def tiles(self) -> Tiles | None:
         """The same cuts as a table on the device; None for one group."""
-        return None if self._ends is None else group_tiles(self._ends, self.rows)
+        return None if self.offsets is None else group_tiles(self.offsets, self.rows)
 
 
 @op("grouped_product")
-def grouped_product(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
-    """Rows of a [M, K] up to each of `ends` times that group's b [G, N, K]ᵀ -> out [M, N], rounded once to its dtype.
+def grouped_product(a: Activation, b: Weight, groups: Groups, dtype: torch.dtype) -> Tensor:
+    """Each group's rows of a [M, K] times its b [G, N, K]ᵀ -> [M, N], rounded once to `dtype`. Sums are float32.
 
-    b may be a transposed view. Sums are float32.
+    Tensors: b may be a transposed view, and of another dtype, in which it is read or cast to a's. Or both in FP8.
     """
-    for group, (start, stop) in enumerate(pairwise([0, *ends])):
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+    for group, (start, stop) in enumerate(pairwise([0, *groups.ends])):
         if stop > start:
-            multiply(a[start:stop], b[group].t(), out[start:stop])
+            multiply(a[start:stop], b[group].t().to(a.dtype), out[start:stop])
     return out
 
 
 @op("grouped_gradient")
-def grouped_gradient(a: Tensor, b: Tensor, ends: list[int], out: Tensor) -> Tensor:
-    """aᵀ · b over each group's own rows of a [M, N] and b [M, K] -> out [G, N, K]; zero where there are none."""
-    for group, (start, stop) in enumerate(pairwise([0, *ends])):
+def grouped_gradient(a: Activation, b: Activation, groups: Groups, dtype: torch.dtype) -> Tensor:
+    """aᵀ · b over each group's own rows of a [M, N] and b [M, K] -> [G, N, K]; zero without rows. In FP8 turned."""
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    out = torch.empty(len(groups.ends), a.shape[1], b.shape[1], dtype=dtype, device=a.device)
+    for group, (start, stop) in enumerate(pairwise([0, *groups.ends])):
         if stop > start:
             multiply(a[start:stop].t(), b[start:stop], out[group])
         else:
             out[group].zero_()
     return out
+
+
+# ---- the exact arithmetic of FP8, in torch ----
+
+
+@grouped_product.register("torch", lambda a, *_: isinstance(a, Coded), Priority.TORCH)
+def _exact_product(a: Coded, b: Coded, groups: Groups, dtype: torch.dtype) -> Tensor:
+    found = []
+    for group, (start, stop) in enumerate(pairwise([0, *groups.ends])):
+        rows = Coded(a.codes[start:stop], a.scale[start:stop], a.cuts)
+        found.append(exact_product(rows, Coded(b.codes[group], b.scale[group])).to(dtype))
+    return torch.cat(found)
+
+
+@grouped_gradient.register("torch", lambda a, *_: isinstance(a, Coded), Priority.TORCH)
+def _exact_gradient(a: Coded, b: Coded, groups: Groups, dtype: torch.dtype) -> Tensor:
+    edges, found = groups.bands.tolist(), []
+    for start, stop in pairwise([0, *groups.ends]):
+        bands = tuple(edge - start for edge in edges if start <= edge <= stop)
+        left, right = (Coded(t.codes[start:stop].t(), t.scale[start:stop].t(), bands) for t in (a, b))
+        found.append(exact_product(left, right).to(dtype))
+    return torch.stack(found)

@@ -25,10 +25,10 @@ from torch import Tensor
 from leanseek import ops
 from leanseek.machine.device import onednn_linear
 from leanseek.ops.dispatch import Op, Priority, Rows
-from leanseek.ops.experts import grouped_experts, route_order
+from leanseek.ops.experts import each_expert, products_of_rows
 from leanseek.ops.latent_attention import CacheIndex
-from leanseek.ops.linear import dense
 from leanseek.ops.products import wide
+from leanseek.ops.weights import StoredWeight, dense
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,8 +55,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @_invariant(ops.linear)
-def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None) -> Tensor:
-    return _product(x.reshape(-1, x.shape[-1]), dense(weight, scale_inv, x.dtype)).view(*x.shape[:-1], weight.shape[0])
+def linear(x: Tensor, weight: StoredWeight) -> Tensor:
+    return _product(x.reshape(-1, x.shape[-1]), dense(weight, x.dtype)).view(*x.shape[:-1], weight.shape[0])
 
 
 @_invariant(ops.head_linear)
@@ -85,28 +85,7 @@ def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
     return 1 / (1 + (-logits).exp()) if scoring_func == "sigmoid" else logits.softmax(-1)
 
 
-@_invariant(grouped_experts)
-def experts(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    n, k = indices.shape
-    order, place, ends = route_order(indices, gate_up.shape[0])
-    rows = x[order // k]  # [N·K, D], an expert's rows together
-    weight = weights.flatten()[order, None].to(x.dtype)
-    out = torch.empty_like(rows)
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            up_scale, down_scale = (None, None) if scales is None else (scales[0][expert], scales[1][expert])
-            gate, up = linear(rows[start:end], gate_up[expert], up_scale).chunk(2, dim=-1)
-            out[start:end] = linear(swiglu(gate, up) * weight[start:end], down[expert], down_scale)
-        start = end
-    return out[place].view(n, k, x.shape[1]).sum(1)
+_invariant(products_of_rows)(each_expert)
 
 
 @_invariant(ops.latent_attention)
@@ -152,7 +131,8 @@ def _attend(q: Tensor, keys: Tensor, positions: Tensor, scale: float, value_widt
     scores = scores.masked_fill(future[:, :, :, None], float("-inf"))
     top = scores.amax((1, 4), keepdim=True)  # a maximum has no order
     weights = (scores - top).exp()
-    values = _batched(weights.to(q.dtype).view(s * blocks, n * heads, -1), flat[..., :value_width]).float()
+    readable = flat[..., :value_width].nan_to_num(0.0, 0.0, 0.0)  # as in the reference
+    values = _batched(weights.to(q.dtype).view(s * blocks, n * heads, -1), readable).float()
     values = values.view(s, blocks, n, heads, value_width)
     total, mass = values[:, 0], weights[:, 0].sum(-1, keepdim=True)
     for block in range(1, blocks):  # in order: blocks past a query add exact zeros

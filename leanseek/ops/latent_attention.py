@@ -44,5 +44,7 @@ def latent_attention(q: Tensor, cache: Tensor, index: CacheIndex, scale: float, 
         scores = torch.einsum("nhw,lw->nhl", queries, rows).float() * scale
         future = torch.arange(rows.shape[0], device=q.device) > index.positions[start:stop, None]  # [n, L]
         weights = scores.masked_fill_(future[:, None], float("-inf")).softmax(-1).to(rows.dtype)
-        out[start:stop] = torch.einsum("nhl,lw->nhw", weights, rows[:, :value_width])
+        # A wrong draft may leave NaN in a later row, and 0 · NaN is NaN. A query that may read it has a NaN score.
+        values = rows[:, :value_width].nan_to_num(0.0, 0.0, 0.0)
+        out[start:stop] = torch.einsum("nhl,lw->nhw", weights, values)
     return out

@@ -1,15 +1,15 @@
-"""What FP8 products are fed with: operands, and what is kept of an activation for backward.
+"""How FP8 training quantises: activations by rows and turned, weights in blocks, SwiGLU on the way (3.3).
 
 Each op has three forms. The native one (native/fp8.py) writes q · scale in the compute type, and products are
 ordinary ones: with power-of-two scales BF16 holds q · scale exactly, so every single product is that of the codes. The
 GPU's (gpu/training.py) hands on codes of one byte and scales, for its FP8 products. This one in torch hands on
-both in float32, for products in the exact arithmetic (products.py).
+both in float32, for products in the exact arithmetic (operands.py).
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias, overload
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,118 +18,32 @@ from torch import Tensor
 from leanseek.ops.dispatch import op
 from leanseek.ops.formats import E5M6, TILE, quantize, spread
 from leanseek.ops.grouped import Groups
-
-FP8 = torch.float8_e4m3fn
-
-
-class Coded(NamedTuple):
-    """An operand of the exact arithmetic: codes and the scale of each."""
-
-    codes: Tensor  # [rows, columns] float32, on the grid of E4M3; weights have a dimension of experts before
-    scale: Tensor  # of the same shape, float32
-
-    def t(self) -> Coded:
-        return Coded(self.codes.t(), self.scale.t())
-
-    def view(self, *shape: int) -> Coded:
-        return Coded(self.codes.view(shape), self.scale.view(shape))
-
-    def transpose(self, a: int, b: int) -> Coded:
-        return Coded(self.codes.transpose(a, b), self.scale.transpose(a, b))
-
-    def take(self, rows: int | slice | Tensor) -> Coded:
-        return Coded(self.codes[rows], self.scale[rows])
-
-
-class Codes(NamedTuple):
-    """x = codes · scales, E4M3 and float32: of rows, codes [M, K] with scales [M, ceil(K / 128)] that lie by columns;
-    or of weights, [.., N, K] with scales [.., ceil(N / 128), ceil(K / 128)] that lie by rows."""
-
-    codes: Tensor
-    scales: Tensor
-
-    def take(self, rows: Tensor) -> Codes:
-        """Of rows: in another order, or several times."""
-        found = new_codes(rows.numel(), self.codes.shape[1], self.codes.device)
-        wide = torch.int64 if self.codes.shape[1] % 8 == 0 else torch.uint8  # copied 8 codes at a time
-        torch.index_select(self.codes.view(wide), 0, rows, out=found.codes.view(wide))
-        torch.index_select(self.scales.t(), 1, rows, out=found.scales.t())
-        return found
-
-
-class Blocks(NamedTuple):
-    """Weights in 128×128 blocks: codes [.., N, K], scales [.., ceil(N / 128), ceil(K / 128)] float32; and the same
-    turned, [.., K, N], because FP8 products read both operands along the side that is summed."""
-
-    codes: Tensor
-    scales: Tensor
-    codes_t: Tensor
-    scales_t: Tensor
-
-    def take(self, expert: int) -> Blocks:
-        return Blocks(*(t[expert] for t in self))
-
-    def transpose(self, a: int, b: int) -> Blocks:
-        return Blocks(self.codes_t, self.scales_t, self.codes, self.scales)
-
-    def t(self) -> Blocks:
-        return self.transpose(0, 1)
-
-
-def new_codes(rows: int, columns: int, device: torch.device) -> Codes:
-    """Room for codes and their scales; a column of scales starts at a multiple of 16 bytes."""
-    scales = torch.empty(-(-columns // TILE), -(-rows // 4) * 4, dtype=torch.float32, device=device)
-    return Codes(torch.empty(rows, columns, dtype=FP8, device=device), scales[:, :rows].t())
-
-
-# A tensor holds q · scale; codes are a GPU's, blocks those of its weights.
-Weight: TypeAlias = Tensor | Coded | Blocks
-Operand: TypeAlias = Tensor | Coded | Codes | Blocks
-
-
-class Kept(NamedTuple):
-    """An activation as backward finds it: one byte a value."""
-
-    codes: Tensor  # [rows, columns] E4M3
-    scales: Tensor  # [rows, ceil(columns / 128)] float32
-
-    def wide(self) -> Tensor:
-        """[rows, columns] float32"""
-        return self.codes.float() * spread(self.scales, (1, TILE), self.codes.shape)
-
-
-@overload
-def take(a: Weight, rows: int) -> Weight: ...
-@overload
-def take(a: Operand, rows: int | slice | Tensor) -> Operand: ...
-def take(a: Operand, rows: int | slice | Tensor) -> Operand:
-    if not isinstance(a, Tensor):
-        return a.take(rows)  # type: ignore[arg-type]  # rows of codes by a tensor, experts of blocks by number
-    return a.index_select(0, rows) if isinstance(rows, Tensor) else a[rows]
+from leanseek.ops.operands import FP8, Activation, Coded, Kept, Weight, cuts
+from leanseek.ops.swiglu import swiglu_gradient
 
 
 class Both(NamedTuple):
-    rows: Operand  # in 1×128 tiles
-    turned: Operand  # in 128×1 tiles, the 128 being the rows of a band
+    rows: Activation  # in 1×128 tiles
+    turned: Activation  # in 128×1 tiles, the 128 being the rows of a band
 
 
 class SwiGLUBackward(NamedTuple):
     hidden: Both  # gradient of the pre-activation [M, 2I]
-    act: Operand  # the activation computed again, turned [M, I]
+    act: Activation  # the activation computed again, turned [M, I]
     weight: Tensor | None  # gradient of the rows' weights [M] float32
 
 
 @op("fp8_rows")
-def rows(x: Tensor, power_of_two: bool, fixed: Tensor | None = None) -> tuple[Operand, Kept]:
+def rows(x: Tensor, power_of_two: bool, fixed: Tensor | None = None) -> tuple[Activation, Kept]:
     """x [M, K] in 1×128 tiles: the operand, and what is kept. `fixed` is one scale for all of it."""
     q, scales = quantize(x, (1, TILE), power_of_two, fixed)
-    return Coded(q, spread(scales, (1, TILE), x.shape)), Kept(q.to(FP8), scales)
+    return Coded(q, spread(scales, (1, TILE), x.shape), cuts(x.shape[1])), Kept(q.to(FP8), scales)
 
 
 @op("fp8_turn")
 def turn(
     x: Tensor | Kept, groups: Groups, power_of_two: bool, dtype: torch.dtype, index: Tensor | None = None
-) -> Operand:
+) -> Activation:
     """Rows `index` (all when None) of x [.., C] in 128×1 tiles: [M, C], a GPU's [C, ..] as its products read them.
 
     Runs of at most 128 rows of one group share a scale in each column. `dtype` is that of the compute.
@@ -152,13 +66,16 @@ def both(x: Tensor, groups: Groups, power_of_two: bool) -> Both:
 
 @op("fp8_blocks")
 def blocks(weight: Tensor, power_of_two: bool, dtype: torch.dtype, fixed: Tensor | None = None) -> Weight:
-    """weight [E, rows, columns] in 128×128 blocks, as [E, rows, columns]. `dtype` is that of the compute."""
-    q, scales = quantize(weight, (TILE, TILE), power_of_two, fixed)
+    """weight [E, rows, columns] in 128×128 blocks, as [E, rows, columns].
+
+    `dtype` is that of the compute; `fixed` [E] are scales for whole matrices.
+    """
+    q, scales = quantize(weight, (TILE, TILE), power_of_two, None if fixed is None else fixed[:, None, None])
     return Coded(q, spread(scales, (TILE, TILE), q.shape))
 
 
 @op("fp8_swiglu")
-def swiglu(hidden: Tensor, weight: Tensor | None, power_of_two: bool) -> tuple[Operand, Kept]:
+def swiglu(hidden: Tensor, weight: Tensor | None, power_of_two: bool) -> tuple[Activation, Kept]:
     """hidden [M, 2I], gate then up -> (w · silu(gate) · up in 1×128 tiles [M, I], hidden as it is kept).
 
     weight [M] float32. Gate and up have tiles of their own.
@@ -175,10 +92,11 @@ def swiglu_backward(
     grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups, power_of_two: bool
 ) -> SwiGLUBackward:
     """grad [M, I] of the activation, and the hidden that was kept, as the four products of backward take them."""
-    dgate, dup, act, dweight = swiglu_gradient(grad, hidden, weight)
+    dgate, dup, act, dweight = swiglu_gradient(*hidden_halves(hidden), weight, grad.float())
     dhidden = torch.cat((dgate, dup), dim=-1)
     codes, scales = _halves(dhidden, power_of_two)
-    by_rows = Coded(codes.flatten(1), spread(scales, (1, TILE), codes.shape).flatten(1))
+    scale = spread(scales, (1, TILE), codes.shape).flatten(1)
+    by_rows = Coded(codes.flatten(1), scale, cuts(dhidden.shape[1], halves=2))
     turned, act_turned = (turn.reference(x, groups, power_of_two, grad.dtype) for x in (dhidden, act))
     return SwiGLUBackward(Both(by_rows, turned), act_turned, dweight)
 
@@ -207,16 +125,3 @@ def hidden_halves(hidden: Kept) -> tuple[Tensor, Tensor]:
     """gate and up [M, I] float32 of a kept pre-activation."""
     codes, scales = hidden.codes.chunk(2, dim=-1), hidden.scales.chunk(2, dim=-1)
     return Kept(codes[0], scales[0]).wide(), Kept(codes[1], scales[1]).wide()
-
-
-def swiglu_gradient(grad: Tensor, hidden: Kept, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Before any rounding, float32: gradients of gate and up [M, I], the weighted activation, the weights' gradient."""
-    gate, up = hidden_halves(hidden)
-    sig, grad = torch.sigmoid(gate), grad.float()
-    silu = gate * sig
-    act = silu * up
-    dweight = None
-    if weight is not None:
-        dweight = (grad * act).sum(-1)
-        act, grad = act * weight[:, None], grad * weight[:, None]
-    return grad * up * (sig + silu * (1 - sig)), grad * silu, act, dweight

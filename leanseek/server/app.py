@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and what stands between them and the network."""
+"""The ASGI application: routes, and the gate in front of them (API key, body limit, headers, errors)."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from leanseek.server.schema import (
 )
 from leanseek.server.service import Service
 
-MAX_BODY = 16 * 2**20  # bytes: several times the longest context, written out
+MAX_BODY = 16 * 2**20  # bytes: several times the longest context as text
 PAGE = Path(__file__).parent / "page"
-# What the chat page may load: itself. Model output that slipped into it could reach nothing.
+# The chat page may load only its own files, so model output injected into it could not reach anything.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-PUBLIC = ("/", "/health", "/metrics", "/openapi.json")  # without a key; and what lies under /page/
+PUBLIC = ("/", "/health", "/metrics", "/openapi.json")  # served without a key, as is everything under /page/
 _HOST = re.compile(r"([\w.~%!$&'()*+,;=-]*|\[[0-9a-fA-F:.]+\])(:[0-9]{0,5})?", re.ASCII)  # RFC 3986's host and port
 
 Handler = Callable[[Service, Any], Coroutine[Any, Any, dict[str, Any] | EventStream]]
@@ -53,12 +53,12 @@ Handler = Callable[[Service, Any], Coroutine[Any, Any, dict[str, Any] | EventStr
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use the server. Without a key everyone who reaches it; without origins no other site's pages.
+    """Who may use the server: without a key, everyone who can reach it; without origins, no pages of other sites.
 
-    root_path: what a proxy puts before every path ("/llm"), whether it takes that off again or not
+    root_path: the prefix of every path behind a proxy ("/llm"), whether or not the proxy strips it
 
     Raises:
-        ServerError: the key is empty, or the prefix not a path.
+        ServerError: the key is empty, or the prefix is not a path.
     """
 
     api_key: str | None = None
@@ -68,7 +68,7 @@ class Access:
     def __post_init__(self) -> None:
         if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", self.root_path, re.ASCII):
             raise ServerError(f"the root path {self.root_path!r} is not a path such as /llm")
-        if self.api_key == "":  # as an unset variable in a script would make it
+        if self.api_key == "":  # an unset variable in a script, for example
             raise ServerError("the API key is empty; leave it out to serve without one")
 
 
@@ -98,20 +98,20 @@ def create_app(service: Service, access: Access | None = None) -> Starlette:
         allow_private_network=True,
     )
     gate = Middleware(_Gate, service=service, api_key=access.api_key, root_path=root_path)
-    # Starlette would handle other exceptions outside all middleware, and then raise them on: those are _Gate's.
+    # _Gate handles all other exceptions: Starlette would handle them outside all middleware and raise them again.
     app = Starlette(
         routes=routes,
         middleware=[cors, gate] if access.allowed_origins else [gate],
         exception_handlers={HTTPException: error_response},
     )
-    app.router.redirect_slashes = False  # to an address made of the Host that a client sent
+    app.router.redirect_slashes = False  # the redirect would contain the Host that the client sent
     return app
 
 
 class _Gate:
-    """Headers, the API key, the limit on bodies, and errors: around every request.
+    """Wraps every request: response headers, the API key, the body limit, and error responses.
 
-    It decides by the path that the routes are found by, `scope["path"]`, and by nothing else a client says.
+    It decides by `scope["path"]`, the path that routing uses, and by nothing else that the client sends.
     """
 
     def __init__(self, app: ASGIApp, service: Service, api_key: str | None, root_path: str):
@@ -148,7 +148,7 @@ class _Gate:
             self._admit(Request(scope))
             await self._app(scope, counted_receive, guarded_send)
         except ClientDisconnect:
-            return  # nobody is there to be told
+            return  # the client is gone
         except Exception as error:
             response = await error_response(Request(scope), error)
             if not started:
@@ -159,7 +159,7 @@ class _Gate:
         if length.isdigit() and int(length) > MAX_BODY:
             raise ApiError(413, f"the body is larger than {MAX_BODY:,} bytes")
         if "transfer-encoding" in request.headers and "content-length" in request.headers:
-            raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other")
+            raise ApiError(400, "send either Content-Length or Transfer-Encoding, not both")
         host = request.headers.get("host", "")
         if not _HOST.fullmatch(host):
             raise ApiError(400, "the Host header is not a host and a port")
@@ -182,11 +182,11 @@ def _headers(path: str) -> list[tuple[bytes, bytes]]:
 def _endpoint(
     service: Service, body: type[BaseModel], handle: Handler
 ) -> Callable[[Request], Awaitable[Response | EventStream]]:
-    """A route's function: JSON in, JSON or events out."""
+    """A route handler: JSON in, JSON or events out."""
 
     async def run(request: Request) -> Response | EventStream:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # which other sites' pages cannot send without being allowed to
+        if kind != "application/json":  # browsers let another site's page send this only after CORS allows it
             raise ApiError(415, "the body must be JSON, sent with `Content-Type: application/json`")
         parsed = body.model_validate_json(await request.body())
         answer = await unless_left(request.receive, handle(service, parsed))
@@ -203,13 +203,13 @@ def _json(answer: dict[str, Any]) -> Response:
 
 
 def _pages(service: Service, schema: dict[str, Any]) -> dict[str, Callable[[Request], Awaitable[Response]]]:
-    """What is read with GET."""
+    """The GET endpoints."""
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(service)]})
 
     async def model(request: Request) -> Response:
-        if not request.path_params["name"]:  # the list, with a slash behind
+        if not request.path_params["name"]:  # /v1/models/
             return await models(request)
         service.check_model(request.path_params["name"])
         return JSONResponse(_model(service))
@@ -248,7 +248,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 def _health(service: Service) -> Response:
-    """200 while requests are taken; a glance at the engine's load for the chat page."""
+    """200 while the server accepts requests; the body also shows the engine's load, for the chat page."""
     stats = service.engine.stats()
     accepting = service.engine.accepting
     stopped = "the server is stopping" if service.engine.alive else "the engine has stopped"
@@ -278,6 +278,6 @@ async def _detokenize(service: Service, request: DetokenizeRequest) -> dict[str,
     service.check_model(request.model)
     vocabulary = service.engine.config.vocab_size
     if max(request.tokens, default=0) >= vocabulary:
-        raise ApiError(400, f"a token lies outside the vocabulary of {vocabulary}", param="tokens")
+        raise ApiError(400, f"a token id is outside the vocabulary of {vocabulary}", param="tokens")
     text = await asyncio.to_thread(service.tokenizer.decode, request.tokens, False)
     return {"prompt": text}

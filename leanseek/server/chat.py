@@ -31,7 +31,7 @@ from leanseek.server.parsers import (
 from leanseek.server.schema import ChatRequest, Object, Sampling
 from leanseek.server.service import Generation, Service, begun_answer, chat_logprob, new_id
 
-CLOSE_THINKING = "\n</think>\n\n"  # guided output has no room for reasoning: the prompt ends it
+CLOSE_THINKING = "\n</think>\n\n"  # guided output cannot contain reasoning, so the prompt closes it
 
 
 async def chat_completions(service: Service, request: ChatRequest) -> dict[str, Any] | EventStream:
@@ -48,7 +48,9 @@ async def chat_completions(service: Service, request: ChatRequest) -> dict[str, 
 async def begin_chat(
     service: Service, request: ChatRequest, form_option: str = "response_format"
 ) -> tuple[Generation, list[Parser]]:
-    """Start answering a conversation; a parser for each choice. `form_option`: what the client calls response_format.
+    """Start answering a conversation. Returns the generation and a parser for each choice.
+
+    form_option: the client's name for response_format
 
     Raises:
         ApiError, InputError, QueueFull, EngineStopped: the request cannot be served.
@@ -57,9 +59,9 @@ async def begin_chat(
     check_chat(request)
     tools = offered_tools(request)
     forced = forced_tools(request, tools)
-    written = service.template.family.tools if tools else None  # how the model writes calls
+    written = service.template.family.tools if tools else None  # the model's syntax for calls
     held = requested_form(request.response_format, request.structured_outputs, form_option)
-    if forced:  # a call has no content that response_format could be about
+    if forced:  # response_format is about content, which a call does not have
         held = call_form(forced)
     elif held and tools:
         held = form_or_calls(held, tools, written, request.parallel_tool_calls is not False, service.tokenizer)
@@ -68,7 +70,7 @@ async def begin_chat(
     begun = begun_answer(request.messages, request)
     if begun is not None and held:
         message = (
-            f"{held.option} cannot hold for an answer that goes on from a message: a form begins anew; leave one out"
+            f"{held.option} cannot be combined with continuing a message: a form starts a new answer; leave one out"
         )
         raise ApiError(400, message, param=held.option)
     effort: Object = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
@@ -96,12 +98,12 @@ async def begin_chat(
 async def generate_chat(
     service: Service, request: Sampling, prompt: str, max_tokens: int | None, **more: Any
 ) -> Generation:
-    """Start generating behind a rendered conversation.
+    """Start generating after a rendered conversation.
 
     Raises:
         ApiError, EngineError, QueueFull, EngineStopped: the request cannot be served.
     """
-    ids = await service.encode(prompt, add_special_tokens=False)  # the template wrote those there are
+    ids = await service.encode(prompt, add_special_tokens=False)  # the template has added them
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if not more.get("guided"):  # a form ends by itself
         stop = [*stop, *service.template.stop]
@@ -112,7 +114,7 @@ async def generate_chat(
 def thinking_state(prompt: str, guide: Guide | None, begun: str = "") -> tuple[str, bool]:
     """The prompt, with reasoning closed if the output is guided, and whether the answer begins inside reasoning.
 
-    begun: the text of the answer that the prompt ends with
+    begun: the part of the answer that the prompt already contains, at its end
     """
     opened = prompt.removesuffix(begun).rstrip().endswith(THINK)
     if THINK in begun or END_THINK in begun:
@@ -123,12 +125,12 @@ def thinking_state(prompt: str, guide: Guide | None, begun: str = "") -> tuple[s
 
 
 def reasoning_splitter(service: Service, opened: bool, guide: Guide | None) -> ReasoningSplitter | None:
-    """For an answer that may have reasoning; None for one that cannot."""
+    """A splitter if the answer may contain reasoning, else None."""
     return ReasoningSplitter(opened) if (opened or service.template.reasons) and not guide else None
 
 
 class _Answer:
-    """An answer on its way from deltas to OpenAI's objects."""
+    """Turns the engine's deltas into OpenAI's objects."""
 
     def __init__(self, service: Service, request: ChatRequest, generation: Generation, parsers: list[Parser]):
         self._service = service
@@ -183,7 +185,7 @@ class _Answer:
             parsed = self._parse(delta)
             logprobs = self._logprobs(delta)
             pieces = parsed.pieces()
-            for number, piece in enumerate(pieces, start=1):  # of one kind each
+            for number, piece in enumerate(pieces, start=1):  # a chunk for each kind
                 last = number == len(pieces)
                 here = len(logprobs) if last else delta.reasoning_tokens if piece.reasoning else 0
                 yield self._chunk(

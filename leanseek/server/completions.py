@@ -1,4 +1,4 @@
-"""/v1/completions: prompts that are texts or tokens, several at once; echo with logprobs; fill in the middle."""
+"""/v1/completions: one or more prompts, as text or tokens; echo with logprobs; fill in the middle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # pre
 
 
 async def completions(service: Service, request: CompletionRequest) -> dict[str, Any] | EventStream:
-    """Continue prompts: n choices of each, prompt by prompt, whole or streamed.
+    """Continue each prompt with n choices, prompt by prompt, whole or streamed.
 
     Raises:
         ApiError, InputError, QueueFull, EngineStopped: before anything has been generated.
@@ -43,7 +43,7 @@ async def completions(service: Service, request: CompletionRequest) -> dict[str,
             service.sampling(
                 request,
                 len(ids),
-                max(1, max_tokens),  # 0 asks for the prompt's logprobs: one token is made and dropped
+                max(1, max_tokens),  # 0 requests only the prompt's logprobs: one token is generated and dropped
                 n=request.n,
                 guided=form.guide if form else None,
                 logprobs=request.logprobs,
@@ -52,13 +52,13 @@ async def completions(service: Service, request: CompletionRequest) -> dict[str,
         )
         for ids in prompts
     ]
-    generation = await service.generate(requests, request.priority, told=max_tokens > 0)
+    generation = await service.generate(requests, request.priority, keep_tokens=max_tokens > 0)
     answer = _Answer(service, request, generation, prompts, keep_tokens=max_tokens > 0)
     return EventStream(generation, answer.chunks()) if request.stream else await answer.whole()
 
 
 def _listed(prompt: str | Sequence[int] | Sequence[str | list[int]]) -> list[str | list[int]]:
-    """One prompt or several: a list of numbers is one."""
+    """The prompts as a list; a list of numbers is one prompt."""
     if isinstance(prompt, str):
         return [prompt]
     if all(isinstance(each, int) for each in prompt):
@@ -70,7 +70,7 @@ async def _prompt_ids(service: Service, prompt: str | list[int], suffix: str | N
     if suffix is None:
         return prompt if isinstance(prompt, list) else await service.encode(prompt, add_special_tokens=True)
     if isinstance(prompt, list):
-        raise ApiError(400, "suffix needs a prompt that is a text", param="suffix")
+        raise ApiError(400, "suffix needs a text prompt", param="suffix")
     begin, hole, end = _FIM
     if any(service.tokenizer.inner.token_to_id(mark) is None for mark in _FIM):
         raise ApiError(400, "suffix needs a model with fill-in-the-middle tokens; this one has none", param="suffix")
@@ -94,22 +94,22 @@ class _Choice:
 
 
 class _Offsets:
-    """Where each token of one choice begins in the text that is returned.
+    """Where each token of one choice begins in the returned text.
 
-    A part of a character begins where the character does. What a stop string cut off begins at the end of the text, so
-    an entry waits until the text up to it has been given out.
+    A token that is part of a character begins where the character does. A token cut off by a stop string begins at the
+    end of the text, so an entry waits until the text before it has been returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, skipped: Collection[int]):
         self._tokenizer = tokenizer
-        self._skipped = skipped  # tokens that the text leaves out
+        self._skipped = skipped  # tokens left out of the text
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._place = 0  # characters of all tokens so far
-        self._given = 0  # characters of the text
+        self._given = 0  # characters of text returned so far
         self._waiting: list[_Entry] = []
 
     def add(self, text: str, entries: Sequence[tuple[int, TokenLogprob | None]], final: bool) -> list[_Entry]:
-        """Take text and tokens; the entries that are certain now, all of them when `final`."""
+        """Add text and tokens; return the entries whose offset is known now (all of them if `final`)."""
         self._given += len(text)
         for token, logprob in entries:
             self._waiting.append(_Entry(token, logprob, self._place))
@@ -123,13 +123,13 @@ class _Offsets:
         return ready
 
     def begin_answer(self) -> None:
-        """The prompt ends, and with it a character that it leaves incomplete."""
+        """The prompt has ended; drop an incomplete character at its end."""
         self._place = self._given
         self._decoder.reset()
 
 
 class _Answer:
-    """An answer on its way from deltas to OpenAI's objects."""
+    """Turns the engine's deltas into OpenAI's objects."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class _Answer:
         self._keep_tokens = keep_tokens
         self._n = request.n or 1
         self._skip_special = request.skip_special_tokens is not False
-        self._prompt_logprobs: Sequence[TokenLogprob | None] = []  # of the prompt whose choices come now
+        self._prompt_logprobs: Sequence[TokenLogprob | None] = []  # of the prompt whose choices are being returned
         self._echoed: set[int] = set()
         skipped = service.tokenizer.special_ids if self._skip_special else frozenset()
         self._offsets = [_Offsets(service.tokenizer, skipped) for _ in range(len(prompts) * self._n)]
@@ -175,7 +175,7 @@ class _Answer:
             yield self._object([], self._generation.usage)
 
     def _pieces(self, number: int, delta: Delta) -> list[_Choice]:
-        """What a delta adds: the prompt first, where it is echoed, then the text."""
+        """What a delta adds: the prompt first if it is echoed, then the text."""
         index = number * self._n + delta.index
         pieces = []
         if self._request.echo and index not in self._echoed:
@@ -225,6 +225,6 @@ class _Answer:
         }
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        """The likeliest tokens, and the one that came even if it is not among them."""
+        """The most likely tokens, and the generated one even if it is not among them."""
         shown = [*entry.top[: self._request.logprobs], (entry.token_id, entry.logprob)]
         return {token_text(self._service.tokenizer, token): max(value, MIN_LOGPROB) for token, value in shown}

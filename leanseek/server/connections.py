@@ -1,7 +1,7 @@
-"""Connections: none lasts for ever, there are never more than descriptors allow, and the server stops in time.
+"""Connections: time limits, a cap on their number, and a bounded shutdown.
 
-uvicorn speaks HTTP (by h11). Added here is what it leaves to a proxy: limits of time for clients that send or take
-nothing, a cap on connections, and an end of shutting down.
+uvicorn (with h11) speaks HTTP. This module adds what uvicorn leaves to a proxy: timeouts for clients that stop sending
+or reading, a cap on connections that keeps descriptors free, and a deadline for shutting down.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from leanseek.server.service import Service
 
 logger = logging.getLogger("leanseek.server")
 
-ACCEPTED_AT_ONCE = 16  # connections between two looks at their number
-RESERVED = 64 + ACCEPTED_AT_ONCE  # descriptors for files, and for the processes of templates and guides
-TAKEN_BYTES = 4096  # of a waiting answer; who has taken less in `taking_s` takes nothing
-TELLING_S = 2.0  # of shutting down, at most, to tell requests that they are ended
+ACCEPTED_AT_ONCE = 16  # connections accepted between two checks of their number
+RESERVED = 64 + ACCEPTED_AT_ONCE  # descriptors for files and for the template and guide processes
+TAKEN_BYTES = 4096  # of a pending answer; a client that reads less than this in `taking_s` has stopped reading
+TELLING_S = 2.0  # the most shutdown time kept to send running requests their error
 NOTICE_S = 60.0
 
 
 def most_connections() -> int:
-    """As many as leave descriptors for everything else."""
+    """How many connections leave enough descriptors for everything else."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         limit = 2**16
@@ -54,18 +54,18 @@ def most_connections() -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of connections, in seconds."""
+    """Limits on connections; times in seconds."""
 
     head_s: float = 20.0  # from the first byte of a request (or from connecting) to the end of its head
-    body_s: float = 120.0  # and from there to the end of its body
-    taking_s: float = 60.0  # an answer that waits and of which nothing is taken
-    keep_alive_s: float = 75.0  # between two requests: longer than the clients' own pools and common proxies keep one
+    body_s: float = 120.0  # from there to the end of its body
+    taking_s: float = 60.0  # how long a pending answer may go unread
+    keep_alive_s: float = 75.0  # between two requests: longer than client pools and common proxies keep a connection
     shutdown_s: float = 30.0  # from the signal to the end of the process
     connections: int = field(default_factory=most_connections)
 
 
 class _Notice:
-    """A warning that is logged once in a while, however often it is given."""
+    """Logs a warning at most once every NOTICE_S seconds."""
 
     def __init__(self) -> None:
         self._next = 0.0
@@ -77,15 +77,15 @@ class _Notice:
 
 
 class Connection(H11Protocol):
-    """One connection; `check` is called twice a second."""
+    """One connection; the server calls `check` twice a second."""
 
     def __init__(self, *arguments: Any, limits: Limits, notice: _Notice, **named: Any):
         super().__init__(*arguments, **named)
         self._limits = limits
         self._notice = notice
         self._since = self._taken = self.loop.time()
-        self._awaited: tuple[str | None, object] = ("head", None)  # of a request, and which
-        self._held = 0  # bytes of the answer that waited when some were last taken
+        self._awaited: tuple[str | None, object] = ("head", None)  # the missing part of a request, and the request
+        self._held = 0  # bytes of the answer unsent when the client last read some
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -93,8 +93,8 @@ class Connection(H11Protocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        """Close the connection that has waited longest for a request; where all have one, this."""
-        self._notice(f"{self._limits.connections} connections are open, the most there may be; waiting ones are closed")
+        """Close the connection that has waited longest for a request; if all have one, refuse this connection."""
+        self._notice(f"{self._limits.connections} connections are open, which is the limit; closing idle ones")
         others = [other for other in self.connections if isinstance(other, Connection) and other is not self]
         waiting = [other for other in others if other._part() or other.conn.our_state is h11.IDLE]
         if not waiting:
@@ -104,25 +104,25 @@ class Connection(H11Protocol):
         oldest.transport.abort()
 
     def _part(self) -> str | None:
-        """What of a request is still to come."""
+        """Which part of a request has yet to arrive."""
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self.conn.trailing_data[0]):
             return "head"
         return "body" if self.conn.their_state is h11.SEND_BODY else None
 
     @property
     def busy(self) -> bool:
-        """Whether a whole request waits for its answer, or an answer to be taken."""
+        """Whether a complete request waits for its answer, or the client has not read its answer yet."""
         answering = self.cycle is not None and not self.cycle.response_complete and not self._part()
         return answering or self.transport.get_write_buffer_size() > 0
 
     def check(self, now: float) -> None:
-        """End the connection if its client has been waited for too long."""
+        """End the connection if its client has exceeded a time limit."""
         awaited = (self._part(), self.cycle)
         if awaited != self._awaited:
             self._awaited, self._since = awaited, now
         limit = {"head": self._limits.head_s, "body": self._limits.body_s}.get(awaited[0] or "", float("inf"))
         if now - self._since > limit:
-            self.give_up(408, f"the request's {awaited[0]} did not come within {limit:g} s")
+            self.give_up(408, f"the request's {awaited[0]} did not arrive within {limit:g} s")
         held = self.transport.get_write_buffer_size()
         if not held or held <= self._held - TAKEN_BYTES:
             self._held, self._taken = held, now
@@ -131,8 +131,8 @@ class Connection(H11Protocol):
             self.transport.abort()
 
     def give_up(self, status: int, message: str, retry_after_s: float | None = None) -> None:
-        """End a request that has not come whole."""
-        if self.cycle is None and not self.conn.trailing_data[0]:  # nothing was asked
+        """End a request that has not arrived completely."""
+        if self.cycle is None and not self.conn.trailing_data[0]:  # no request has begun
             return self.transport.close()
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             return self.transport.abort()
@@ -141,16 +141,16 @@ class Connection(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and {b"content-length", b"transfer-encoding"} <= {name for name, _ in self.headers}:
-            self.cycle.keep_alive = False  # where such a request ends is not sure: nothing may follow
+            self.cycle.keep_alive = False  # its end is ambiguous, so no request may follow
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's answer to what is no HTTP, in our shape."""
+        """uvicorn's answer to invalid HTTP, in our format."""
         self._refuse(400, "this is not a valid HTTP request")
 
     def _refuse(self, status: int, message: str, retry_after_s: float | None = None) -> None:
-        """Answer outside the application, if nothing has been answered yet, and close."""
+        """Answer without the application, unless an answer has begun, and close."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # for the application, which would wait for the rest or answer too
+            self.cycle.disconnected = True  # or the application would wait for the rest, or answer too
             self.cycle.message_event.set()
         error = ApiError(status, message, retry_after_s=retry_after_s)
         body = json.dumps(error.body).encode()
@@ -164,7 +164,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def shutdown(self) -> None:
-        """The server stops: end what is not a whole request; the others' connections close behind their answers."""
+        """The server stops: end incomplete requests; close the other connections after their answers."""
         if self._part() == "body":
             self.give_up(503, "the server is stopping", RETRY_AFTER_STOP_S)
         elif self.cycle is None or self.cycle.response_complete:
@@ -174,10 +174,10 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Runs until it is told to stop, and then for `limits.shutdown_s` at most.
+    """Runs until a signal arrives, and then for at most `limits.shutdown_s`.
 
-    The first signal drains and the second is the operating system's business. While it drains, the server goes on
-    listening: requests are answered 503.
+    The first signal drains; the second has its default action and ends the process. The server keeps listening while it
+    drains, and answers new requests with 503.
     """
 
     def __init__(self, app: ASGIApp, service: Service, limits: Limits, greeting: str = ""):
@@ -190,8 +190,8 @@ class Server(uvicorn.Server):
             http=partial(Connection, limits=limits, notice=self._notice),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
-            log_config=None,  # ours is the log of its process
-            log_level="error",  # its warnings are about what clients send: a line for each bad request
+            log_config=None,  # keep the logging of the process
+            log_level="error",  # its warnings would add a line for each bad request
             access_log=False,
             server_header=False,
             backlog=ACCEPTED_AT_ONCE,
@@ -202,16 +202,16 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(self._complain)
         await super().startup(sockets)
-        for listener in sockets or ():  # asyncio's own backlog is also how many it accepts at once
+        for listener in sockets or ():  # for asyncio, the backlog is also how many it accepts at once
             listener.listen(1024)
         if self._greeting:
             print(self._greeting, file=sys.stderr, flush=True)
 
     def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What goes wrong outside requests. Without descriptors asyncio logs a traceback at every try to accept."""
+        """Log an error outside requests. Out of descriptors, asyncio would log a traceback for every failed accept."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            self._notice(f"no connection can be accepted now ({error.strerror})")
+            self._notice(f"cannot accept connections now ({error.strerror})")
         else:
             loop.default_exception_handler(context)
 
@@ -229,7 +229,7 @@ class Server(uvicorn.Server):
             connection.check(now)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what runs; end with an error what still runs after that time."""
+        """Finish running requests; when the time is up, end the rest with an error."""
         end = asyncio.get_running_loop().time() + self._limits.shutdown_s
         self._service.engine.refuse()
         for connection in self._connections():
@@ -244,11 +244,11 @@ class Server(uvicorn.Server):
             listener.close()
         for connection in self._connections():
             connection.transport.abort()
-        if self.server_state.tasks:  # they see that their clients are gone
+        if self.server_state.tasks:  # they notice that their clients are gone
             await asyncio.wait(self.server_state.tasks, timeout=0.5)
 
     async def _quiet(self, end: float) -> bool:
-        """Wait until no connection is busy; whether that was before the end."""
+        """Wait until no connection is busy; False if that takes longer than until `end`."""
         while any(connection.busy for connection in self._connections()):
             if asyncio.get_running_loop().time() > end:
                 return False
@@ -258,7 +258,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # signals are not for us
+        if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
             yield
             return
 

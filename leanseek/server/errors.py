@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API shapes them: {"error": {"message", "type", "param", "code"}}, whatever went wrong."""
+"""Every error in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ RETRY_AFTER_STOP_S = 5  # a restart takes about that long
 
 
 class ServerError(InputError):
-    """The server cannot start as asked; one line that says how to mend it."""
+    """The server cannot start with these options; the message says in one line how to fix that."""
 
 
 class ApiError(Exception):
-    """A request that ends with a status of 4xx or 5xx."""
+    """Ends a request with a 4xx or 5xx status."""
 
     def __init__(
         self,
@@ -58,18 +58,18 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about any exception; those that are our fault are logged with their traceback."""
+    """The error that the client sees for an exception. Unexpected exceptions are logged with their traceback."""
     match error:
         case ApiError():
             return error
         case HTTPException():  # routing: 404, 405
             return ApiError(error.status_code, error.detail)
         case ValidationError():
-            return _of_validation(error)
+            return _validation_error(error)
         case QueueFull():
             return ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after)
         case Crowded():
-            message = "many requests with slow templates or output forms are being worked on; try again later"
+            message = "too many requests with slow chat templates or output forms are running; try again later"
             return ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_STOP_S)
         case EngineStopped():
             return ApiError(503, str(error), code="stopping", retry_after_s=RETRY_AFTER_STOP_S)
@@ -81,24 +81,24 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's log has the details")
 
 
-def _of_validation(error: ValidationError) -> ApiError:
-    """Of several errors the deepest, and of those the one that is not about the kind of a value: where it may be of
-    many kinds, that is about the kind that was meant."""
+def _validation_error(error: ValidationError) -> ApiError:
+    """Reports the deepest error, preferably not one about a value's type: in a union, the other errors come from the
+    member that the client meant."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
-    told = max(errors, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
-    if told["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {told['msg']}")
-    where = ".".join(str(part) for part in told["loc"] if isinstance(part, int) or _is_field(part))
-    return ApiError(400, f"{where}: {told['msg']}" if where else told["msg"], param=where or None)
+    deepest = max(errors, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
+    if deepest["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {deepest['msg']}")
+    where = ".".join(str(part) for part in deepest["loc"] if isinstance(part, int) or _is_field(part))
+    return ApiError(400, f"{where}: {deepest['msg']}" if where else deepest["msg"], param=where or None)
 
 
 def _is_field(part: str) -> bool:
-    """Pydantic's paths also name the kinds of a union: `str`, `list[...]`, `InputMessage`."""
+    """Pydantic's paths also name the members of a union: `str`, `list[...]`, `InputMessage`."""
     return part.isidentifier() and part.islower() and part not in ("str", "int", "float", "bool")
 
 
 async def error_response(request: Request, error: Exception) -> JSONResponse:
     """Exception handler of the application."""
-    told = as_api_error(error)
+    api_error = as_api_error(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    return JSONResponse(told.body, told.status, headers | told.headers)
+    return JSONResponse(api_error.body, api_error.status, headers | api_error.headers)

@@ -1,4 +1,4 @@
-"""Answers that last: they end when their client leaves."""
+"""Long-running answers, which end when their client disconnects."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 async def unless_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of the work, which is cancelled when the client leaves first. For use once the body has been read.
+    """The result of `work`, which is cancelled if the client disconnects first. Call it after reading the body.
 
     Raises:
-        ClientDisconnect: the client has left.
+        ClientDisconnect: the client has disconnected.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_until_left(receive))
@@ -43,8 +43,8 @@ async def _until_left(receive: Receive) -> None:
 class EventStream:
     """Server-sent events as an ASGI response.
 
-    events: what to send, in order; those with a "type" (of /v1/responses) are named after it
-    done: whether "data: [DONE]" follows the last
+    events: what to send, in order; an event with a "type" (as in /v1/responses) is named after it
+    done: whether to send "data: [DONE]" at the end
     """
 
     def __init__(self, generation: Generation, events: AsyncIterator[dict[str, Any]], done: bool = True):
@@ -60,18 +60,18 @@ class EventStream:
 
     async def _send(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        headers.append((b"x-accel-buffering", b"no"))  # proxies such as nginx would hold events back
+        headers.append((b"x-accel-buffering", b"no"))  # or proxies such as nginx buffer the events
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for event in self._events:
                 await send({"type": "http.response.body", "body": _sse(event), "more_body": True})
-        except Exception as error:  # the status is sent: all that is left is to say so
+        except Exception as error:  # too late for a status, so the error becomes an event
             await send({"type": "http.response.body", "body": _sse(as_api_error(error).body), "more_body": True})
         end = b"data: [DONE]\n\n" if self._done else b""
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
-# Line ends to Python's `splitlines` and JavaScript's older parsers, which clients read events with.
+# Clients that read events with Python's `splitlines` or older JavaScript parsers take these for line ends.
 _LINE_ENDS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
 
 

@@ -1,6 +1,6 @@
-"""What a request holds its output to: a form, a call that must be made, or a form unless it calls.
+"""What form a request requires of its output: a form, a forced tool call, or a form unless the model calls a tool.
 
-Options that cannot both be honoured are refused here, by their names, before anything runs.
+Conflicting options are refused here, by name, before anything runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from leanseek.server.schema import (
 
 @dataclass(frozen=True)
 class Form:
-    """option: the field that asks for it. whole: a part of it would be of no use, so nothing may end it early."""
+    """option: the field that requests it. whole: a part of it would be useless, so nothing may end it early."""
 
     option: str
     guide: Guide
@@ -38,10 +38,10 @@ class Form:
 def requested_form(
     form: TextFormat | None, outputs: StructuredOutputs | None, option: str = "response_format"
 ) -> Form | None:
-    """The form that `response_format` (OpenAI's, here `option`) or `structured_outputs` (vLLM's) asks for.
+    """The form requested by `response_format` (OpenAI's, here `option`) or `structured_outputs` (vLLM's).
 
     Raises:
-        ApiError: more than one form, or one that is not given whole.
+        ApiError: there is more than one form, or its schema is missing.
     """
     forms: list[Form] = []
     if form and form.type == "json_object":
@@ -64,9 +64,9 @@ def requested_form(
 
 
 def check_form(form: Form | None, request: Sampling, variables: Object | None = None) -> None:
-    """Raises ApiError: the form ends by itself and has no room for reasoning, and the request asks for something else.
+    """Raises ApiError if the request conflicts with a form, which ends by itself and has no room for reasoning.
 
-    variables: of the chat template
+    variables: those of the chat template
     """
     if form is None:
         return
@@ -78,16 +78,16 @@ def check_form(form: Form | None, request: Sampling, variables: Object | None = 
         "ignore_eos": request.ignore_eos,
         f"chat_template_kwargs.{thinking}": thinking,
     }
-    for name, asked in conflicts.items():
-        if asked:
+    for name, value in conflicts.items():
+        if value:
             why = (
-                "the form leaves no room for reasoning" if thinking and asked is thinking else "the form ends by itself"
+                "the form leaves no room for reasoning" if thinking and value is thinking else "the form ends by itself"
             )
-            raise ApiError(400, f"{name} and {form.option} cannot both hold: {why}; leave one out", param=name)
+            raise ApiError(400, f"{name} and {form.option} cannot be combined: {why}; leave one out", param=name)
 
 
 def check_chat(request: ChatRequest) -> None:
-    """Raises ApiError: one field would silence another."""
+    """Raises ApiError if one field would override another."""
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
@@ -96,13 +96,15 @@ def check_chat(request: ChatRequest) -> None:
 
 
 def check_completion(request: CompletionRequest) -> None:
-    """Raises ApiError: one field would silence another."""
+    """Raises ApiError if one field would override another."""
     if request.echo and request.suffix is not None:
         raise ApiError(
-            400, "echo and suffix cannot both hold: the answer stands between prompt and suffix", param="echo"
+            400, "echo and suffix cannot be combined: the answer goes between prompt and suffix", param="echo"
         )
     if request.best_of is not None and request.best_of != (request.n or 1):
-        raise ApiError(400, "best_of must equal n: answers are not ranked here; ask for n and choose", param="best_of")
+        raise ApiError(
+            400, "best_of must equal n: answers are not ranked; request n answers and choose", param="best_of"
+        )
 
 
 # ---- tools ----
@@ -118,11 +120,11 @@ def offered_tools(request: ChatRequest) -> list[Tool] | None:
 
 
 def forced_tools(request: ChatRequest, tools: list[Tool] | None) -> list[Tool] | None:
-    """The tools of which the model must call one; None where it may choose to answer."""
+    """The tools one of which the model must call; None if it may answer instead."""
     if tools is None or request.tool_choice in (None, "auto"):
         return None
     if request.structured_outputs:
-        message = "structured_outputs and tool_choice cannot both hold: the output is a call; leave one out"
+        message = "structured_outputs and tool_choice cannot be combined: the output is a call; leave one out"
         raise ApiError(400, message, param="structured_outputs")
     if not isinstance(request.tool_choice, NamedTool):
         return tools
@@ -134,7 +136,10 @@ def forced_tools(request: ChatRequest, tools: list[Tool] | None) -> list[Tool] |
 
 
 def call_form(tools: Sequence[Tool]) -> Form:
-    """Arguments of the one tool, or {"name", "arguments"} of one of several (as `ForcedCallParser` reads)."""
+    """The form of a forced call: the arguments of a single tool, or {"name", "arguments"} for one of several.
+
+    `ForcedCallParser` reads both.
+    """
     if len(tools) == 1:
         return Form("tool_choice", Guide.json_schema(_parameters(tools[0])))
     calls = [
@@ -155,13 +160,13 @@ def call_form(tools: Sequence[Tool]) -> Form:
 def form_or_calls(
     form: Form, tools: Sequence[Tool], written: ToolFormat | None, parallel: bool, tokenizer: Tokenizer
 ) -> Form:
-    """The form, or calls as the model writes them, each with arguments its tool takes.
+    """The form, or calls in the model's syntax, each with arguments that fit its tool.
 
     Raises:
-        ApiError: the form is not JSON, or nobody knows how the model writes calls.
+        ApiError: the form is not JSON, or the model's syntax for calls is unknown.
     """
     if form.guide.kind != "json_schema" or written is None:
-        message = f"{form.option} and tools cannot both hold here; leave one out, or set tool_choice to none"
+        message = f"{form.option} and tools cannot be combined here; leave one out, or set tool_choice to none"
         raise ApiError(400, message, param=form.option)
     try:
         schema = json.loads(form.guide.source)
@@ -184,7 +189,7 @@ def form_or_calls(
 
 
 def _parameters(tool: Tool) -> Object:
-    """The schema of a tool's arguments: an object; without parameters the empty one alone."""
+    """The schema of a tool's arguments, always an object; without parameters, only the empty object fits."""
     parameters = tool.function.parameters
     if not parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
@@ -194,7 +199,7 @@ def _parameters(tool: Tool) -> Object:
 
 
 def _rebased(schema: Any, root: str) -> Any:
-    """A schema that stands inside another: its references begin at `root`."""
+    """A schema for use inside another one: its references start at `root`."""
     if isinstance(schema, list):
         return [_rebased(each, root) for each in schema]
     if not isinstance(schema, dict):
@@ -213,7 +218,7 @@ def _json_rule(schema: Any) -> str:
 
 
 def _terms(tokenizer: Tokenizer, text: str) -> str:
-    """A text in Lark: tokens that the tokenizer splits off whole by their ids, the rest as strings."""
+    """A text as Lark terms: added tokens by id, the rest as strings."""
     terms: list[str] = []
     plain: list[int] = []
     for token in [*tokenizer.encode(text, add_special_tokens=False), None]:

@@ -1,6 +1,6 @@
-"""Renders one chat template. Run as a script it is the confined process that templates of model folders run in.
+"""Renders one chat template. Run as a script, it is the confined process for templates of model folders.
 
-It imports nothing of leanseek, so that a process starts fast and knows nothing.
+It imports nothing from leanseek, so the process starts fast and holds nothing that a template could steal.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 1 << 30
-CPU_SECONDS = 10  # of one answer: it ends even if whoever asked is gone
+CPU_SECONDS = 10  # per answer; ends the process even if its parent is gone
 MAX_OUTPUT = 16_000_000  # characters
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}`, by which templates mark what an assistant wrote; it changes nothing that is rendered."""
+    """`{% generation %}`, with which templates mark the assistant's text; it does not change the output."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's interface)
 
@@ -49,7 +49,7 @@ def _to_json(
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The dialect of chat templates: what `transformers` gives them, and no loader."""
+    """The template dialect of `transformers`, without a loader."""
     extensions = [loopcontrols, _GenerationTag]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
@@ -59,8 +59,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _iterates_content(tree: nodes.Template) -> bool:
-    """Whether a message's `content` is looped over, which shows that the template takes it as a list of parts."""
-    names = {"content"}  # as macros call it, and whatever else it is assigned to
+    """Whether the template loops over a message's `content`, and so takes it as a list of parts."""
+    names = {"content"}  # its usual name in macros, and every variable it is assigned to
 
     def is_content(node: nodes.Node | None) -> bool:
         while isinstance(node, nodes.Filter):
@@ -81,7 +81,7 @@ def _iterates_content(tree: nodes.Template) -> bool:
 
 
 class Template:
-    """A template, compiled.
+    """A compiled template.
 
     variables: names that it reads. takes_parts: whether it reads a message's content as a list of parts.
 
@@ -97,7 +97,7 @@ class Template:
         self.takes_parts = _iterates_content(tree)
 
     def render(self, variables: dict[str, Any]) -> str:
-        """Raises jinja2.TemplateError, or whatever Python raises when a template handles values wrongly."""
+        """Raises jinja2.TemplateError, or any Python exception if the template misuses a value."""
         parts, length = [], 0
         for part in self._template.generate(**variables):
             parts.append(part)
@@ -108,9 +108,10 @@ class Template:
 
 
 def _main() -> None:
-    """Lines of JSON: the source in, what it reads out; then variables in, a text out, again and again."""
+    """Lines of JSON: first the source in and what it reads out; then variables in and a text out, repeatedly."""
     source = json.loads(sys.stdin.readline())
-    Template(r"{{ '\n' }}{{ strftime_now('%c') }}").render({})  # codecs and the time zone are read on first use
+    # Reads codecs and the time zone while files are in reach.
+    Template(r"{{ '\n' }}{{ strftime_now('%c') }}").render({})
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     template: Template | None = None

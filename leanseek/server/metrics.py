@@ -1,4 +1,4 @@
-"""/metrics: the engine's counters and the latencies of requests, under vLLM's names with our prefix."""
+"""/metrics: the engine's counters and request latencies, under vLLM's names with our prefix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0,
 
 
 class Metrics:
-    """A registry of its own, so that two servers in one process do not mix."""
+    """Uses a registry of its own, so that two servers in one process do not mix."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -33,7 +33,7 @@ class Metrics:
         self._responses = Counter("leanseek:http_responses", "HTTP responses", ["status"], registry=self._registry)
 
     def observe(self, delta: Delta) -> None:
-        """Count a choice that has ended."""
+        """Count a finished choice."""
         timing, usage = delta.timing, delta.usage
         if timing is None or usage is None or not timing.first_token:
             return
@@ -51,7 +51,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's last snapshot whenever the page is asked for."""
+    """Reads the engine's latest stats whenever the page is requested."""
 
     def __init__(self, engine: AsyncEngine, model_name: str):
         self._engine = engine
@@ -61,27 +61,27 @@ class _EngineCollector(Collector):
         stats = self._engine.stats()
         gauges = {
             "num_requests_running": ("Requests in the batch", stats.running),
-            "num_requests_waiting": ("Requests that wait for room", stats.waiting),
+            "num_requests_waiting": ("Requests waiting for room", stats.waiting),
             "kv_cache_usage_perc": ("Share of cache pages held by requests", stats.pages_used / stats.pages_total),
         }
         counters = {
             "prompt_tokens": ("Tokens of prompts", stats.prompt_tokens),
             "generation_tokens": ("Tokens generated", stats.generated_tokens),
             "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache", stats.prompt_tokens),
-            "prefix_cache_hits": ("Prompt tokens found there", stats.cached_tokens),
-            "num_preemptions": ("Requests preempted for want of pages", stats.preemptions),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache", stats.cached_tokens),
+            "num_preemptions": ("Requests preempted for lack of pages", stats.preemptions),
             "spec_decode_num_draft_tokens": ("Tokens drafted by the MTP module", sum(stats.draft_tokens)),
             "spec_decode_num_accepted_tokens": ("Drafts accepted", sum(stats.accepted_tokens)),
             "engine_steps": ("Steps of the engine", stats.steps),
             "engine_step_seconds": ("Time in steps", stats.step_seconds),
-            "engine_forward_seconds": ("Of that, in the model", stats.forward_seconds),
+            "engine_forward_seconds": ("Time in the model, part of engine_step_seconds", stats.forward_seconds),
         }
         for name, (text, value) in gauges.items():
             yield self._family(GaugeMetricFamily, name, text, None, {"": value})
         for name, (text, value) in counters.items():
             yield self._family(CounterMetricFamily, name, text, None, {"": value})
         yield self._family(
-            CounterMetricFamily, "request_success", "Choices ended, by reason", "finished_reason", stats.finished
+            CounterMetricFamily, "request_success", "Finished choices, by reason", "finished_reason", stats.finished
         )
         accepted = {str(position): count for position, count in enumerate(stats.accepted_tokens)}
         name, text = "spec_decode_num_accepted_tokens_per_pos", "Drafts accepted, by position"

@@ -1,4 +1,4 @@
-"""/openapi.json: what the endpoints take, out of the pydantic models."""
+"""/openapi.json: the endpoints and their request bodies, generated from the pydantic models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _GETS = {
 
 
 def openapi(endpoints: Mapping[str, type[BaseModel]], root_path: str = "") -> dict[str, Any]:
-    """The OpenAPI document of POST endpoints with their bodies, and the readable ones."""
+    """The OpenAPI document of the given POST endpoints with their bodies, and of the GET endpoints."""
     models = sorted(set(endpoints.values()), key=lambda model: model.__name__)
     _, definitions = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
@@ -59,6 +59,6 @@ def _responses(*kinds: str) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     return {
         "200": {"description": "the answer", "content": {kind: {} for kind in kinds}},
-        "4XX": {"description": "the request's fault", "content": error},
-        "5XX": {"description": "the server's fault", "content": error},
+        "4XX": {"description": "the request is at fault", "content": error},
+        "5XX": {"description": "the server is at fault", "content": error},
     }

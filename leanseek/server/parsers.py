@@ -1,10 +1,10 @@
-"""What a model wrote, taken apart while it writes: reasoning, answer, tool calls.
+"""Splits model output, as it streams, into reasoning, answer and tool calls.
 
-Text comes in pieces of any size; the parts that come out, joined, do not depend on how it was cut. Text that may be
-the beginning of a mark (`</think>`, `<｜tool▁calls▁begin｜>`, ...) is held back until it is known, a tool call until it
-is whole. Nothing is lost: what is not reasoning and no well-formed call is content, marks included. Only the marks
-of what was understood go, with the line breaks around `</think>`, the whitespace between the marks of calls, and the
-whitespace and fence around arguments.
+The joined result does not depend on how the text is cut into pieces. Text that may be the start of a mark (`</think>`,
+`<｜tool▁calls▁begin｜>`, ...) is held back until that is decided, and a tool call until it is complete. Nothing is
+lost: text that is neither reasoning nor a well-formed call is content, marks included. Only the marks of parsed parts
+are removed, with the line breaks around `</think>`, the whitespace between the marks of calls, and the whitespace and
+fence around arguments.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, Protocol
 from leanseek.engine import Spans
 
 THINK, END_THINK = "<think>", "</think>"
-_MAX_HEADER = 256  # characters before a call's arguments; with more it is no call
+_MAX_HEADER = 256  # characters before a call's arguments; longer text is not a call
 
 
 @dataclass(frozen=True, slots=True)
 class ToolDelta:
-    """A piece of tool call `index`; the first has its name (and its id, where the format writes one)."""
+    """A piece of tool call `index`. The first piece has the name, and the id if the format includes one."""
 
     index: int
     arguments: str
@@ -44,46 +44,46 @@ class Parsed:
         return bool(self.reasoning or self.content or self.tool_calls)
 
     def pieces(self) -> list[Parsed]:
-        """The same in pieces that hold one thing each: reasoning, content, or a piece of a call."""
+        """Split into pieces that hold one thing each: reasoning, content, or a piece of a call."""
         calls = [Parsed(tool_calls=[call]) for call in self.tool_calls]
         return [piece for piece in (Parsed(reasoning=self.reasoning), Parsed(content=self.content), *calls) if piece]
 
 
 class Parser(Protocol):
     def feed(self, text: str, final: bool = False) -> Parsed:
-        """Take a piece of text; `final` gives out what was held back."""
+        """Parse a piece of text; `final` also returns the text held back."""
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a family of models writes tool calls, as published with them."""
+    """How a family of models writes tool calls, as published with the models."""
 
     section_begin: str
     section_end: str
     call_begin: str
     call_end: str
-    header: str  # of an example; {name} stands in it
+    header: str  # for `example`; contains {name}
     arguments_begin: str
     arguments_end: str
-    body: re.Pattern[str]  # what may stand in a call: `name`, `arguments`, and `id` where the format has one
+    body: re.Pattern[str]  # the inside of a call: `name`, `arguments`, and `id` if the format has one
 
     def example(self, name: str, arguments: str) -> str:
-        """A section with one call, as the model is to write it."""
+        """A section with one call, as the model should write it."""
         call = f"{self.header.format(name=name)}{self.arguments_begin}{arguments}{self.arguments_end}"
         return f"{self.section_begin}{self.call_begin}{call}{self.call_end}{self.section_end}"
 
     @cached_property
     def opening(self) -> re.Pattern[str]:
-        """The beginning of a call, and of its section where it is the first."""
+        """The start of a call, with the start of its section if it is the first."""
         return re.compile(rf"(?:{re.escape(self.section_begin)}\s*)?{re.escape(self.call_begin)}")
 
     @cached_property
     def opening_of_section(self) -> re.Pattern[str]:
-        """The beginning of a section and of the first call in it: more than a mark that is only mentioned."""
+        """The start of a section and of its first call; a mark that the text only mentions does not match."""
         return re.compile(rf"{re.escape(self.section_begin)}\s*{re.escape(self.call_begin)}")
 
 
-# Models mix the forms they have seen, so both are read: function<sep>NAME and a block of JSON, and NAME<sep>JSON.
+# Models mix the two published forms, so both parse: function<sep>NAME with a block of JSON, and NAME<sep>JSON.
 _DEEPSEEK_BODY = re.compile(
     r"\s{0,8}(?:(?:function)?\s{0,8}<｜tool▁sep｜>\s{0,8})?(?P<name>[\w.-]+)\s{0,8}(?:<｜tool▁sep｜>)?(?P<arguments>.*)",
     re.DOTALL,
@@ -125,7 +125,7 @@ KIMI_K2_TOOLS = ToolFormat(
 
 
 class OutputParser:
-    """Splits reasoning from the answer, and tool calls out of the answer. A call ends the reasoning."""
+    """Splits reasoning from the answer, and extracts tool calls from the answer. A call ends the reasoning."""
 
     def __init__(self, reasoning: ReasoningSplitter | None, tools: ToolCallParser | None):
         self._reasoning = reasoning
@@ -135,7 +135,7 @@ class OutputParser:
 
     @property
     def spans(self) -> Spans | None:
-        """Where stop strings do not count."""
+        """Where stop strings are ignored; None if nowhere."""
         if not self._reasoning and not self._tools:
             return None
         form = self._tools.form if self._tools else None
@@ -161,21 +161,21 @@ class OutputParser:
 class ReasoningSplitter:
     """Splits `<think>reasoning</think>answer`; line breaks around the marks belong to neither part.
 
-    `opened` says that the prompt ended with `<think>`, so that the text begins inside (R1, V3.1 thinking).
+    `opened`: the prompt ended with `<think>`, so the text begins inside reasoning (R1, V3.1 thinking).
     """
 
     def __init__(self, opened: bool):
         self.opened = opened
         self._step = self._begin
         self._buffer = ""
-        self.until_call: ToolFormat | None = None  # a call of this form ends the reasoning and begins the answer
+        self.until_call: ToolFormat | None = None  # a call in this format ends the reasoning and begins the answer
         self.ended_by_call = False
 
     def feed(self, text: str, final: bool = False) -> Parsed:
         self._buffer += text
         parsed = Parsed()
         step = None
-        while step != self._step:  # until a step leaves the state as it was
+        while step != self._step:  # until the state stops changing
             step = self._step
             step(parsed, final)
         return parsed
@@ -210,7 +210,7 @@ class ReasoningSplitter:
         self._buffer = self._buffer[keep:]
 
     def _possible_call(self) -> int:
-        """Length of the tail that may be the beginning of a section with a call in it."""
+        """Length of the tail that may be the start of a section with a call in it."""
         if not self.until_call:
             return 0
         begin, call_begin = self.until_call.section_begin, self.until_call.call_begin
@@ -230,25 +230,25 @@ class ReasoningSplitter:
 
 
 class ToolCallParser:
-    """Takes tool calls out of a text. A call has a name and arguments that are a JSON object (none are "{}").
+    """Extracts tool calls from a text. A call has a name and a JSON object as arguments (no arguments become "{}").
 
-    It is told once it is whole. Text around calls, and what only looks like one, is content.
-    most: calls that are told; those beyond are content
+    A call is returned once it is complete. Text around calls, and text that only looks like a call, is content.
+    most: how many calls to return; further ones are content
     """
 
     def __init__(self, form: ToolFormat, most: int | None = None):
         self.form = form
         self._most = most
         self._buffer = ""
-        self._searched = 0  # of the buffer, for the end of a call
+        self._searched = 0  # characters of the buffer already searched for the end of a call
         self._calls = 0
-        self._in_section = False  # a call was told, and the section has not ended
-        self._after_call = False  # nothing but whitespace since, and another mark may come
-        self._end_think = False  # reasoning ended without its mark, which may follow
-        self._skip_lines = False  # behind that mark
+        self._in_section = False  # a call was returned, and its section has not ended
+        self._after_call = False  # only whitespace since a call, and another mark may come
+        self._end_think = False  # reasoning ended without its mark, which may still follow
+        self._skip_lines = False  # after that mark
 
     def await_end_think(self) -> None:
-        """A `</think>` in the text to come is a mark: a call ended the reasoning before."""
+        """A call has ended the reasoning, so a `</think>` in later text is a mark."""
         self._end_think = True
 
     def feed(self, text: str, final: bool = False) -> Parsed:
@@ -259,7 +259,7 @@ class ToolCallParser:
         return parsed
 
     def _next(self, parsed: Parsed, final: bool) -> bool:
-        """Take text up to the next mark, or the mark; whether there may be more to take."""
+        """Consume text up to the next mark, or the mark itself; whether there may be more to consume."""
         form = self.form
         if self._skip_lines:
             self._buffer = self._buffer.lstrip("\n")
@@ -271,33 +271,33 @@ class ToolCallParser:
             place -= max(_possible(self._buffer, each) for each in marks)
         between_marks = self._after_call and not self._buffer[:place].strip()
         if place and not (between_marks and (mark or not final)):
-            self._say(parsed, "" if between_marks else self._buffer[:place], place)
+            self._emit(parsed, "" if between_marks else self._buffer[:place], place)
             return bool(mark)
         if mark in (form.section_begin, form.call_begin):
             return self._call(parsed, place, mark, final)
         if mark:
-            self._say(parsed, "", place + len(mark))
+            self._emit(parsed, "", place + len(mark))
             if mark == END_THINK:
                 self._end_think, self._skip_lines = False, True
             else:
                 self._in_section, self._after_call = False, self._end_think
         return bool(mark)
 
-    def _say(self, parsed: Parsed, content: str, used: int) -> None:
+    def _emit(self, parsed: Parsed, content: str, used: int) -> None:
         parsed.content += content
         self._buffer = self._buffer[used:]
         self._searched = 0
         self._after_call = False
 
     def _call(self, parsed: Parsed, place: int, mark: str, final: bool) -> bool:
-        """Take the call that may begin at a place, or the mark there as text; False if it takes more to know."""
+        """Consume the call that may begin at `place`, or its mark as text; False if that needs more text to decide."""
         opening = self.form.opening.match(self._buffer, place)
-        if not opening:  # only a section's begin can have no call behind it
-            behind = self._buffer[place + len(mark) :].lstrip()
-            if not final and self.form.call_begin.startswith(behind):
+        if not opening:  # only a section's start can come without a call
+            after = self._buffer[place + len(mark) :].lstrip()
+            if not final and self.form.call_begin.startswith(after):
                 return False
         if not opening or self._calls == self._most:
-            self._say(parsed, self._buffer[: place + len(mark)], place + len(mark))
+            self._emit(parsed, self._buffer[: place + len(mark)], place + len(mark))
             return True
         begin, form = opening.end(), self.form
         ends = [form.call_end, form.section_end, form.call_begin, form.section_begin]
@@ -309,10 +309,10 @@ class ToolCallParser:
             return False
         body = self._buffer[begin:end]
         match = None if prose and len(body) > _MAX_HEADER else form.body.fullmatch(body)
-        closed = end_mark in (form.call_end, form.section_end)  # else it may be cut off, the name too
+        closed = end_mark in (form.call_end, form.section_end)  # otherwise the call may be cut off, even in its name
         arguments = _arguments(match["arguments"], none="{}" if closed else None) if match else None
         if not match or arguments is None:
-            self._say(parsed, self._buffer[: place + len(mark)], place + len(mark))
+            self._emit(parsed, self._buffer[: place + len(mark)], place + len(mark))
             return True
         call_id = match.groupdict().get("id") or ""
         parsed.tool_calls += [
@@ -320,16 +320,17 @@ class ToolCallParser:
             ToolDelta(self._calls, arguments),
         ]
         self._calls += 1
-        self._say(parsed, "", end + (len(end_mark) if end_mark == form.call_end else 0))
+        self._emit(parsed, "", end + (len(end_mark) if end_mark == form.call_end else 0))
         self._in_section = self._after_call = True
         return True
 
 
 class ForcedCallParser:
-    """The text is a tool call and nothing else: the output was guided to be one.
+    """Parses output that was guided to be one tool call.
 
-    For one function the text is its arguments, told as they come; for several it is {"name": ..., "arguments": ...},
-    told when complete. If max_tokens cut it, the one's arguments stay a beginning, and the other text is content.
+    With one function, the text is its arguments, returned as they come. With several, it is {"name": ...,
+    "arguments": ...}, returned when complete. If max_tokens cuts the text, the first form yields incomplete arguments,
+    the second yields content.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -354,10 +355,7 @@ class ForcedCallParser:
 
 
 def _arguments(text: str, none: str | None) -> str | None:
-    """The JSON object in a text, its fence and whitespace taken away; `none` where there is nothing in it.
-
-    None for anything else.
-    """
+    """The JSON object in a text, without fence and whitespace; `none` if the text is empty; None for anything else."""
     inner = text.strip()
     unfenced = inner.lstrip("`~")
     if unfenced != inner:
@@ -375,14 +373,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_JSON = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)  # judges, and keeps nothing
+# Checks the syntax only: it converts no numbers.
+_JSON = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
 
 
 def _possible(text: str, mark: str) -> int:
-    """Length of the longest tail of the text that the mark begins with."""
+    """Length of the longest tail of the text that is the start of the mark."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
 def _first(text: str, marks: Sequence[str], start: int = 0) -> tuple[int, str]:
-    """Where the first of several marks stands, and which; the text's end and no mark where there is none."""
+    """The position of the first of several marks, and that mark; the text's length and "" if there is none."""
     return min(((place, mark) for mark in marks if (place := text.find(mark, start)) >= 0), default=(len(text), ""))

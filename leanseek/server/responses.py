@@ -1,6 +1,6 @@
-"""/v1/responses: text and function calls in and out. Nothing is stored, so a conversation comes whole each time.
+"""/v1/responses: text and function calls in and out. Nothing is stored, so every request has the whole conversation.
 
-It is chat in another form: the input becomes messages, and what chat's parsers find in the answer becomes items.
+It runs on chat: the input becomes messages, and what chat's parsers find in the answer becomes items.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ async def responses(service: Service, request: ResponsesRequest) -> dict[str, An
     return answer.response
 
 
-# ---- into chat ----
+# ---- the request as a chat request ----
 
 
 def _as_chat(request: ResponsesRequest) -> ChatRequest:
-    """The request for the same answer in chat's words."""
+    """The chat request with the same answer."""
     sampling = {name: getattr(request, name) for name in request.model_fields_set & Sampling.model_fields.keys()}
     return ChatRequest(
         **sampling,
@@ -99,7 +99,7 @@ def _tools(request: ResponsesRequest) -> list[Tool] | None:
 
 
 def _messages(request: ResponsesRequest) -> list[Message]:
-    """The conversation, instructions first. Reasoning, text and calls of one turn of the model are one message."""
+    """The conversation, instructions first. Reasoning, text and calls of one model turn become one message."""
     messages: list[Message] = []
     if request.instructions:
         messages.append(Message(role="system", content=request.instructions))
@@ -129,24 +129,24 @@ def _messages(request: ResponsesRequest) -> list[Message]:
     return messages
 
 
-_SAID = {"content", "tool_calls"}  # what a turn of the model is there for; reasoning alone is none
+_SAID = {"content", "tool_calls"}  # a model turn needs one of these; reasoning alone is not a turn
 
 
 def _turn(said: dict[str, Any]) -> list[Message]:
     return [Message(role="assistant", **said)] if said.keys() & _SAID else []
 
 
-# ---- out of chat ----
+# ---- the answer as items ----
 
 
 class _Answer:
-    """A response that grows event by event."""
+    """Builds the response event by event."""
 
     def __init__(self, service: Service, request: ResponsesRequest, generation: Generation, parser: Parser):
         self._generation = generation
         self._parser = parser
         self._numbers = itertools.count()
-        self._open: dict[str, Any] | None = None  # the output item that is being written
+        self._open: dict[str, Any] | None = None  # the output item being written
         self.error: ApiError | None = None
         self.response: dict[str, Any] = {
             "id": new_id("resp_"),
@@ -172,7 +172,7 @@ class _Answer:
         }
 
     async def events(self) -> AsyncIterator[Event]:
-        """The events of the stream; when they are over, `response` is complete."""
+        """The events of the stream; after the last one, `response` is complete."""
         yield self._event("response.created", response=dict(self.response))
         yield self._event("response.in_progress", response=dict(self.response))
         reason = None
@@ -204,7 +204,7 @@ class _Answer:
             "total_tokens": usage["total_tokens"],
         }
         if self.error:
-            code = "server_error" if self.error.status >= 500 else "invalid_prompt"  # of the two that OpenAI has
+            code = "server_error" if self.error.status >= 500 else "invalid_prompt"  # OpenAI's codes
             self.response |= {"status": "failed", "error": {"code": code, "message": str(self.error)}}
         elif reason == "length":
             self.response |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
@@ -225,14 +225,14 @@ class _Answer:
         return self._item_event(kind, content_index=0, **values)
 
     def _open_item(self, item: dict[str, Any]) -> Event:
-        """Tells of a new item as it is now: empty."""
+        """Add an item, still empty, and return its event."""
         self._open = item
         self.response["output"].append(item)
         index = len(self.response["output"]) - 1
         return self._event("response.output_item.added", output_index=index, item=dict(item))
 
     def _call(self, call: ToolDelta) -> list[Event]:
-        """Events of a piece of a function call; its first piece has the name."""
+        """Events for a piece of a function call; the first piece has the name."""
         events: list[Event] = []
         if call.name is not None:
             item = {
@@ -251,7 +251,7 @@ class _Answer:
         return events
 
     def _write(self, kind: str, text: str) -> list[Event]:
-        """Events of text for the open item, or for a new one if that is of another kind."""
+        """Events for text in the open item, or in a new one if the open item is of another kind."""
         events: list[Event] = []
         if self._open is None or self._open["type"] != kind:
             events = [*self._close("completed"), *self._begin(kind)]
@@ -295,5 +295,5 @@ class _Answer:
 
 
 def _plain(value: Any) -> Any:
-    """A field of the request as the response repeats it."""
+    """A request field, as the response repeats it."""
     return value if isinstance(value, str) else value.model_dump(by_alias=True, exclude_none=True)

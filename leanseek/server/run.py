@@ -1,4 +1,4 @@
-"""From a model folder to a server that runs until it is told to stop."""
+"""Loads a model folder and serves it until a signal arrives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from leanseek.server.metrics import Metrics
 from leanseek.server.service import Service
 from leanseek.server.templates import template_of
 
-STEP_S = 5.0  # a step that takes longer ends with the process
+STEP_S = 5.0  # how long to wait for the last step before the process exits
 _NAME = 256  # characters
 
 
@@ -29,17 +29,17 @@ def serve(
     chat_template: Path | None = None,
     **engine_options: Any,
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT; then finish what runs, take nothing new, and return.
+    """Serve a model until SIGTERM or SIGINT; then finish running requests, refuse new ones, and return.
 
-    What still runs after `limits.shutdown_s` is ended with an error. A second signal ends the process at once. `port` 0
-    means a free one, which is printed. `chat_template` is a file to take instead of the model's.
+    Requests still running after `limits.shutdown_s` end with an error. A second signal ends the process at once.
+    `port` 0 means a free port, which is printed. `chat_template` is a file to use instead of the model's template.
 
     Raises:
         InputError: the folder, an option or the port cannot be used.
     """
     if model_name is not None and not (0 < len(model_name) <= _NAME and model_name.isprintable()):
         raise ServerError(f"the served model's name must be 1 to {_NAME} printable characters: {shorten(model_name)!r}")
-    listener = _bind(host, port)  # first: it fails in an instant, loading takes long
+    listener = _bind(host, port)  # first, because it fails at once, and loading takes long
     with listener:
         engine = AsyncEngine.load(model, **engine_options)
         name = shorten(model.resolve().name, _NAME) if model_name is None else model_name
@@ -55,7 +55,7 @@ def serve(
 
 
 def make_service(engine: AsyncEngine, model_name: str, chat_template: Path | None = None) -> Service:
-    """What the application needs around an engine.
+    """The engine with everything else that the application needs.
 
     Raises:
         ServerError: the model has no tokenizer.
@@ -68,7 +68,7 @@ def make_service(engine: AsyncEngine, model_name: str, chat_template: Path | Non
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound and does not listen yet."""
+    """A bound socket that does not listen yet."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

@@ -1,8 +1,8 @@
-"""What requests may hold: OpenAI's fields, and vLLM's extra ones under vLLM's names.
+"""Request bodies: OpenAI's fields, and vLLM's extra fields under vLLM's names.
 
-Types are strict and numbers finite. Ranges that matter to sampling are the engine's to check; here stand only the
-bounds that keep a number representable. Of OpenAI's fields each is honoured, `Ignored` because nothing is lost by that,
-or `refused` by name; fields nobody here knows are ignored, as OpenAI-compatible servers do.
+Types are strict and numbers finite. The engine checks the ranges of sampling parameters; the bounds here only keep
+numbers representable. Each of OpenAI's fields is honoured, `Ignored` if nothing is lost by that, or `refused` by name.
+Unknown fields are ignored, as in other OpenAI-compatible servers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from pydantic_core import PydanticCustomError
 Int = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-MOST_TOKENS = 2**20  # of a text: more than any context
+MOST_TOKENS = 2**20  # per text: more than any context
 Tokens = Annotated[list[TokenId], Field(max_length=MOST_TOKENS)]
 Object = dict[str, JsonValue]
 
 
-Ignored = JsonValue  # of a field that asks for nothing an answer could lack
+Ignored = JsonValue  # for fields that can be ignored without changing the answer
 
 
 def refused(why: str, *harmless: JsonValue) -> AfterValidator:
-    """Marks a field that is not served: only null, or a value that asks for nothing, passes. `why` says what to do."""
+    """Marks an unsupported field: only null or a `harmless` value passes. `why` tells the client what to do."""
 
     def check(value: JsonValue) -> JsonValue:
         if value is not None and value not in harmless:
-            raise PydanticCustomError("refused", "this server does not serve it; {why}", {"why": why})
+            raise PydanticCustomError("refused", "this server does not support it; {why}", {"why": why})
         return value
 
     return AfterValidator(check)
@@ -39,7 +39,7 @@ class Body(BaseModel):
 
 
 class Verbatim(Body):
-    """A part of a conversation. The chat template gets it as it came, with fields that nobody here knows."""
+    """A part of a conversation. The chat template gets it unchanged, unknown fields included."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -52,7 +52,7 @@ class Verbatim(Body):
 
 
 class StructuredOutputs(Body):
-    """A form the output must have; exactly one is given."""
+    """The form that the output must have; exactly one field is set."""
 
     json_: Object | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -82,7 +82,7 @@ class Sampling(Body):
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: Int = 0
-    # OpenAI's, without effect here
+    # OpenAI's, ignored
     user: Ignored = None
     # vLLM's
     guided_json: Annotated[JsonValue, refused("use structured_outputs")] = None
@@ -146,7 +146,7 @@ class Message(Verbatim):
     content: Content | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    prefix: bool | None = None  # DeepSeek's: the answer goes on from this message, the last
+    prefix: bool | None = None  # DeepSeek's: the answer continues this message, which must be the last
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -175,7 +175,7 @@ class NamedTool(Body):
 
 
 class Ending(Body):
-    """How a conversation ends: where an answer begins, or amid one that the client has begun."""
+    """How a conversation ends: where a new answer begins, or within an answer that the client has begun."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -195,7 +195,7 @@ class ChatRequest(Sampling, Ending):
     parallel_tool_calls: bool | None = True
     reasoning_effort: str | None = None  # for templates that read it
     chat_template_kwargs: Object | None = None
-    # without effect here
+    # ignored
     metadata: Ignored = None
     prediction: Ignored = None
     prompt_cache_key: Ignored = None
@@ -204,7 +204,7 @@ class ChatRequest(Sampling, Ending):
     safety_identifier: Ignored = None
     service_tier: Ignored = None
     verbosity: Ignored = None
-    # not served
+    # not supported
     audio: Annotated[JsonValue, refused("answers are text")] = None
     modalities: Annotated[JsonValue, refused('answers are text: ["text"]', ["text"])] = None
     function_call: Annotated[JsonValue, refused("use tool_choice", "none")] = None
@@ -214,7 +214,7 @@ class ChatRequest(Sampling, Ending):
     web_search_options: Annotated[JsonValue, refused("nothing is searched")] = None
     chat_template: Annotated[JsonValue, refused("start the server with --chat-template")] = None
     documents: Annotated[JsonValue, refused("use chat_template_kwargs", [])] = None
-    echo: Annotated[JsonValue, refused("the answer alone is returned", False)] = None
+    echo: Annotated[JsonValue, refused("only the answer is returned", False)] = None
     prompt_logprobs: Annotated[JsonValue, refused("use /v1/completions with echo")] = None
 
 
@@ -248,7 +248,7 @@ class ReasoningPart(Body):
 
 
 class InputReasoning(Body):
-    """An earlier response's reasoning; whether the model sees it again is the chat template's affair."""
+    """An earlier response's reasoning; the chat template decides whether the model sees it again."""
 
     type: Literal["reasoning"]
     summary: list[ReasoningPart] | None = None
@@ -272,21 +272,21 @@ _ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 
 
 def _kind(value: Any, default: str | None = None) -> str:
-    """The `type` of an item as it came, or of its model."""
+    """The `type` of an item, which is a dict or already a model."""
     kind = value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default)
     return str(kind)
 
 
 def _known_item(value: Any) -> Any:
     if (kind := _kind(value, "message")) not in _ITEMS:
-        message = "items of type {kind} are not served here; those of type {known} are"
+        message = "items of type {kind} are not supported; these are: {known}"
         raise PydanticCustomError("refused", message, {"kind": repr(kind[:64]), "known": ", ".join(_ITEMS)})
     return value
 
 
 def _known_tool(value: Any) -> Any:
     if (kind := _kind(value)) != "function":
-        message = "tools of type {kind} are not served here; function tools are"
+        message = "tools of type {kind} are not supported; function tools are"
         raise PydanticCustomError("refused", message, {"kind": repr(kind[:64])})
     return value
 
@@ -329,7 +329,7 @@ class ResponsesText(Body):
 
 class Reasoning(Body):
     effort: str | None = None  # for templates that read `reasoning_effort`
-    summary: Ignored = None  # the reasoning comes whole
+    summary: Ignored = None  # the reasoning is returned whole
 
 
 class ResponsesRequest(Sampling):
@@ -343,22 +343,24 @@ class ResponsesRequest(Sampling):
     parallel_tool_calls: bool | None = True
     reasoning: Reasoning | None = None
     chat_template_kwargs: Object | None = None
-    # without effect here
-    max_tool_calls: Ignored = None  # of built-in tools
+    # ignored
+    max_tool_calls: Ignored = None  # applies to built-in tools only
     prompt_cache_key: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
     safety_identifier: Ignored = None
     service_tier: Ignored = None
     stream_options: StreamOptions | None = None
-    # not served
+    # not supported
     access_programs: Annotated[JsonValue, refused("leave it out")] = None
     background: Annotated[JsonValue, refused("wait for the answer, or stream it", False)] = None
     background_options: Annotated[JsonValue, refused("wait for the answer, or stream it")] = None
-    context_management: Annotated[JsonValue, refused("send what the model shall see as input", [])] = None
+    context_management: Annotated[JsonValue, refused("send everything that the model should see as input", [])] = None
     conversation: Annotated[JsonValue, refused("nothing is stored: send the conversation as input")] = None
     image: Annotated[JsonValue, refused("input and output are text")] = None
-    include: Annotated[JsonValue, refused("what there is comes unasked", [], ["reasoning.encrypted_content"])] = None
+    include: Annotated[
+        JsonValue, refused("supported fields are always returned", [], ["reasoning.encrypted_content"])
+    ] = None
     moderation: Annotated[JsonValue, refused("nothing is moderated")] = None
     previous_response_id: Annotated[JsonValue, refused("nothing is stored: send the conversation as input")] = None
     prompt: Annotated[JsonValue, refused("nothing is stored: send its text as instructions and input")] = None
@@ -371,7 +373,7 @@ class ResponsesRequest(Sampling):
 
 
 class TokenizeRequest(Ending):
-    """A text, or a conversation as the chat template writes it."""
+    """A text, or a conversation for the chat template to render."""
 
     model: str | None = None
     prompt: str | None = None

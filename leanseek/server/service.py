@@ -1,4 +1,4 @@
-"""What the endpoints share: requests become prompts and sampling parameters, and the engine's deltas come back."""
+"""Shared by the endpoints: turns requests into prompts and sampling parameters, and returns the engine's deltas."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from leanseek.server.templates import ChatTemplate
 T = TypeVar("T")
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
-LONG_TEXT = 2**17  # characters: more takes so long to encode that others shall not wait for a thread behind it
+LONG_TEXT = 2**17  # characters: longer texts encode slowly and get threads of their own
 
-# Fields of a request that are the engine's under the same name.
+# Request fields that the engine's SamplingParams have under the same name.
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -64,7 +64,7 @@ _SAMPLING = (
 
 @dataclass
 class Service:
-    """One model, served."""
+    """One served model."""
 
     engine: AsyncEngine
     tokenizer: Tokenizer
@@ -72,14 +72,14 @@ class Service:
     model_name: str
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
-    # Templates and guides may keep a thread waiting for seconds: not those that everything else uses.
+    # Templates and guides can block a thread for seconds, so they get threads of their own.
     _templates: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(LANES, "template"))
     _guides: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(LANES, "guide"))
     _long_texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "text"))
     _texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "text"))
 
     def close(self) -> None:
-        """Let go of what still waits for a template or a guide."""
+        """Drop requests that still wait for a template or a guide."""
         self.template.close()
         for pool in (self._templates, self._guides, self._long_texts, self._texts):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -88,31 +88,31 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, partial(function, *arguments))
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError: the request is for another model."""
+        """Raises ApiError if the request names another model."""
         if name is not None and name != self.model_name:
             message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def encode(self, text: str, add_special_tokens: bool, whole: bool = False) -> list[int]:
-        """Token ids; in a thread, because a long text takes long.
+        """Token ids of a text, computed in a thread because a long text takes long.
 
-        whole: read the text to its end, even when its tokens exceed the context, up to MOST_TOKENS
+        whole: encode all of the text, up to MOST_TOKENS, even if it exceeds the context
 
         Raises:
-            EngineError: the tokenizer cannot take the text.
-            ApiError: it is much longer than the context; splitting 16 MB takes seconds.
+            EngineError: the tokenizer cannot encode the text.
+            ApiError: the text is much longer than the context; encoding 16 MB would take seconds.
         """
         most = self.engine.max_model_len
         bound = f"the context is {most}, answer included"
         if whole and most < MOST_TOKENS:
-            most, bound = MOST_TOKENS, f"at most {MOST_TOKENS} are told"
+            most, bound = MOST_TOKENS, f"at most {MOST_TOKENS} are returned"
         least = self.tokenizer.least_tokens(text)
         try:
             if least >= most:
                 raise TooLong
             pool = self._long_texts if len(text) > LONG_TEXT else self._texts
             ids = await self._apart(pool, self.tokenizer.encode, text, add_special_tokens, most)
-            if whole and len(ids) > most:  # seen in its last part
+            if whole and len(ids) > most:  # `encode` checks only before each part
                 raise TooLong
             return ids
         except TooLong:
@@ -130,7 +130,7 @@ class Service:
 
         Raises:
             TemplateError: the template refuses the messages.
-            ApiError: its end is to be two things at once.
+            ApiError: the fields about its ending contradict each other.
         """
         continued = begun_answer(messages, ending) is not None
         return await self._apart(
@@ -144,13 +144,13 @@ class Service:
         )
 
     def sampling(self, request: Sampling, prompt_length: int, max_tokens: int | None, **more: Any) -> SamplingParams:
-        """The engine's parameters: the model's defaults, under what the request says, under `more` (where not None).
+        """The engine's parameters: the model's defaults, overridden by the request, then by `more` (except None).
 
-        `max_tokens` beyond the context means to the end of it.
+        `max_tokens` is cut to the room left in the context.
 
         Raises:
             ApiError: the prompt fills the context.
-            EngineError: a value out of its range.
+            EngineError: a value is out of its range.
         """
         room = self.engine.max_model_len - prompt_length
         if room < 1:
@@ -167,19 +167,19 @@ class Service:
         return SamplingParams(**values)
 
     async def generate(
-        self, requests: Sequence[tuple[list[int], SamplingParams]], priority: int, told: bool = True
+        self, requests: Sequence[tuple[list[int], SamplingParams]], priority: int, keep_tokens: bool = True
     ) -> Generation:
-        """Submit requests, all or none. told: whether the client gets the tokens that are made.
+        """Submit all requests, or none. keep_tokens: whether the client gets the generated tokens.
 
         Raises:
-            EngineError, QueueFull, EngineStopped: as the engine's `submit`.
-            ApiError: more requests than would ever be taken at once.
+            EngineError, QueueFull, EngineStopped: see the engine's `submit`.
+            ApiError: there are more requests than the engine ever takes at once.
         """
         if len(requests) > self.engine.capacity:
-            raise ApiError(400, f"{len(requests)} prompts at once; this server takes {self.engine.capacity}")
+            raise ApiError(400, f"{len(requests)} prompts in one request; this server takes {self.engine.capacity}")
         for prompt, params in requests:
             self.engine.check(prompt, params)
-        params = requests[0][1]  # those of one answer share their guide
+        params = requests[0][1]  # all requests of one answer share a guide
         matcher = await self._apart(self._guides, self.engine.matcher, params) if params.guided else None
         streams: list[Stream] = []
         try:
@@ -189,22 +189,22 @@ class Service:
             for stream in streams:
                 stream.close()
             raise
-        return Generation(streams, self.metrics, sum(len(prompt) for prompt, _ in requests), told)
+        return Generation(streams, self.metrics, sum(len(prompt) for prompt, _ in requests), keep_tokens)
 
 
 class Generation:
-    """The deltas of requests that belong to one answer, and their count. Iterate once; `close` ends what still runs."""
+    """The deltas and token counts of one answer's requests. Iterate once; `close` ends those still running."""
 
-    def __init__(self, streams: Sequence[Stream], metrics: Metrics, prompt_tokens: int, told: bool):
+    def __init__(self, streams: Sequence[Stream], metrics: Metrics, prompt_tokens: int, keep_tokens: bool):
         self._streams = streams
-        self._told = told
+        self._keep_tokens = keep_tokens
         self._metrics = metrics
         self._prompt_tokens = prompt_tokens
         self._cached = self._completion = self._drafts = self._accepted = 0
         self.reasoning_tokens = 0
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(which request, delta): requests one after the other, though they run together.
+        """Yields (request index, delta), one request after the other, though they run together.
 
         Raises:
             EngineError, RequestFailed, EngineStopped: the engine ended a request.
@@ -214,7 +214,7 @@ class Generation:
                 async for delta in stream:
                     if delta.finish_reason == "abort":
                         raise EngineStopped("the server is stopping")
-                    self._completion += len(delta.token_ids) * self._told
+                    self._completion += len(delta.token_ids) * self._keep_tokens
                     self.reasoning_tokens += delta.reasoning_tokens
                     if delta.usage:
                         self._drafts += delta.usage.draft_tokens
@@ -230,12 +230,12 @@ class Generation:
             stream.close()
 
     def usage_so_far(self, options: StreamOptions | None) -> dict[str, Any] | None:
-        """`usage` of a chunk, where every chunk shall have it."""
+        """`usage` for a chunk, if the client wants it in every chunk."""
         return self.usage if options and options.continuous_usage_stats else None
 
     @property
     def usage(self) -> dict[str, Any]:
-        """As OpenAI reports it. A "prediction" is the MTP module's: tokens it drafted, accepted or not."""
+        """Token counts in OpenAI's format. "Prediction" tokens are the MTP module's drafts, accepted or not."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion,
@@ -254,10 +254,10 @@ def new_id(kind: str) -> str:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as logprobs name it.
+    """A token's name in logprobs.
 
-    A part of a character is spelled `bytes:\\xe2\\x82`, as OpenAI does, and an id without a token `token_id:5`: neither
-    may share a name with another.
+    Part of a character is named `bytes:\\xe2\\x82`, as in OpenAI's API, and an id without a token `token_id:5`, so that
+    no two ids share such a name.
     """
     spelled = tokenizer.token_bytes(token)
     try:
@@ -278,10 +278,10 @@ def chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob, top: int) -> dict[st
 
 
 def begun_answer(messages: Sequence[Message], ending: Ending) -> str | None:
-    """The text of the last message, where the answer goes on from it; None where a new one begins.
+    """The text of the last message if the answer continues it; None if a new message begins.
 
     Raises:
-        ApiError: the fields that say so contradict each other, or the last message is no answer.
+        ApiError: the fields about this contradict each other, or the last message is not an answer.
     """
     *earlier, last = messages
     if any(message.prefix for message in earlier):
@@ -292,24 +292,24 @@ def begun_answer(messages: Sequence[Message], ending: Ending) -> str | None:
     if last.prefix and ending.continue_final_message is False:
         raise ApiError(400, "prefix: true contradicts continue_final_message: false", param="continue_final_message")
     if ending.add_generation_prompt:
-        message = f"{name} goes on from the last message, add_generation_prompt begins a new one: send one of them"
+        message = f"{name} continues the last message, add_generation_prompt begins a new one: send only one of them"
         raise ApiError(400, message, param="add_generation_prompt")
     if last.role != "assistant" or last.tool_calls:
-        message = f"{name} needs a last message of the assistant that has no tool_calls"
+        message = f"{name} needs a last message from the assistant, without tool_calls"
         raise ApiError(400, message, param="messages")
     return content_text(last.content or "")
 
 
 def content_text(content: Content) -> str:
-    """A message's text: its parts joined; a refusal is what the model wrote then."""
+    """A message's text: its parts joined, refusals included."""
     if isinstance(content, str):
         return content
     return "".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
 
 
 def _for_template(message: Message, takes_parts: bool) -> dict[str, Any]:
-    """What the client sent, as templates expect it: without nulls (but for the text beside calls), an empty list of
-    calls, or parts unless the template reads them."""
+    """A message as templates expect it: no nulls (except as the content beside calls), no empty list of calls, and
+    parts only if the template reads them."""
     plain = message.given()
     if not message.tool_calls:
         plain.pop("tool_calls", None)
@@ -325,6 +325,6 @@ def _for_template(message: Message, takes_parts: bool) -> dict[str, Any]:
 
 
 def _part(part: TextPart | RefusalPart) -> Object:
-    """Under the name that templates know."""
+    """A part under the field names that templates read."""
     given = part.given() | {"type": "text"}
     return given | {"text": given.pop("refusal")} if isinstance(part, RefusalPart) else given

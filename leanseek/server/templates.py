@@ -1,8 +1,8 @@
-"""Messages into the prompt a model was trained on.
+"""Renders messages into the prompt format that a model was trained on.
 
-A template in the model's folder wins; otherwise the tokens in its tokenizer say which of the published formats it
-speaks. A folder's template is somebody else's program: it runs in a process of its own, sandboxed, without files,
-with bounded time, memory and output.
+A template in the model's folder wins; otherwise the tokens in the tokenizer identify one of the published formats. A
+folder's template is untrusted code: it runs sandboxed in a process of its own, without access to files, with limits on
+time, memory and output.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from leanseek.tokens import Added, Names, named
 
 RENDER_TIMEOUT_S = 5.0
 MAX_TEMPLATE = 1_000_000  # characters
-_CUT = "\ue000continued\ue000"  # behind an answer that is to go on, while it is rendered: private characters
+_CUT = "\ue000continued\ue000"  # marks the end of an answer to continue while it is rendered: private-use characters
 
 Message = Mapping[str, Any]
 
 
 class TemplateError(InputError):
-    """A chat template that does not work, or messages it refuses."""
+    """The chat template is broken, or refuses the messages."""
 
 
 class _Spec(Structure):
-    """What is read of a tokenizer.json beside what the tokenizers library reads."""
+    """What we read of a tokenizer.json, besides what the tokenizers library reads."""
 
     added_tokens: list[Added] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A published chat format, known by tokens that only its tokenizers have."""
+    """A published chat format, recognised by tokens that only its tokenizers have."""
 
     name: str
     tokens: frozenset[str]
     template: str
     variables: dict[str, Any] = field(default_factory=dict)
     tools: ToolFormat | None = None
-    stop: tuple[str, ...] = ()  # where another speaker begins
+    stop: tuple[str, ...] = ()  # strings that begin another speaker's turn
 
 
-# The first whose tokens are all in the tokenizer.
+# The first family whose tokens are all in the tokenizer wins.
 _FAMILIES = (
     Family("kimi-k2", frozenset({"<|im_middle|>"}), "kimi_k2", tools=KIMI_K2_TOOLS),
     Family(
@@ -71,13 +71,13 @@ _FAMILIES = (
 
 
 class ChatTemplate:
-    """How a model's conversations are written.
+    """Renders a model's conversations.
 
     Args:
         tokens: special tokens of its tokenizer
-        source: the folder's template, where it has one
+        source: the folder's template, if it has one
 
-    takes_parts: whether it reads a message's content as a list of parts; a text otherwise
+    takes_parts: whether the template reads a message's content as a list of parts instead of a text
 
     Raises:
         TemplateError: the source is not a template.
@@ -105,7 +105,7 @@ class ChatTemplate:
 
     @property
     def thinking_switch(self) -> bool:
-        """Whether the template can be told to let the model think (V3.1)."""
+        """Whether the template has a variable that turns thinking on (V3.1)."""
         return "thinking" in self._reads
 
     def render(
@@ -120,15 +120,15 @@ class ChatTemplate:
 
         Args:
             messages: with `role`, `content` (a string, None, or a list if the template `takes_parts`) and, as in
-                OpenAI's API, `tool_calls`, `tool_call_id`; other fields are the template's affair
+                OpenAI's API, `tool_calls`, `tool_call_id`; the template gets other fields unchanged
             tools: with `function`: `name`, `description`, `parameters`
             variables: for the template, such as `thinking`
             add_generation_prompt: end where the model's answer begins
-            continue_final_message: instead end where the last message's text ends; nothing closes it
+            continue_final_message: end where the last message's text ends instead, without closing the message
 
         Raises:
             TemplateError: the template refuses the messages, takes too long, or cannot write tools.
-            Crowded: many slow ones are being rendered.
+            Crowded: too many slow templates are being rendered.
         """
         if continue_final_message:
             messages = [*messages[:-1], _marked(messages[-1])]
@@ -147,13 +147,13 @@ class ChatTemplate:
         prompt, mark, _ = text.rpartition(_CUT)
         if not mark:
             raise TemplateError(
-                "the chat template does not write the last message as it is, so it cannot go on from it"
+                "the chat template changes the text of the last message, so the answer cannot continue it"
             )
         return prompt
 
 
 def _marked(message: Message) -> dict[str, Any]:
-    """The message as the beginning of an answer: marked where its text ends, and as DeepSeek's templates know one."""
+    """The message as the start of an answer: with a mark after its text, and the `prefix` of DeepSeek's templates."""
     content = message.get("content") or ""
     marked = [*content, {"type": "text", "text": _CUT}] if isinstance(content, list) else content + _CUT
     return {**message, "content": marked, "prefix": True}
@@ -162,7 +162,7 @@ def _marked(message: Message) -> dict[str, Any]:
 class _ConfinedTemplate:
     """A template in processes of its own.
 
-    Compiling happens there too: Jinja computes constant expressions when it compiles.
+    It is compiled there too, because Jinja evaluates constant expressions when it compiles.
 
     Raises:
         TemplateError: the source is not a template.
@@ -203,7 +203,7 @@ def _too_much() -> str:
 def _with_tools(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], form: ToolFormat
 ) -> list[dict[str, Any]]:
-    """The messages with the tools described at the end of the first system text, under the headings V3.1 knows."""
+    """The messages with the tools described at the end of the system message, under V3.1's headings."""
     described = ["## Tools\nYou have access to the following tools:"]
     for tool in tools:
         function = tool["function"]
@@ -230,12 +230,12 @@ def load_chat_template(
     """The chat template of a model folder, or of the contents of a tokenizer_config.json.
 
     Args:
-        bos_token: for folders that do not name one
-        file: a template to take instead of the folder's
+        bos_token: used if the folder does not name one
+        file: a template to use instead of the folder's
         allow_links: follow links out of the folder
 
     Raises:
-        TemplateError: a file is not what it should be, or a link out of the folder.
+        TemplateError: a file is malformed, or links out of the folder.
     """
     config: dict[str, Any] = {}
     tokens: set[str] = set()
@@ -268,16 +268,17 @@ def render_chat(
     thinking: bool | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
-    """`load_chat_template(source).render(...)`, for those who render once; `thinking` is V3.1's switch."""
+    """`load_chat_template(source).render(...)`, to render once; `thinking` is V3.1's switch."""
     variables = {} if thinking is None else {"thinking": thinking}
     return load_chat_template(source).render(messages, tools, variables, add_generation_prompt)
 
 
 def template_of(tokenizer: Tokenizer, config: ModelConfig, file: Path | None = None) -> ChatTemplate:
-    """`load_chat_template` for a model that is loaded."""
+    """`load_chat_template` for a loaded model."""
     bos = config.bos_token_id
     bos_token = "" if bos is None else tokenizer.token_bytes(bos).decode(errors="replace")
-    return load_chat_template(tokenizer.file.parent, bos_token, file, allow_links=True)  # judged when it was loaded
+    # Links were checked when the model was loaded.
+    return load_chat_template(tokenizer.file.parent, bos_token, file, allow_links=True)
 
 
 def _read_template(file: Path) -> str:

@@ -9,7 +9,7 @@ from leanseek.training.trainer import Trainer
 
 
 def activation_bytes_per_token(trainer: Trainer, tokens: Tensor) -> float:
-    """Bytes alive between forward and backward that grow with the batch, per token of tokens [2, T + 1 + D].
+    """Bytes alive between forward and backward that grow with the batch, per token of tokens [2, T + lookahead].
 
     Two sequences less one: what does not grow (casts of the weights, tables) falls out.
     """
@@ -19,4 +19,4 @@ def activation_bytes_per_token(trainer: Trainer, tokens: Tensor) -> float:
         return live_bytes(lambda: trainer.forward(tokens[:sequences]), trainer.device)
 
     trainer.forward(tokens)  # whatever is made once is made now
-    return (kept(2) - kept(1)) / (tokens.shape[1] - 1 - trainer.run.model.num_nextn_predict_layers)
+    return (kept(2) - kept(1)) / (tokens.shape[1] - trainer.run.model.lookahead)

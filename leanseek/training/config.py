@@ -360,6 +360,8 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[st
     )
     if type(warmup) is not int or type(steps) is not int or not isinstance(start, float) or not 0 <= start <= 1:
         return ()  # invalid; refused later
+    if max(steps, warmup) >= 2**31:  # also refused later; a float cannot hold a number of 400 digits
+        return ()
     fitting = _warmup(steps, start)
     if by >= 0 and shortened_by > by and warmup > start * steps and isinstance(table["schedule"], dict):
         table["schedule"] = table["schedule"] | {"warmup_steps": -1}

@@ -154,12 +154,12 @@ def _train(
 
 def _open_data(run: RunConfig) -> tuple[TokenDataset, TokenDataset]:
     """Training and validation split."""
-    path, length, extra = Path(run.data.path), run.data.seq_len, 1 + run.model.num_nextn_predict_layers
-    data = TokenDataset(path, "train", length, extra, run.train.seed, run.data.fim_rate)
+    path, length, ahead = Path(run.data.path), run.data.seq_len, run.model.lookahead
+    data = TokenDataset(path, "train", length, ahead, run.train.seed, run.data.fim_rate)
     ids = len(data.token_bytes)
     if run.model.vocab_size < ids:
         raise ConfigError(f"model.vocab_size = {run.model.vocab_size}, but the tokenizer in {path} has {ids} ids")
-    return data, TokenDataset(path, "validation", length, extra)
+    return data, TokenDataset(path, "validation", length, ahead)
 
 
 def _begin(run: RunConfig, folder: Path) -> _Start:

@@ -7,23 +7,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanseek import ops
-from leanseek.model import Route, Transformer, sequence_balance_loss, switch_balance_loss
+from leanseek.model import Output, Route, Transformer, sequence_balance_loss, switch_balance_loss
 
 
 class Losses(NamedTuple):
-    """All means over tokens, float32 scalars; `total` is what is differentiated."""
+    """All means over tokens, float32 scalars; `total` is what is differentiated.
+
+    Of a stage: `balance` is its own layers' and main and mtp are 0 but on the last, so that sums over the stages are
+    the whole network's.
+    """
 
     total: Tensor
     main: Tensor
     mtp: Tensor  # mean over the depths, before λ
     balance: Tensor  # after α
     routes: list[Route]  # of every MoE layer, the MTP modules' included
+    hidden: Tensor | None  # what the next stage takes, [B, T, D]
+
+    def backward(self, share: float = 1.0, gradient: Tensor | None = None) -> None:
+        """Differentiate share · total, and together with it `hidden`, whose `gradient` the next stage has sent.
+
+        So each stage adds the gradients of its own balance loss, which has no path to the loss of the last.
+        """
+        ends = [(self.total, self.total.new_tensor(share)), (self.hidden, gradient)]
+        roots, gradients = zip(*[(end, g) for end, g in ends if end is not None and end.requires_grad], strict=True)
+        torch.autograd.backward(roots, gradients)
 
 
 def losses(
     model: Transformer,
     tokens: Tensor,
+    hidden: Tensor | None = None,
     *,
     mtp_weight: float = 0.0,
     sequence_alpha: float = 0.0,
@@ -31,26 +45,17 @@ def losses(
     dtype: torch.dtype | None = None,
     recompute: bool = False,
 ) -> Losses:
-    """tokens [B, T + 1 + D] int64 with D the model's MTP depth: inputs, and the targets behind them."""
+    """tokens [B, T + lookahead] int64: inputs, and the targets behind them; hidden of the stage before, if any."""
     config = model.config
-    depth = config.num_nextn_predict_layers
-    batch, length = tokens.shape[0], tokens.shape[1] - 1 - depth
-    hidden, routes = model.hidden(tokens[:, :length], dtype=dtype, recompute=recompute)
-
-    def next_token_loss(state: Tensor, ahead: int) -> Tensor:
-        targets = tokens[:, 1 + ahead : 1 + ahead + length]
-        return ops.linear_cross_entropy(state.flatten(0, 1), model.head_weight, targets.flatten())
-
-    main = next_token_loss(hidden, 0)
-    mtp = balance = main.new_zeros(())
-    if depth:
-        states, more = model.predict_ahead(hidden, tokens, recompute=recompute)
-        routes = routes + more
-        mtp = torch.stack([next_token_loss(s, k) for k, s in enumerate(states, start=1)]).mean()  # eq. 25: 1/D Σ
-    if routes and (sequence_alpha or switch_alpha):
-        top_k = config.num_experts_per_tok
-        if sequence_alpha:
-            balance = balance + sequence_alpha * sum(sequence_balance_loss(r, batch, top_k) for r in routes)
-        if switch_alpha:
-            balance = balance + switch_alpha * sum(switch_balance_loss(r) for r in routes)
-    return Losses(main + mtp_weight * mtp + balance, main, mtp, balance, routes)
+    inputs = tokens[:, : -config.lookahead] if hidden is None else hidden
+    found: Output = model(inputs, tokens[:, 1:], dtype=dtype, recompute=recompute)
+    nothing = torch.zeros((), device=tokens.device)
+    main, *ahead = found.losses or [nothing]
+    mtp = torch.stack(ahead).mean() if ahead else nothing  # eq. 25: 1/D Σ
+    balance, batch = nothing, tokens.shape[0]
+    if found.routes and sequence_alpha:
+        each = [sequence_balance_loss(r, batch, config.num_experts_per_tok) for r in found.routes]
+        balance = balance + sequence_alpha * sum(each)
+    if found.routes and switch_alpha:
+        balance = balance + switch_alpha * sum(switch_balance_loss(r) for r in found.routes)
+    return Losses(main + mtp_weight * mtp + balance, main, mtp, balance, found.routes, found.hidden)

@@ -16,8 +16,8 @@ TIMED = 3  # timed steps, after a warm-up step
 
 
 def random_tokens(run: RunConfig) -> Tensor:
-    """A batch [B, T + 1 + D] of random ids: as much work as a real one."""
-    shape = (run.train.batch_size, run.data.seq_len + 1 + run.model.num_nextn_predict_layers)
+    """A batch [B, T + lookahead] of random ids: as much work as a real one."""
+    shape = (run.train.batch_size, run.data.seq_len + run.model.lookahead)
     return torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 

@@ -62,8 +62,8 @@ def position(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resumed
         )
     if then.data.seq_len == now.data.seq_len:
         return where, lines
-    length, extra = now.data.seq_len, 1 + now.model.num_nextn_predict_layers
-    epoch, place = divmod(where.samples, (size(data)[1] - extra) // then.data.seq_len)
+    length = now.data.seq_len
+    epoch, place = divmod(where.samples, (size(data)[1] - now.model.lookahead) // then.data.seq_len)
     behind = place * then.data.seq_len
     windows = -(-behind // length)  # of the new length, in this epoch
     line = f"windows of {length} tokens go on {windows * length - behind} tokens after those of {then.data.seq_len}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from leanseek.training.diagnose import Finding, find_nonfinite, largest_gradient
 from leanseek.training.guard import SpikeGuard
 from leanseek.training.objective import Losses, losses
 from leanseek.training.optimizer import EMA, build_optimizer
+from leanseek.training.reduction import Reduction
 from leanseek.training.schedules import bias_update_speed, learning_rate, mtp_weight
 
 
@@ -42,29 +43,30 @@ class StepResult(NamedTuple):
 class Trainer:
     """Owns the model while it trains. Data, files and time are the loop's business.
 
-    `reduce` sums expert counts [layers, E] over the ranks of a data-parallel run, in place.
+    `reduction` makes the step's figures of this rank's (reduction.py); by default this process is the only one.
 
     Raises:
         ConfigError: `train.device` is not there.
     """
 
-    def __init__(
-        self, run: RunConfig, model: Transformer | None = None, reduce: Callable[[Tensor], object] | None = None
-    ):
-        self.run, self.reduce = run, reduce
+    def __init__(self, run: RunConfig, model: Transformer | None = None, reduction: Reduction | None = None):
+        self.run, self.reduction = run, reduction or Reduction()
         self.device = default_device() if run.train.device == "auto" else _device(run.train.device)
         self.dtype = preferred_dtype(self.device) if run.train.dtype == "auto" else getattr(torch, run.train.dtype)
         if model is None:
-            model = Transformer(run.model).init_weights(torch.Generator().manual_seed(run.train.seed))
+            model = Transformer(run.model).init_weights(run.train.seed)
         self.model = model.to(self.device)
         fp8.apply(self.model, run.train.precision)
         self.optimizer = build_optimizer(self.model, run.optimizer, run.moments)
         self.guard = SpikeGuard(run.train.spike_limit)
         self.ema = EMA(self.model, run.optimizer.ema) if run.optimizer.ema else None
 
-    def step(self, tokens: Tensor, step: int) -> StepResult:
-        """Train on tokens [B, T + 1 + D]; `step` counts from 0 and sets the schedules. Waits once for the device."""
-        run = self.run
+    def step(self, tokens: Tensor, step: int, sequences: int | None = None) -> StepResult:
+        """Train on tokens [B, T + lookahead]; `step` counts from 0 and sets the schedules. Waits for the device.
+
+        sequences: of the whole step, where other ranks train on some of them.
+        """
+        run, sequences = self.run, sequences or tokens.shape[0]
         tokens = tokens.to(self.device)
         counts: dict[int, Tensor] = {}
         sums = torch.zeros(3, device=self.device)
@@ -72,15 +74,13 @@ class Trainer:
         parts = tokens.split(run.train.micro_batch_size or tokens.shape[0])
         for part in parts:
             found = self.forward(part, step)
-            share = part.shape[0] / tokens.shape[0]  # the mean over micro-batches, whatever their sizes
-            (found.total * share).backward()
+            share = part.shape[0] / sequences  # the mean over micro-batches and ranks, whatever their sizes
+            found.backward(share)
             add_counts(counts, found.routes)
             sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
         loads = torch.stack(list(counts.values())) if counts else torch.zeros(0, 1, dtype=torch.int64)
-        if self.reduce is not None:
-            self.reduce(loads)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = self.reduction(gradients, sums, loads)
         loss, mtp_loss, balance_loss, grad_norm = torch.cat((sums, norm.detach().float().view(1))).tolist()
         lr = learning_rate(run, step)
         wrong, reason = Finding("", ""), ""
@@ -91,7 +91,7 @@ class Trainer:
             wrong = largest_gradient(self.model)
             reason = f"{spike}; the largest gradient is the {wrong.culprit} ({wrong.statistics})"
         else:
-            torch.nn.utils.clip_grads_with_norm_(parameters, run.optimizer.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), run.optimizer.clip, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -107,7 +107,7 @@ class Trainer:
         )
 
     def forward(self, tokens: Tensor, step: int = 0) -> Losses:
-        """The losses that step `step` would differentiate, of tokens [B, T + 1 + D] on the device."""
+        """The losses that step `step` would differentiate, of tokens [B, T + lookahead] on the device."""
         return losses(
             self.model,
             tokens,
@@ -120,9 +120,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor) -> tuple[float, float, int]:
-        """Sums over tokens [B, T + 1 + D]: negative log-likelihood, MTP's, and the number of targets."""
+        """Sums over tokens [B, T + lookahead]: negative log-likelihood, MTP's, and the number of targets."""
         found = losses(self.model, tokens.to(self.device), dtype=self.dtype)
-        targets = tokens.shape[0] * (tokens.shape[1] - 1 - self.run.model.num_nextn_predict_layers)
+        targets = tokens.shape[0] * (tokens.shape[1] - self.run.model.lookahead)
         return float(found.main) * targets, float(found.mtp) * targets, targets
 
     def nonfinite_weight(self) -> str | None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.nn import Parameter
 
 from leanseek.checkpoint import load, save
 from leanseek.checkpoint.blocks import quantize_blocks
-from leanseek.ops import dequantize_blocks
+from leanseek.ops import FP8_BLOCKS, dequantize_blocks
 
 # dimensions that 128 divides not at all, and experts that it does
 BLOCKY = {"hidden_size": 256, "moe_intermediate_size": 128, "kv_lora_rank": 136, "num_nextn_predict_layers": 1}
@@ -51,8 +52,8 @@ def test_power_of_two_scales_are_read_as_float32_or_e8m0(stored, network, tmp_pa
     expected = as_published(q, scale).bfloat16()
     assert torch.equal(load(tmp_path / "out").layers[1].mlp.experts.down_proj[3], expected)
     kept = load(tmp_path / "out", keep_fp8=True).layers[1].mlp.experts
-    assert kept.down_proj_scale_inv.dtype == torch.float32
-    assert torch.equal(dequantize_blocks(kept.down_proj[3], kept.down_proj_scale_inv[3], torch.bfloat16), expected)
+    assert kept.down_proj.scale.dtype == torch.float32
+    assert torch.equal(kept.down_proj[3].dense(torch.bfloat16), expected)
 
 
 def test_quantising_uses_the_whole_range_of_each_block_and_survives_zeros():
@@ -73,10 +74,10 @@ def test_kept_and_dequantised_compute_the_same(network, tmp_path, tokens):
     kept, plain = load(tmp_path / "out", keep_fp8=True), load(tmp_path / "out")
     for name in ("layers.0.mlp.up_proj", "layers.1.self_attn.o_proj", "mtp.0.block.self_attn.q_b_proj"):
         module = kept.get_submodule(name)
-        assert module.weight.dtype == torch.float8_e4m3fn
-        assert torch.equal(module.dense(torch.bfloat16), plain.get_submodule(name).weight)
+        assert module.weight.format == FP8_BLOCKS
+        assert torch.equal(module.weight.dense(torch.bfloat16), plain.get_submodule(name).weight)
     experts = kept.layers[1].mlp.experts
-    assert experts.gate_up_proj.dtype == torch.float8_e4m3fn and experts.gate_up_proj_scale_inv.shape == (8, 2, 2)
+    assert experts.gate_up_proj.format == FP8_BLOCKS and experts.gate_up_proj.scale.shape == (8, 2, 2)
     assert kept.mtp[0].eh_proj.weight.dtype == kept.embed_tokens.weight.dtype == torch.bfloat16
     with torch.inference_mode():
         a, b, exact = kept(tokens).float(), plain(tokens).float(), model(tokens)
@@ -89,9 +90,9 @@ def test_experts_whose_halves_share_a_block_are_dequantised(network, tmp_path):
     save(network(), tmp_path / "out", "hf-fp8")
     kept, plain = load(tmp_path / "out", keep_fp8=True), load(tmp_path / "out")
     experts = kept.layers[1].mlp.experts
-    assert experts.gate_up_proj_scale_inv is None and experts.down_proj_scale_inv is None
+    assert isinstance(experts.gate_up_proj, Parameter) and isinstance(experts.down_proj, Parameter)
     assert torch.equal(experts.gate_up_proj, plain.layers[1].mlp.experts.gate_up_proj)
-    assert kept.layers[1].mlp.shared_experts.up_proj.weight.dtype == torch.float8_e4m3fn
+    assert kept.layers[1].mlp.shared_experts.up_proj.weight.format == FP8_BLOCKS
 
 
 def test_fused_fp8_experts_are_read(network, tmp_path):
@@ -99,7 +100,11 @@ def test_fused_fp8_experts_are_read(network, tmp_path):
     expected = load(tmp_path / "out", keep_fp8=True).state_dict()
     file = tmp_path / "out/model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
-    tensors |= {f"model.{name}": tensor for name, tensor in expected.items() if ".experts." in name}
+    tensors |= {
+        f"model.{name}".removesuffix(".data").replace(".scale", "_scale_inv"): tensor
+        for name, tensor in expected.items()
+        if ".experts." in name
+    }
     save_file(tensors, file)
     again = load(tmp_path / "out", keep_fp8=True).state_dict()
     assert again.keys() == expected.keys()

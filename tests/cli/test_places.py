@@ -314,7 +314,7 @@ def test_text_is_prepared_without_a_temporary_folder(tmp_path: Path, monkeypatch
     (tmp_path / "text.txt").write_text("a b c\n\nd e f", encoding="utf-8")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     prepare([tmp_path / "text.txt"], tmp_path / "out", train_vocab=270, workers=1)
-    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith((".", "tmp"))]
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith((".", "tmp")) and p.name != ".lock"]
 
 
 def test_a_missing_temporary_folder_is_one_line(
@@ -329,3 +329,15 @@ def test_a_missing_temporary_folder_is_one_line(
     monkeypatch.setattr(cli, "app", Path("/nowhere/x").read_bytes)
     with pytest.raises(FileNotFoundError):  # a failure of ours
         cli.main()
+
+
+@pytest.mark.parametrize("gib", [1, 3])
+def test_doctor_tells_the_memory_of_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: int
+) -> None:
+    from leanseek.cli import doctor
+    from leanseek.machine import memory
+
+    (tmp_path / "memory.max").write_text(str(gib << 30), encoding="ascii")
+    monkeypatch.setattr(memory, "groups", lambda _: [tmp_path])
+    assert doctor.examine()["memory_bytes"] == gib << 30

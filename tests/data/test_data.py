@@ -176,7 +176,7 @@ def test_a_damaged_shard_is_named(source: Path, tmp_path: Path, damage: str) -> 
 
 def test_an_epoch_holds_every_token_once(shards: Path) -> None:
     """Windows tile the packed epoch: their inputs, put together, are the documents in some order."""
-    data = TokenDataset(shards, "train", 32, extra=1, seed=3)
+    data = TokenDataset(shards, "train", 32, lookahead=1, seed=3)
     windows = data.batch(0, data.samples_per_epoch).tokens
     stream = np.concatenate(data.shards)
     got = np.bincount(windows[:, :32].flatten().numpy(), minlength=320)
@@ -188,13 +188,13 @@ def test_an_epoch_holds_every_token_once(shards: Path) -> None:
 
 def test_sample_is_a_function_of_seed_and_number(shards: Path) -> None:
     """Resuming anywhere, with any batch size, continues the same stream."""
-    whole = TokenDataset(shards, "train", 24, extra=2, seed=5, fim_rate=0.5)
+    whole = TokenDataset(shards, "train", 24, lookahead=2, seed=5, fim_rate=0.5)
     count = whole.samples_per_epoch * 2 + 3
     stream = whole.batch(0, count).tokens
     for start, n in ((0, 1), (7, 5), (whole.samples_per_epoch - 1, 3), (count - 2, 2)):
-        fresh = TokenDataset(shards, "train", 24, extra=2, seed=5, fim_rate=0.5)
+        fresh = TokenDataset(shards, "train", 24, lookahead=2, seed=5, fim_rate=0.5)
         assert (fresh.batch(start, n).tokens == stream[start : start + n]).all()
-    assert (TokenDataset(shards, "train", 24, extra=2, seed=6).batch(0, 9).tokens != stream[:9]).any()
+    assert (TokenDataset(shards, "train", 24, lookahead=2, seed=6).batch(0, 9).tokens != stream[:9]).any()
 
 
 def test_fill_in_middle_rearranges_and_loses_nothing(shards: Path) -> None:
@@ -216,7 +216,7 @@ def test_fill_in_middle_rearranges_and_loses_nothing(shards: Path) -> None:
 
 
 def test_validation_is_read_once_in_order(shards: Path) -> None:
-    data = TokenDataset(shards, "validation", 20, extra=1)
+    data = TokenDataset(shards, "validation", 20, lookahead=1)
     rows = np.concatenate([b.tokens.numpy() for b in data.in_order(3)])
     assert len(rows) == data.samples_per_epoch
     assert (rows[:, :20].flatten() == np.concatenate(data.shards)[: rows.shape[0] * 20]).all()

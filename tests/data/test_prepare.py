@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -18,10 +19,11 @@ import numpy as np
 import psutil
 import pytest
 
+from leanseek import cli
 from leanseek.data.encode import Encoder
 from leanseek.data.loader import TokenDataset
 from leanseek.data.prepare import prepare
-from leanseek.data.shards import verify
+from leanseek.data.shards import ShardWriter, verify
 from leanseek.data.tokenizer import save_tokenizer, train_tokenizer
 from leanseek.errors import InputError
 from leanseek.tokens import encode
@@ -84,7 +86,7 @@ def test_a_single_document_trains_and_a_run_goes_without_validation(tmp_path: Pa
 def test_a_validation_split_shorter_than_a_window_is_one_window(tmp_path: Path) -> None:
     path = corpus(tmp_path, [" ".join(SENTENCES), "a few words"])
     prepare([path], tmp_path / "out", train_vocab=262, workers=1, seed=next(s for s in range(99) if few_held_out(s)))
-    held_out = TokenDataset(tmp_path / "out", "validation", 64, extra=2)
+    held_out = TokenDataset(tmp_path / "out", "validation", 64, lookahead=2)
     assert held_out.seq_len < 64
     (batch,) = held_out.in_order(4)
     assert batch.tokens.shape == (1, held_out.seq_len + 2)
@@ -186,26 +188,48 @@ def test_a_script_without_a_main_guard_prepares(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr
 
 
-def started(tmp_path: Path, stopped: Callable[[subprocess.Popen[str]], None]) -> tuple[int, list[str]]:
-    """A long preparation with two workers, to which `stopped` happens at its first shard: exit code, lines said."""
-    command = [sys.executable, "-m", "leanseek", "data", "prepare", "a.jsonl", "--out", "out", "--workers", "2"]
-    child = subprocess.Popen(
-        [*command, "--train-tokenizer", "262"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not (tmp_path / "out" / "00000.train.bin.tmp").exists():
-        assert child.poll() is None
+def started(tmp_path: Path, stopped: Callable[[int], None]) -> tuple[int | None, list[str]]:
+    """A preparation with two workers, in a fork, to which `stopped` happens at its first document: exit code, lines.
+
+    It waits there: most of the text is yet to be encoded.
+    """
+
+    def run() -> None:
+        os.setsid()
+        os.chdir(tmp_path)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of the background
+        sys.stderr = open("said", "w", encoding="utf-8")  # noqa: SIM115
+        sys.argv = ["leanseek", "data", "prepare", "a.jsonl", "--out", "out", "--workers", "2"]
+        sys.argv += ["--train-tokenizer", "262"]
+        add = ShardWriter.add
+
+        def held(*arguments: Any) -> None:
+            Path("reached").touch()
+            while not Path("go").exists():
+                time.sleep(0.001)
+            add(*arguments)
+
+        ShardWriter.add = held  # type: ignore[method-assign]
+        cli.main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    while not (tmp_path / "reached").exists():
+        assert child.is_alive()
         time.sleep(0.002)
-    stopped(child)
-    said = child.communicate(timeout=60)[1]
-    return child.returncode, [line for line in said.splitlines() if line and "━" not in line]
+    assert child.pid is not None
+    stopped(child.pid)
+    (tmp_path / "go").touch()
+    child.join(60)
+    return child.exitcode, [line for line in (tmp_path / "said").read_text().splitlines() if line]
 
 
-def kill_a_worker(child: subprocess.Popen[str]) -> None:
-    psutil.Process(child.pid).children()[0].kill()
+def kill_a_worker(pid: int) -> None:
+    psutil.Process(pid).children()[0].kill()
 
 
-def press_ctrl_c(child: subprocess.Popen[str]) -> None:
-    os.killpg(child.pid, signal.SIGINT)
+def press_ctrl_c(pid: int) -> None:
+    os.killpg(pid, signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +239,7 @@ def press_ctrl_c(child: subprocess.Popen[str]) -> None:
 def test_what_is_stopped_says_a_line_and_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    stop: Callable[[subprocess.Popen[str]], None],
+    stop: Callable[[int], None],
     code: int,
     said: str,
 ) -> None:

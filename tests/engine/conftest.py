@@ -9,7 +9,9 @@ import tokenizers
 import torch
 
 from leanseek import ModelConfig, Transformer
+from leanseek.backends import backend_of
 from leanseek.engine import Engine, Request, SamplingParams, Tokenizer
+from leanseek.ops import sampling
 
 VOCAB = 320
 
@@ -43,7 +45,7 @@ def make_model() -> Callable[..., Transformer]:
 
     def make(seed: int = 0, **changes: Any) -> Transformer:
         config = ModelConfig(**CONFIG | changes)
-        return Transformer(config).init_weights(torch.Generator().manual_seed(seed)).requires_grad_(False)
+        return Transformer(config).init_weights(seed).requires_grad_(False)
 
     return make
 
@@ -59,7 +61,7 @@ def drafting_model(make_model: Callable[..., Transformer]) -> Transformer:
 
     The blocks add little to the embedding, and eh_proj passes the next token's embedding through.
     """
-    model = make_model(seed=1, initializer_range=0.5)
+    model = make_model(seed=3, initializer_range=0.5)
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
             weight.mul_(0.004 if name.startswith("layers.") else 0.0)
@@ -104,7 +106,7 @@ def cache_gib() -> Callable[[int], float]:
 def make_engine(cache_gib: Callable[[int], float]) -> Callable[..., Engine]:
     """make_engine(model, **options) with a cache of 3,000 tokens, so that checking the books is quick."""
     return lambda model, tokenizer=None, **options: Engine(
-        model, tokenizer, **{"cache_gib": cache_gib(3000), "seed": 0} | options
+        backend_of(model), tokenizer, **{"cache_gib": cache_gib(3000), "seed": 0} | options
     )
 
 
@@ -124,5 +126,43 @@ def serve() -> Callable[..., list[list[int]]]:
                 tokens[delta.request_id, delta.index] += delta.token_ids
             engine.check_invariants()
         return list(tokens.values())
+
+    return run
+
+
+@pytest.fixture
+def in_crowds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's form samples rows one by one, for the sake of their bits; a distribution does not ask for that."""
+    monkeypatch.setattr(sampling, "CPU_ROWS", 1000)
+
+
+Answer = tuple[list[int], list[tuple[float, list[tuple[int, float]]]]]
+
+
+@pytest.fixture(scope="session")
+def answers() -> Callable[..., dict[str, Answer]]:
+    """answers(engine, prompts by name, params, stagger=0): tokens and exact logprobs of each request.
+
+    With `stagger`, a request arrives every so many steps.
+    """
+
+    def run(
+        engine: Engine, prompts: dict[str, list[int]], params: SamplingParams, stagger: int = 0
+    ) -> dict[str, Answer]:
+        found: dict[str, Answer] = {name: ([], []) for name in prompts}
+        waiting = [Request(name, prompt, params) for name, prompt in prompts.items()]
+        step = 0
+        while waiting or engine.has_work():
+            while waiting and (not stagger or step % stagger == 0):
+                engine.add(waiting.pop(0))
+                if stagger:
+                    break
+            for delta in engine.step():
+                assert delta.error is None, delta.error
+                tokens, scores = found[delta.request_id]
+                tokens += delta.token_ids
+                scores += [(entry.logprob, entry.top) for entry in delta.logprobs or []]
+            step += 1
+        return found
 
     return run

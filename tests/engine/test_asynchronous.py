@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import os
 import random
-import time
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -45,6 +45,31 @@ async def started(engine: Engine, **options: Any) -> AsyncIterator[AsyncEngine]:
     assert not engine.has_work()
 
 
+class Gate:
+    """Lets an engine take `steps` steps and `open()` lets it take all, so that a test knows where it stands.
+
+    What waits for a step that is held up would wait for ever: after a minute the engine breaks.
+    """
+
+    def __init__(self, engine: Engine, steps: int):
+        self._left, self._step = threading.Semaphore(steps), engine.step
+        self.reached = threading.Event()  # a step is held up
+        engine.step = self._wait  # type: ignore[method-assign]
+
+    def open(self) -> None:
+        self._left.release(10**6)
+
+    def _wait(self) -> list[Delta]:
+        if not self._left.acquire(blocking=False):
+            self.reached.set()
+            assert self._left.acquire(timeout=60), "nobody lets the step go on"
+        return self._step()
+
+    async def until_reached(self) -> None:
+        while not self.reached.is_set():
+            await asyncio.sleep(0.001)
+
+
 async def read(stream: Stream) -> list[Delta]:
     return [delta async for delta in stream]
 
@@ -78,9 +103,11 @@ def test_streams_side_by_side_give_what_the_engine_gives(
 def test_a_client_that_leaves_frees_its_pages(model: Transformer, make_engine: Callable, how: str) -> None:
     async def main() -> None:
         inner = make_engine(model, prefix_cache=False)
+        gate = Gate(inner, 4)
         async with started(inner) as engine:
             stream = engine.submit(list(range(2, 60)), LONG)
             await anext(stream)
+            await gate.until_reached()
             assert engine.stats().pages_used > 0
             if how == "close":
                 await stream.aclose()
@@ -92,28 +119,32 @@ def test_a_client_that_leaves_frees_its_pages(model: Transformer, make_engine: C
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
             steps = engine.stats().steps
+            gate.open()
             while engine.stats().pages_used:
                 await asyncio.sleep(0.001)
             assert engine.stats().steps <= steps + 2  # the one under way, and the next
             assert engine.stats().finished == {"abort": 1}
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 def test_the_queue_is_bounded(model: Transformer, make_engine: Callable) -> None:
     async def main() -> None:
-        async with started(make_engine(model, max_batch=2), max_queue=3) as engine:
+        inner = make_engine(model, max_batch=2)
+        gate = Gate(inner, 0)
+        async with started(inner, max_queue=3) as engine:
             streams = [engine.submit([2, 3], LONG) for _ in range(5)]
             with pytest.raises(QueueFull) as caught:
                 engine.submit([2, 3], SHORT)
             assert caught.value.retry_after >= 1
             for stream in streams:
                 stream.close()
+            gate.open()
             while engine.stats().finished.get("abort", 0) < 5:
                 await asyncio.sleep(0.001)
             assert len(tokens_of(await read(engine.submit([2, 3], SHORT)))) == 5
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 def test_bad_requests_are_refused_when_submitted(model: Transformer, make_engine: Callable) -> None:
@@ -152,7 +183,7 @@ def test_a_fault_reaches_its_own_stream_only(
             assert "bad luck" in str(answers[1])
             assert len(tokens_of(await read(engine.submit([2, 3], SHORT)))) == 5
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 def test_an_engine_that_breaks_tells_everyone(
@@ -170,44 +201,64 @@ def test_an_engine_that_breaks_tells_everyone(
         with pytest.raises(EngineStopped):
             engine.submit([2, 3], SHORT)
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 def test_what_runs_is_finished_once_no_more_is_taken(model: Transformer, make_engine: Callable) -> None:
     async def main() -> None:
-        async with started(make_engine(model)) as engine:
-            reader = asyncio.create_task(read(engine.submit([2, 3], LONG)))
-            await asyncio.sleep(0.01)
+        inner = make_engine(model)
+        gate = Gate(inner, 2)
+        async with started(inner) as engine:
+            reader = asyncio.create_task(read(engine.submit([2, 3], SHORT)))
+            await gate.until_reached()
             engine.refuse()
             with pytest.raises(EngineStopped):
                 engine.submit([2, 3], SHORT)
-            assert len(tokens_of(await reader)) == 300
+            gate.open()
+            assert len(tokens_of(await reader)) == 5
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 def test_stop_ends_open_streams(model: Transformer, make_engine: Callable) -> None:
     async def main() -> None:
-        async with started(make_engine(model, max_batch=1)) as engine:
+        inner = make_engine(model, max_batch=1)
+        gate = Gate(inner, 2)
+        async with started(inner) as engine:
             readers = [asyncio.create_task(read(engine.submit([2, 3], LONG))) for _ in range(3)]
-            await asyncio.sleep(0.02)
-            engine.stop()
+            await gate.until_reached()
+            engine.stop(timeout=0)
+            gate.open()
             for deltas in await asyncio.gather(*readers):
                 assert deltas[-1].finish_reason == "abort"
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_the_event_loop_never_waits_for_a_step(model: Transformer, make_engine: Callable) -> None:
+    """All that a server calls there returns while a step is under way."""
+
+    async def main() -> None:
+        inner = make_engine(model, max_batch=1)
+        gate = Gate(inner, 1)
+        async with started(inner, max_queue=1) as engine:
+            first = engine.submit([2, 3], SHORT)
+            await gate.until_reached()
+            second = engine.submit([2, 4], SHORT)
+            with pytest.raises(QueueFull):
+                engine.submit([2, 5], SHORT)
+            second.close()
+            engine.check([2, 6], SHORT)
+            assert engine.stats().steps <= 1 and engine.accepting and engine.alive
+            engine.refuse()
+            gate.open()
+            assert len(tokens_of(await read(first))) == 5
+
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 def test_many_clients_of_which_a_third_leaves(model: Transformer, make_engine: Callable) -> None:
-    """No page leaks, no request goes unanswered, and the event loop is never held up for long."""
-    longest = 0.0
-
-    async def heartbeat() -> None:
-        nonlocal longest
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(0.005)
-            longest = max(longest, time.monotonic() - before)
+    """No page leaks and no request goes unanswered."""
 
     async def client(engine: AsyncEngine, i: int, gate: asyncio.Semaphore) -> str:
         draw = random.Random(i)
@@ -227,18 +278,15 @@ def test_many_clients_of_which_a_third_leaves(model: Transformer, make_engine: C
     async def main() -> None:
         inner = make_engine(model, max_batch=8, page_size=4)
         async with started(inner) as engine:
-            beat = asyncio.create_task(heartbeat())
             gate = asyncio.Semaphore(24)
-            answers = await asyncio.gather(*(client(engine, i, gate) for i in range(150)))
-            beat.cancel()
-            assert answers.count("served") >= 100
+            answers = await asyncio.gather(*(client(engine, i, gate) for i in range(90)))
+            assert answers.count("served") >= 60 and answers.count("left") >= 10
             while engine._streams:
                 await asyncio.sleep(0.001)
             assert engine.stats().pages_used == 0
-            assert engine.stats().requests == 150
+            assert engine.stats().requests == 90
 
-    asyncio.run(asyncio.wait_for(main(), 60))
-    assert longest < 0.5
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_synchronous_requests_do_not_need_a_loop(model: Transformer, make_engine: Callable) -> None:

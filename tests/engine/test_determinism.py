@@ -6,30 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from leanseek import Transformer, ops
-from leanseek.engine import Engine, Request, SamplingParams
+from leanseek import Transformer, native, ops
+from leanseek.engine import SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, logprobs=5)
-Answer = tuple[list[int], list[tuple[float, list[tuple[int, float]]]]]
-
-
-def answers(engine: Engine, prompts: dict[str, list[int]], stagger: int = 0) -> dict[str, Answer]:
-    """Tokens and exact logprobs of each request; with `stagger`, a request arrives every so many steps."""
-    found: dict[str, Answer] = {name: ([], []) for name in prompts}
-    waiting = [Request(name, prompt, PARAMS) for name, prompt in prompts.items()]
-    step = 0
-    while waiting or engine.has_work():
-        while waiting and (not stagger or step % stagger == 0):
-            engine.add(waiting.pop(0))
-            if stagger:
-                break
-        for delta in engine.step():
-            assert delta.error is None, delta.error
-            tokens, scores = found[delta.request_id]
-            tokens += delta.token_ids
-            scores += [(entry.logprob, entry.top) for entry in delta.logprobs or []]
-        step += 1
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +22,7 @@ def crowd() -> dict[str, list[int]]:
     return found
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=["torch", "native"] if native.usable_variants() else ["torch"])
 def backend(request: pytest.FixtureRequest):
     """The ops in plain torch, and the native kernels where they are built."""
     with ops.use(request.param):
@@ -51,12 +31,17 @@ def backend(request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize("kind", ["model", "drafting_model"])
 def test_logits_are_the_same_bits_whatever_the_settings(
-    kind: str, backend: None, request: pytest.FixtureRequest, make_engine: Callable, crowd: dict[str, list[int]]
+    kind: str,
+    backend: None,
+    request: pytest.FixtureRequest,
+    make_engine: Callable,
+    answers: Callable,
+    crowd: dict[str, list[int]],
 ) -> None:
     """Alone, together, staggered, in chunks, with pages scarce, with any number of drafts: exactly equal logprobs."""
     model: Transformer = request.getfixturevalue(kind)
     alone = {
-        name: answers(make_engine(model, speculate=0, prefix_cache=False), {name: prompt})[name]
+        name: answers(make_engine(model, speculate=0, prefix_cache=False), {name: prompt}, PARAMS)[name]
         for name, prompt in crowd.items()
     }
     cache_gib = request.getfixturevalue("cache_gib")
@@ -69,25 +54,27 @@ def test_logits_are_the_same_bits_whatever_the_settings(
     ]
     for options, stagger in settings:
         engine = make_engine(model, **options)
-        together = answers(engine, crowd, stagger)
+        together = answers(engine, crowd, PARAMS, stagger)
         for name in crowd:
             assert together[name] == alone[name], (options, name)
         if "cache_gib" in options:
             assert engine.stats().preemptions > 0
-        again = answers(engine, crowd)  # now from the prefix cache
+        again = answers(engine, crowd, PARAMS)  # now from the prefix cache
         assert engine.stats().cached_tokens > 0
         assert again == together
 
 
 def test_logits_are_the_same_bits_with_two_threads(
-    drafting_model: Transformer, make_engine: Callable, crowd: dict[str, list[int]]
+    drafting_model: Transformer, make_engine: Callable, answers: Callable, crowd: dict[str, list[int]]
 ) -> None:
     few = {name: crowd[name] for name in ("r5", "r33", "shared")}
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        alone = {name: answers(make_engine(drafting_model, speculate=0), {name: few[name]})[name] for name in few}
-        assert answers(make_engine(drafting_model, speculate=2, step_tokens=20), few) == alone
+        alone = {
+            name: answers(make_engine(drafting_model, speculate=0), {name: few[name]}, PARAMS)[name] for name in few
+        }
+        assert answers(make_engine(drafting_model, speculate=2, step_tokens=20), few, PARAMS) == alone
     finally:
         torch.set_num_threads(before)
 

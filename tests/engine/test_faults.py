@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from leanseek import Transformer, ops
+from leanseek import Transformer, native, ops
 from leanseek.engine import Delta, Engine, Request, SamplingParams, Tokenizer
 from leanseek.engine.runner import Runner
 from leanseek.engine.sampler import Rows
@@ -14,6 +14,7 @@ from leanseek.engine.tokenizer import TextStream
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12)
 NAMES = ("a", "b", "c")
+PATHS = ["native", "torch"] if native.usable_variants() else ["torch"]
 
 
 def run_all(engine: Engine) -> dict[str, list[Delta]]:
@@ -126,7 +127,7 @@ def spoilt(make_model: Callable[..., Transformer], name: str, rows: slice, value
     return model
 
 
-@pytest.mark.parametrize("path", ["native", "torch"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("params", "drafts"),
     [
@@ -159,7 +160,7 @@ def test_a_token_that_is_not_finite_ends_only_requests_that_hold_it(
     assert [found[name][-1].finish_reason for name in ("a", "c")] == ["length", "length"]
 
 
-@pytest.mark.parametrize("path", ["native", "torch"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_head_that_is_not_finite_ends_every_request(
     make_model: Callable, make_engine: Callable, value: float, path: str
@@ -179,7 +180,7 @@ def test_a_head_that_is_not_finite_ends_every_request(
     assert not any(delta.logprobs or delta.prompt_logprobs for delta in deltas)
 
 
-@pytest.mark.parametrize("path", ["native", "torch"])
+@pytest.mark.parametrize("path", PATHS)
 def test_the_request_that_ended_servers(model: Transformer, make_engine: Callable, serve: Callable, path: str) -> None:
     """At the ends of what is allowed, logits stay numbers and weights lie in [0, 1]."""
     wild = [

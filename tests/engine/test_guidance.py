@@ -198,7 +198,7 @@ def test_a_guide_that_takes_too_much_is_one_line(
         (Guide.json_schema({"type": "number", "minimum": "x"}), "minimum must be a number"),
         (Guide.json_schema({"type": "integer", "minimum": 2, "maximum": 1}), "no output fits it: minimum (2) is gre"),
         (Guide.json_schema({"$ref": "#/no"}), "a $ref points to /no, which does not exist"),
-        (Guide.json_schema({"$ref": "http://x/y"}), "http://x/y lies outside the schema; references must stay within"),
+        (Guide.json_schema({"$ref": "http://x/y"}), "http://x/y is outside the schema; references must stay within"),
         (Guide.json_schema({"not": {}}), 'not supported in a schema: "not"'),
         (Guide.grammar('x: "a"'), 'it has no rule "start"'),
         (Guide.grammar("start: x\nx: y"), "line 2, column 4: there is no rule y"),
@@ -230,7 +230,7 @@ def test_what_is_wrong_with_a_guide_is_told_in_our_words(
 )
 def test_what_the_library_says_of_itself_is_not_told(said: str) -> None:
     for kind in ("json_schema", "regex", "grammar"):
-        told = guidance._told(kind, said)
+        told = guidance._reason(kind, said)
         assert told == "it cannot be compiled: it is wrong, or takes too much; make it simpler"
 
 

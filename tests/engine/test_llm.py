@@ -215,7 +215,7 @@ def test_a_deleted_llm_is_freed(folder: Path) -> None:
     for _ in range(2):
         llm = LLM(folder, **SMALL)
         llm.generate("fox", SamplingParams(max_tokens=3, guided=Guide.regex("a+")))
-        kept = [llm, llm.engine, llm.tokenizer, llm.engine._runner.model, llm.engine._runner.cache]
+        kept = [llm, llm.engine, llm.tokenizer, llm.engine._runner.backend, llm.engine._runner.cache]
         references = [weakref.ref(each) for each in kept]
         del llm, kept
         gc.collect()

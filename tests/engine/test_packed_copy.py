@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from leanseek import Transformer, checkpoint, ops
-from leanseek.checkpoint import packed
+from leanseek import Transformer, checkpoint
+from leanseek.backends import packed_copy as packed
 from leanseek.cli.generate import finish_copy
 from leanseek.engine import LLM, SamplingParams
 from leanseek.machine.numa import memory_nodes
+from leanseek.native import panels
 
 pytestmark = pytest.mark.skipif(
-    not ops.can_pack(torch.empty(1, 1)) or len(memory_nodes()) > 1,
+    bool(panels.refusal()) or len(memory_nodes()) > 1,
     reason="weights are packed for native kernels, and copied where memory has one node",
 )
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "kv_lora_rank": 128}
@@ -65,7 +65,6 @@ def copies(folder: Path) -> list[Path]:
         (False, {}, {"dtype": "float32"}),
         (True, WIDE, {"int8_head": True, "speculate": 1}),
         (True, WIDE | {"tie_word_embeddings": True}, {"int8_head": True}),
-        (False, {"attention": "gqa", "num_key_value_heads": 2, "num_nextn_predict_layers": 0}, {}),
     ],
 )
 def test_a_second_start_maps_and_says_the_same(
@@ -113,9 +112,9 @@ def test_a_short_process_waits_until_its_copy_is_whole(
 def test_a_mapped_weight_begins_at_a_cache_line(save: Callable[..., Path]) -> None:
     folder = save()
     start(folder)
-    model = packed.PackedCopy(folder, "auto", False).load()
-    assert model is not None
-    assert all(p.data_ptr() % 64 == 0 for p in model.parameters() if p.nbytes % 64 == 0)
+    found = packed.PackedCopy(folder, "auto", False).read()
+    assert found is not None
+    assert all(w.data.data_ptr() % 64 == 0 for w in found[1].values() if w.data.nbytes % 64 == 0)
 
 
 def test_another_checkpoint_gets_another_copy(
@@ -217,6 +216,13 @@ def test_a_folder_that_cannot_be_written_serves_all_the_same(
     monkeypatch.setattr(packed, "write_file", refuse)
     said = start(folder)
     assert len(said) == 2 and not copies(folder)
+
+
+def test_a_network_that_is_not_packed_has_none(save: Callable[..., Path]) -> None:
+    folder = save(attention="gqa", num_key_value_heads=2, num_nextn_predict_layers=0)
+    said = start(folder)
+    assert not (folder / packed.FOLDER).exists()
+    assert start(folder) == said
 
 
 def test_small_models_have_none(save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,15 +17,8 @@ from leanseek.engine.params import MAX_LOGPROBS
 from leanseek.engine.penalties import Penalties
 from leanseek.engine.sampler import Choice, choose, logprobs_of
 from leanseek.engine.sequence import mix
-from leanseek.ops import sampling
 
 DRAWS = 20000
-
-
-@pytest.fixture
-def in_crowds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's form takes rows one by one, for the sake of their bits; a distribution does not ask for that."""
-    monkeypatch.setattr(sampling, "CPU_ROWS", 1000)
 
 
 def draw(logits: Tensor, params: SamplingParams, draws: int = DRAWS) -> Tensor:

@@ -45,6 +45,7 @@ def test_tokens_are_those_without_drafts_in_fewer_steps(
     assert sorted(stats.accepted_tokens, reverse=True) == stats.accepted_tokens  # a draft stands on those before it
 
 
+@pytest.mark.usefixtures("in_crowds")
 def test_sampling_with_drafts_follows_the_models_distribution(make_model: Callable, make_engine: Callable) -> None:
     """Chi-square over the pairs of tokens 2 and 3 after a prompt, against the whole forward's exact probabilities.
 

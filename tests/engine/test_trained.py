@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import leanseek
-from leanseek import Transformer, checkpoint, ops
+from leanseek import Transformer, checkpoint
 from leanseek.engine import SamplingParams, Tokenizer, speculation
 
 LENGTH = 32
@@ -39,11 +39,8 @@ def trained(make_model: Callable, text: torch.Tensor) -> Transformer:
         starts = torch.randint(0, len(text) - 66, (8,), generator=generator)
         batch = text[starts[:, None] + torch.arange(66)]
         hidden, _ = model.hidden(batch[:, :64])
-        ahead, _ = model.predict_ahead(hidden, batch[:, :65])
-        loss = sum(
-            ops.linear_cross_entropy(state.flatten(0, 1), model.head_weight, batch[:, k : k + 64].flatten())
-            for k, state in enumerate((hidden, ahead[0]), start=1)
-        )
+        ahead, _ = model.predict_ahead(hidden, batch[:, 1:65])
+        loss = sum(model.head(state, batch[:, k : k + 64]) for k, state in enumerate((hidden, ahead[0]), start=1))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from leanseek import ops
 from leanseek.native import usable_variants, use_variant
 from leanseek.ops import quantize as q
-from leanseek.ops.quantize import Coded, Kept, Operand
+from leanseek.ops.operands import Activation, Coded, Kept
 
 if not usable_variants():
     pytest.skip("no native kernels", allow_module_level=True)
@@ -38,7 +38,7 @@ def groups_of(*ends: int) -> ops.Groups:
     return ops.Groups(ends[-1], torch.device("cpu"), torch.tensor(ends, dtype=torch.int32))
 
 
-def same(fast: Operand, exact: Operand) -> None:
+def same(fast: Activation, exact: Activation) -> None:
     assert isinstance(fast, Tensor) and isinstance(exact, Coded)
     value = (exact.codes * exact.scale).to(fast.dtype)
     assert torch.equal(fast.isnan(), value.isnan())

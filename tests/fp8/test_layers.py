@@ -14,7 +14,9 @@ from torch import Tensor
 
 from leanseek import fp8, ops
 from leanseek.fp8 import Cast, Tensorwise, Tilewise
+from leanseek.model.layers import Linear
 from leanseek.ops import quantize as q
+from leanseek.ops.formats import Counts
 
 # ---- the oracle: float64 sums of products of torch's own 8-bit codes, scaled a piece of 128 at a time ----
 
@@ -68,6 +70,11 @@ def test_all_three_products_are_those_of_the_codes(backend: str, m: int, k: int,
     assert dw.dtype == torch.float32
 
 
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, cast: Cast) -> Tensor:
+    sent = ops.expert_dispatch(x, indices, weights, gate_up.shape[0])
+    return ops.expert_combine(fp8.expert_products(sent, gate_up, down, cast), sent)
+
+
 def experts_case(tokens: int = 200, size: int = 128) -> tuple[Tensor, ...]:
     """Experts 2 and 5 of six get nobody; expert 0 gets more than one band of 128."""
     choices = torch.tensor([[0, 1], [0, 3], [4, 0]])
@@ -79,7 +86,7 @@ def experts_case(tokens: int = 200, size: int = 128) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("size", [128, 40, 200])
 def test_experts_fast_path_is_the_exact_one(size: int) -> None:
     case = experts_case(size=size)
-    run_experts = lambda *inputs: fp8.experts(*inputs, Cast(Tilewise()))  # noqa: E731
+    run_experts = lambda *inputs: experts(*inputs, Cast(Tilewise()))  # noqa: E731
     fast = run(run_experts, *case)
     with ops.use("torch"):
         exact = run(run_experts, *case)
@@ -94,7 +101,7 @@ def test_one_expert_for_all_is_the_mlp() -> None:
     whole = run(lambda *t: fp8.mlp(*t, Cast(Tilewise())), x, gate, up, down)
     ones, zeros = torch.ones(150, 1), torch.zeros(150, 1, dtype=torch.long)
     routed = run(
-        lambda x, w, gu, d: fp8.experts(x, zeros, w, gu, d, Cast(Tilewise())),
+        lambda x, w, gu, d: experts(x, zeros, w, gu, d, Cast(Tilewise())),
         x, ones, torch.cat((gate, up))[None], down[None],
     )  # fmt: skip
     assert torch.equal(whole[0], routed[0])
@@ -109,7 +116,7 @@ def test_one_expert_for_all_is_the_mlp() -> None:
 def test_outputs_and_gradients_are_near_float32(recipe: Tilewise) -> None:
     """Rounding to three bits of mantissa, uncorrelated: a few per cent of a product's norm, no more, no bias."""
     x, indices, weights, gate_up, down = experts_case()
-    found = run(lambda *t: fp8.experts(*t, Cast(recipe)), x, indices, weights, gate_up, down)
+    found = run(lambda *t: experts(*t, Cast(recipe)), x, indices, weights, gate_up, down)
     with ops.use("torch"):
         expected = run(ops.experts, x.float(), indices, weights, gate_up, down)
     for a, b in zip(found, expected, strict=True):
@@ -145,11 +152,16 @@ def test_readers_of_one_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) -
     rows = q.rows
     monkeypatch.setattr(q, "rows", lambda *a: calls.append(1) or rows(*a))
     x = torch.randn(4, 64).bfloat16()
-    first = fp8.linear(x, torch.eye(64), Cast(Tilewise()))
-    assert torch.equal(first, fp8.linear(x, torch.eye(64), Cast(Tilewise())))
+    recipe = Tilewise()
+    first = fp8.linear(x, torch.eye(64), Cast(recipe))
+    assert torch.equal(first, fp8.linear(x, torch.eye(64), Cast(recipe)))
     assert len(calls) == 1
-    x.mul_(2)  # the codes that travel with a tensor are those of its values
-    assert torch.equal(fp8.linear(x, torch.eye(64), Cast(Tilewise())), 2 * first)
+    assert torch.equal(fp8.linear(x.clone(), torch.eye(64), Cast(recipe)), first) and len(calls) == 2
+    assert torch.equal(fp8.linear(x, torch.eye(64), Cast(recipe)), first)
+    x.mul_(2)  # the shared codes are those of its values
+    assert torch.equal(fp8.linear(x, torch.eye(64), Cast(recipe)), 2 * first)
+    del x  # nor do they outlive it
+    assert recipe._latest is None
 
 
 def test_an_input_is_kept_in_one_byte_a_value() -> None:
@@ -181,15 +193,15 @@ def test_what_is_recomputed_is_not_kept_and_the_gradients_are_the_same() -> None
 
 def test_counts_can_be_read_for_each_tensor() -> None:
     model = torch.nn.Module()
-    model.proj = torch.nn.Linear(8, 8, bias=False)
-    model.proj.fp8 = None
+    model.proj = Linear(8, 8, None, torch.float32)
+    torch.nn.init.ones_(model.proj.weight)
     fp8.apply(model, "fp8")
     seen = fp8.observe(model)
     x = torch.ones(2, 8).bfloat16()
     x[0, 0] = 2.0**-30
     x.requires_grad_()
-    fp8.linear(x, model.proj.weight, model.proj.fp8).sum().backward()
-    assert seen["proj"]["input"] == fp8.Counts(saturated=0, underflowed=1, total=16)
+    model.proj(x).sum().backward()
+    assert seen["proj"]["input"] == Counts(saturated=0, underflowed=1, total=16)
     assert set(seen["proj"]) == {"input", "weight", "gradient"}
 
 

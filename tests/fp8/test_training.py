@@ -54,10 +54,16 @@ def test_planted_outliers_do_not_touch_bf16(experiment: ModuleType) -> None:
 
 
 def test_only_linears_and_experts_are_in_fp8() -> None:
-    """3.3.1: embedding, head, gate, norms and the core of attention stay as they are."""
-    model = trainer("fp8").model
-    inside = {name for name, module in model.named_modules() if getattr(module, "fp8", None) is not None}
+    """3.3.1: embedding, head, gate, norms and the core of attention stay as they are; names and weights always do."""
+    model = trainer("bf16", "model.num_nextn_predict_layers=1").model
+    kinds, weights = {name: type(m) for name, m in model.named_modules()}, dict(model.named_parameters())
+    fp8.apply(model, "fp8")
+    inside = set(fp8.observe(model))
     assert {"layers.0.self_attn.o_proj", "layers.1.mlp.experts", "layers.1.mlp.shared_experts"} <= inside
     assert not any(word in name for name in inside for word in ("embed", "lm_head", "norm", "gate.", "eh_proj"))
+    assert (
+        all(weights[name] is p for name, p in model.named_parameters()) and len(weights) == len(model.state_dict()) - 2
+    )
     fp8.apply(model, "bf16")
-    assert not any(getattr(module, "fp8", None) for module in model.modules())
+    assert {name: type(m) for name, m in model.named_modules()} == kinds
+    assert not fp8.observe(model)

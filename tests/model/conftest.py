@@ -233,7 +233,7 @@ def _decided(model: Transformer, batch: int, length: int) -> Tensor:
             hidden, routes = model.hidden(tokens)
             if model.mtp:
                 depth = len(model.mtp)
-                routes += model.predict_ahead(hidden[:, : length - depth], tokens)[1]
+                routes += model.predict_ahead(hidden[:, : length - depth], tokens[:, 1:])[1]
         if _smallest_margin(model, routes) > 1e-4:
             return tokens
     raise AssertionError("every seed has a token between two experts")

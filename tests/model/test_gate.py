@@ -138,7 +138,7 @@ def test_replay(mtp: int, tiny_model: Callable[..., Transformer], tiny_tokens: T
 
     def run(text: Tensor, replay: dict[int, Tensor] | None) -> tuple[list[Tensor], dict[int, Tensor]]:
         hidden, routes = model.hidden(text[:, : 20 - mtp], replay=replay)
-        states, ahead = model.predict_ahead(hidden, text, replay=replay)
+        states, ahead = model.predict_ahead(hidden, text[:, 1:], replay=replay)
         return [hidden, *states], {route.layer: route.indices for route in routes + ahead}
 
     with torch.no_grad():

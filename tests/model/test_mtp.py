@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from leanseek import ops
 from leanseek.model import Transformer
 
 TOLERANCE = 1e-5
@@ -41,7 +40,7 @@ def test_agrees_with_transformers(depth: int, tiny_config, randomise, decided, r
     with torch.no_grad():
         theirs = main.model(tokens[:, :LENGTH]).last_hidden_state
         ours, _ = model.hidden(tokens[:, :LENGTH])
-        states, routes = model.predict_ahead(ours, tokens)
+        states, routes = model.predict_ahead(ours, tokens[:, 1:])
         assert len(states) == len(routes) == depth
         for k in range(depth):
             after = tokens[:, k + 1 : k + 1 + LENGTH]
@@ -68,7 +67,7 @@ def test_is_equations_21_to_24(case: str, depth: int, tiny_model, oracle, decide
     tokens = decided(model, 2, LENGTH + depth + 1)
     with torch.no_grad():
         hidden, _ = model.hidden(tokens[:, :LENGTH])
-        states, routes = model.predict_ahead(hidden, tokens[:, : LENGTH + depth])
+        states, routes = model.predict_ahead(hidden, tokens[:, 1 : LENGTH + depth])
     assert [route.layer for route in routes] == ([] if case == "dense" else [3 + k for k in range(depth)])
     reference = oracle(model)
     expected = [reference.ahead(row, LENGTH) for row in tokens]
@@ -77,7 +76,7 @@ def test_is_equations_21_to_24(case: str, depth: int, tiny_model, oracle, decide
         theirs = torch.stack([expected[row][k - 1] for row in range(2)])
         assert relative(states[k - 1], theirs) <= TOLERANCE
         targets = tokens[:, k + 1 : k + 1 + LENGTH]
-        losses.append(ops.linear_cross_entropy(states[k - 1].flatten(0, 1), model.head_weight, targets.flatten()))
+        losses.append(model.head(states[k - 1], targets))
         chances = (theirs @ reference.head.T).softmax(-1)  # eq. 23
         expected_losses.append(-chances.gather(-1, targets[..., None]).log().mean())  # eq. 24
     assert relative(torch.stack(losses), torch.stack(expected_losses)) <= TOLERANCE
@@ -87,7 +86,7 @@ def test_gradients_reach_the_shared_weights(tiny_model, tiny_tokens) -> None:
     """The MTP loss alone trains the embedding, the head, the main layers and every weight of its own modules."""
     model = tiny_model(num_nextn_predict_layers=2, tie_word_embeddings=False)
     hidden, _ = model.hidden(tiny_tokens[:, :-3])
-    states, _ = model.predict_ahead(hidden, tiny_tokens[:, :-1])
+    states, _ = model.predict_ahead(hidden, tiny_tokens[:, 1:-1])
     loss = F.cross_entropy(model.head(states[1]).flatten(0, 1), tiny_tokens[:, 3:].flatten())
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -100,8 +99,8 @@ def test_a_module_sees_no_token_after_its_own(tiny_model, tiny_tokens) -> None:
     changed = tiny_tokens.clone()
     changed[:, 10] = (changed[:, 10] + 1) % 96
     with torch.no_grad():
-        before, _ = model.predict_ahead(model.hidden(tiny_tokens[:, :-2])[0], tiny_tokens)
-        after, _ = model.predict_ahead(model.hidden(changed[:, :-2])[0], changed)
+        before, _ = model.predict_ahead(model.hidden(tiny_tokens[:, :-2])[0], tiny_tokens[:, 1:])
+        after, _ = model.predict_ahead(model.hidden(changed[:, :-2])[0], changed[:, 1:])
     for k in (1, 2):
         torch.testing.assert_close(before[k - 1][:, : 10 - k], after[k - 1][:, : 10 - k], rtol=1e-5, atol=1e-5)
         assert ((before[k - 1] - after[k - 1])[:, 10 - k].abs().amax(-1) > 1e-3).all()
@@ -115,7 +114,7 @@ def test_cached_steps_agree_with_whole_sequences(changes: dict, tiny_model, deci
     tokens = decided(model, 2, LENGTH + depth)
     with torch.no_grad():
         hidden, _ = model.hidden(tokens[:, :LENGTH])
-        expected, _ = model.predict_ahead(hidden, tokens)
+        expected, _ = model.predict_ahead(hidden, tokens[:, 1:])
         serving = server(model, 2, LENGTH)
         main = serving.feed(list(tokens[:, :LENGTH]), [[6, 4], [2]])
         states: list[list[Tensor]] = [[], []]

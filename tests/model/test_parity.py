@@ -188,7 +188,7 @@ def test_gradients(case: str, recompute: bool, pair, decided, relative) -> None:
     expected = peer(tokens, labels=tokens).loss
     expected.backward()
     hidden, _ = model.hidden(tokens[:, :-1], recompute=recompute)
-    loss = ops.linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, tokens[:, 1:].flatten())
+    loss = model.head(hidden, tokens[:, 1:])
     loss.backward()
     assert relative(loss.detach()[None], expected.detach()[None]) <= TOLERANCE
     theirs = {name.removeprefix("model."): p.grad for name, p in peer.named_parameters()}

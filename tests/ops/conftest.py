@@ -4,17 +4,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from leanseek import ops
+from leanseek import native, ops
+
+BACKENDS = ["torch", "native"] if native.usable_variants() else ["torch"]
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The reference, then the native kernels where they accept the tensors (the reference again where they do not)."""
+    """The reference, then the native kernels, if there are any, where they accept the tensors."""
     with ops.use(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["torch", "cpu", "row-invariant"])
+@pytest.fixture(params=[*BACKENDS, "row-invariant"])
 def form(request: pytest.FixtureRequest) -> Iterator[str]:
     """Also the row-invariant forms, which serve and have no backward."""
     with ops.row_invariant() if request.param == "row-invariant" else ops.use(request.param):

@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 
 from leanseek import Transformer, native, ops
+from leanseek.backends import PanelBackend
+from leanseek.native import panels
 from leanseek.ops import quantize as fp8
+from leanseek.ops.operands import Kept
+from leanseek.ops.weights import WeightFormat, named_weights
+from tests.conftest import into_fp8_blocks
 
 pytestmark = pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
 VARIANTS = list(native.usable_variants())
 SPECIAL = torch.tensor(
     [0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 1e-38, 3.4e38, -3.4e38, 88.8, -104.0]
 )
-STORED = [torch.float8_e4m3fn, torch.uint8, torch.bfloat16, torch.float32]
+STORED = [ops.FP8_BLOCKS, ops.INT8_ROWS, torch.bfloat16, torch.float32]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -32,10 +37,10 @@ def variant(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # Whoever adds a kernel adds it to a test below, and here.
-FUZZED = """adamw attention_backward attention_forward experts_backward experts_forward finite_rows fp8_blocks fp8_rows
-fp8_swiglu fp8_swiglu_backward fp8_turn grouped_gradient grouped_product latent_attention pack_panels packed_experts
-packed_linear quantize_rows rms_norm rms_norm_backward rotate sample_rows stack_step swiglu swiglu_backward"""
-WITHOUT_NUMBERS = "interleave_pages read_memory supported"
+FUZZED = """adamw attention_backward attention_forward combine_rows finite_rows fp8_blocks fp8_rows
+fp8_swiglu fp8_swiglu_backward fp8_turn grouped_gradient grouped_product latent_attention pack_panels packed_linear
+quantize_rows rms_norm rms_norm_backward rotate sample_rows stack_step swiglu swiglu_backward"""
+WITHOUT_NUMBERS = "read_memory supported"
 
 
 def test_every_kernel_is_fuzzed() -> None:
@@ -128,47 +133,51 @@ def test_rows_that_are_not_finite_are_told(path: str) -> None:
         assert ops.finite_rows(rows[:, 1:36])[[3, 39]].tolist() == [True, False]
 
 
-def packed(dtype: torch.dtype, rows: int, columns: int, count: int = 1, seed: int = 0) -> ops.Packed:
-    weight = bits(count, rows, columns, dtype=dtype, seed=seed)
-    if dtype == torch.uint8:
-        return ops.pack(weight[0], bits(rows, seed=seed + 1))
-    scale = bits(count, -(-rows // 128), -(-columns // 128), seed=seed + 1) if dtype.itemsize == 1 else None
-    return ops.pack(weight, scale)
+def stored_bits(form: torch.dtype | WeightFormat, *shape: int, seed: int = 0) -> ops.StoredWeight:
+    if isinstance(form, torch.dtype):
+        return bits(*shape, dtype=form, seed=seed)
+    scale = bits(*form.scale_shape(shape), seed=seed + 1)
+    return ops.QuantizedWeight(bits(*shape, dtype=form.dtype, seed=seed), scale, form)
 
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_products_of_any_bits(stored: torch.dtype, x_dtype: torch.dtype) -> None:
+def test_products_of_any_bits(stored: torch.dtype | WeightFormat, x_dtype: torch.dtype) -> None:
     """A row gives alone, beside rows that are no numbers, what it gives among numbers."""
-    weight = packed(stored, 150, 261)
+    weight = panels.pack(stored_bits(stored, 150, 261))
     x = torch.randn(45, 261).to(x_dtype)
     mixed = x.clone()
     mixed[1::2] = bits(22, 261, dtype=x_dtype, seed=4)
     for m in (1, 2, 5, 9, 45):
-        assert same(ops.packed_linear(mixed[:m], weight)[::2], ops.packed_linear(x[:m], weight)[::2])
+        assert same(panels.linear(mixed[:m], weight)[::2], panels.linear(x[:m], weight)[::2])
 
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("stored", [*STORED[:1], *STORED[2:]])
 @torch.no_grad()
-def test_experts_of_any_bits(stored: torch.dtype) -> None:
+def test_experts_of_any_bits(tiny_model: Callable[..., Transformer], stored: torch.dtype | WeightFormat) -> None:
     """A NaN in one expert stays with the tokens that chose it."""
-    scale = torch.ones(4, 1, 2) if stored.itemsize == 1 else None
-    gate, up = (torch.randn(4, 50, 140).to(stored) for _ in range(2))
-    down = torch.randn(4, 140, 50).to(stored)
-    indices = torch.randn(30, 4).topk(2).indices
-    x, weights = torch.randn(30, 140), torch.rand(30, 2)
-    untouched = (indices != 2).all(-1)
+    alike = {"n_group": 1, "topk_group": 1, "hidden_size": 128, "moe_intermediate_size": 128}
+    model = tiny_model(num_hidden_layers=1, first_k_dense_replace=0, **alike)
+    experts, tokens = model.layers[0].mlp.experts, torch.arange(30)
+    chosen = torch.cat([model.hidden(token.view(1, 1))[1][0].indices for token in tokens])
+    untouched = (chosen != 2).all(-1)
+    if not isinstance(stored, torch.dtype):
+        into_fp8_blocks(model, "layers.0.mlp.experts")
+    else:
+        experts.to(stored)
 
     def run() -> Tensor:
-        both = ops.pack_gated(gate, up, None if scale is None else (scale, scale))
-        return ops.packed_experts(x, indices, weights, both, ops.pack(down, None if scale is None else scale.mT))
+        backend = PanelBackend(model.config, named_weights(model))
+        at = torch.zeros(30, dtype=torch.int64)  # 30 sequences of one token
+        index = ops.CacheIndex(at, 4 * torch.arange(30), torch.arange(31), at + 1, torch.arange(30)[:, None], 4)
+        return backend.step(tokens, torch.zeros(1, 120, model.config.cache_width), index)
 
     before = run()
-    for weight in (gate, up, down):
-        weight[2] = bits(*weight.shape[1:], dtype=stored)
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        weight.data[2] = bits(*weight.shape[1:], dtype=weight.data.dtype)
     after = run()
     assert same(after[untouched], before[untouched])
     assert untouched.any() and not same(after, before)
@@ -211,15 +220,14 @@ def test_a_whole_step_over_any_bits(tiny_model: Callable[..., Transformer], dtyp
             if tensor.is_floating_point() and tensor.ndim and (seed or i % 3 == 0):
                 tensor.copy_(bits(*tensor.shape, seed=seed + i))
         model = model.to(dtype).requires_grad_(False)
-        model.freeze()
+        backend = PanelBackend(model.config, named_weights(model))
         n, c = 9, model.config
         cache = bits(c.num_hidden_layers + 1, 16, c.cache_width, dtype=dtype)
         at = torch.arange(n)
         index = ops.CacheIndex(at, at, torch.tensor([0, n]), torch.tensor([n]), torch.arange(4)[None], 4)
-        with ops.row_invariant():
-            hidden = model.step(at, cache, index)
-            model.step_ahead(1, hidden, at, cache, index)
-            assert model.logits(hidden).shape == (n, c.vocab_size)
+        hidden = backend.step(at, cache, index)
+        backend.step_ahead(1, hidden, at, cache, index)
+        assert backend.logits(hidden).shape == (n, c.vocab_size)
 
 
 @pytest.mark.parametrize("path", [*VARIANTS, "torch"])
@@ -229,8 +237,7 @@ def test_heads_in_eight_bits_keep_what_is_no_number(path: str) -> None:
     weight = torch.randn(70, 33)
     weight[7, 32], weight[20, 0], weight[64, 16] = torch.nan, torch.inf, -torch.inf
     with ops.use("torch") if path == "torch" else native.use_variant(path):
-        codes, scale = ops.quantize_rows(weight)
-        out = torch.randn(3, 33) @ ops.dense(codes, scale, torch.float32).T
+        out = torch.randn(3, 33) @ ops.quantize_rows(weight).dense(torch.float32).T
         ops.quantize_rows(bits(70, 33))
     assert out.isnan().any(0).nonzero().flatten().tolist() == [7, 20, 64]
     assert out.isnan().all(0).nonzero().flatten().tolist() == [7, 20, 64]
@@ -256,10 +263,10 @@ def test_training_kernels_over_any_bits(dtype: torch.dtype) -> None:
     ]  # fmt: skip
     for i, out in enumerate(outputs):
         out.backward(bits(*out.shape, dtype=out.dtype, seed=20 + i))
-    ends = [20, 20, 70]
+    groups = ops.Groups(70, torch.device("cpu"), torch.tensor([20, 20, 70], dtype=torch.int32))
     a, b = bits(70, 33, dtype=torch.bfloat16), bits(70, 17, dtype=torch.bfloat16)
-    ops.grouped_product(a, bits(3, 40, 33, dtype=dtype), ends, torch.empty(70, 40))
-    ops.grouped_gradient(a, b, ends, torch.empty(3, 33, 17))
+    ops.grouped_product(a, bits(3, 40, 33, dtype=dtype), groups, torch.float32)
+    ops.grouped_gradient(a, b, groups, torch.float32)
     moments = [bits(50, dtype=torch.bfloat16, seed=i) for i in (1, 2)]
     ops.adamw(bits(50), bits(50, seed=3), *moments, torch.ones(()), ops.AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1))
 
@@ -270,12 +277,12 @@ def test_training_kernels_over_any_bits(dtype: torch.dtype) -> None:
 def test_fp8_kernels_over_any_bits(dtype: torch.dtype, power_of_two: bool) -> None:
     x = bits(150, 261, dtype=dtype)
     groups = ops.Groups(150, torch.device("cpu"), torch.tensor([20, 20, 150], dtype=torch.int32))
-    for fixed in (None, torch.tensor(0.0), torch.tensor(torch.nan)):
+    for fixed in (None, torch.tensor([0.0]), torch.tensor([torch.nan])):
         fp8.rows(x, power_of_two, fixed)
         fp8.blocks(x[None], power_of_two, dtype, fixed)
     hidden, weight = bits(150, 2 * 70, dtype=dtype), bits(150, seed=1)
     _, kept = fp8.swiglu(hidden, weight, power_of_two)
-    wild = fp8.Kept(bits(*kept.codes.shape, dtype=torch.float8_e4m3fn), bits(*kept.scales.shape, seed=2))
+    wild = Kept(bits(*kept.codes.shape, dtype=torch.float8_e4m3fn), bits(*kept.scales.shape, seed=2))
     for each in (kept, wild):
         fp8.turn(each, groups, power_of_two, dtype)
         fp8.swiglu_backward(bits(150, 70, dtype=dtype, seed=3), each, weight, groups, power_of_two)

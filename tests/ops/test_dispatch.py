@@ -60,6 +60,9 @@ def test_the_predicate_sees_the_arguments(op: Op[..., str]) -> None:
 def test_force(op: Op[..., str]) -> None:
     """`use` holds within its block, nests, ends on an exception, and falls back where the backend does not accept."""
     add(op, "gpu")
+    add(op, "native", accepts=False)
+    with ops.use("native"):
+        assert op(X) == "reference"
     add(op, "native")
     with ops.use("torch"):
         assert op(X) == "reference"
@@ -69,9 +72,8 @@ def test_force(op: Op[..., str]) -> None:
     with pytest.raises(RuntimeError), ops.use("torch"):
         raise RuntimeError
     assert op(X) == "gpu"
-    add(op, "picky", accepts=False)
-    with ops.use("picky"):
-        assert op(X) == "reference"
+    with pytest.raises(ValueError, match="'cpu' is not one of torch, native, gpu"), ops.use("cpu"):
+        pass
 
 
 def test_row_invariant_forms_stand_apart(op: Op[..., str]) -> None:

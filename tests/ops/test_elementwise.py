@@ -179,7 +179,7 @@ def e4m3(code: int) -> float:
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_dequantize_blocks(rows: int, columns: int) -> None:
-    """w = q · scale_inv, block by block, shapes that 128 does not divide included, subnormals and NaN included."""
+    """w = q · scale, block by block, shapes that 128 does not divide included, subnormals and NaN included."""
     weight, scales = blocks(rows, columns)
     values = torch.tensor([e4m3(code) for code in weight.view(torch.uint8).flatten().tolist()]).view(rows, columns)
     expected = torch.empty(rows, columns)
@@ -208,4 +208,5 @@ def test_linear_over_fp8_blocks(rows: int, columns: int, form: str) -> None:
     scales = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.1
     x = torch.randn(3, columns)
     expected = F.linear(x, ops.dequantize_blocks(weight, scales))
-    torch.testing.assert_close(ops.linear(x, weight, scales), expected, rtol=1e-4, atol=1e-4 * columns**0.5)
+    stored = ops.QuantizedWeight(weight, scales, ops.FP8_BLOCKS)
+    torch.testing.assert_close(ops.linear(x, stored), expected, rtol=1e-4, atol=1e-4 * columns**0.5)

@@ -100,10 +100,12 @@ def test_fp8_blocks(n: int, form: str) -> None:
     """Experts kept as FP8 blocks compute what their dequantised weights do, sizes that 128 does not divide included."""
     width, size, experts = 160, 72, 4
     x, indices, weights, gate_up, down = problem(n, experts, 2, width, size)
-    gate_up, down = ((t * 8).to(torch.float8_e4m3fn) for t in (gate_up, down))
-    scales = (torch.rand(experts, 2, 2) * 0.2 + 0.05, torch.rand(experts, 2, 1) * 0.2 + 0.05)
-    out = ops.experts(x, indices, weights, gate_up, down, scales)
-    dense = (ops.dequantize_blocks(w, s) for w, s in zip((gate_up, down), scales, strict=True))
+    both = [
+        ops.QuantizedWeight((t * 8).to(torch.float8_e4m3fn), torch.rand(shape) * 0.2 + 0.05, ops.FP8_BLOCKS)
+        for t, shape in ((gate_up, (experts, 2, 2)), (down, (experts, 2, 1)))
+    ]
+    out = ops.experts(x, indices, weights, *both)
+    dense = (w.dense(torch.float32) for w in both)
     torch.testing.assert_close(out, loop(x, indices, weights, *dense), rtol=1e-4, atol=1e-4)
 
 
@@ -117,3 +119,51 @@ def test_route_order(seed: int, n: int, experts: int, k: int) -> None:
     assert order[place].tolist() == list(range(n * k))
     assert ends.dtype == torch.int32
     assert ends.tolist() == [sum(e <= expert for e in flat) for expert in range(experts)]
+
+
+class Exchange(torch.autograd.Function):
+    """An all-to-all among one rank: rows go out and come back as they are, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, rows):  # type: ignore[no-untyped-def]
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad.clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 4, 2, 32, 20), (1, 8, 2, 16, 12), (0, 4, 2, 16, 8)])
+def test_an_exchange_between_the_steps_leaves_every_bit(
+    shape: tuple[int, ...], dtype: torch.dtype, backend: str
+) -> None:
+    x, indices, *others = problem(*shape)
+    probe, found = torch.randn_like(x).to(dtype), []
+    for exchange in (None, Exchange.apply):
+        leaves = [t.clone().requires_grad_() for t in (x.to(dtype), *others)]
+        sent = ops.expert_dispatch(leaves[0], indices, leaves[1], shape[1])
+        if exchange is None:
+            rows = ops.expert_products(sent, *leaves[2:])
+        else:
+            out = sent.gathered()
+            came = ops.Dispatched(exchange(out.x), out.ends, exchange(out.weights))
+            rows = exchange(ops.expert_products(came, *leaves[2:]))
+        out = ops.expert_combine(rows, sent)
+        out.backward(probe)
+        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+def test_no_copy_of_the_weights_is_kept_for_backward(master: torch.dtype, backend: str) -> None:
+    """Nor rows gathered from x: kept are x, the weights themselves and the pre-activation."""
+    x, indices, weights, gate_up, down = problem(12, 8, 3, 32, 16)
+    leaves = [x.bfloat16(), weights, gate_up.to(master), down.to(master)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.experts(leaves[0].requires_grad_(), indices, *(t.requires_grad_() for t in leaves[1:]))
+    own = {t.data_ptr() for t in leaves}
+    assert own <= {t.data_ptr() for t in kept} | {weights.data_ptr()}
+    wide = [t for t in kept if t.data_ptr() not in own and t.is_floating_point() and t.ndim > 1]
+    assert [t.shape for t in wide] == [(36, 32)]  # [N·K, 2I]

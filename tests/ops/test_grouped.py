@@ -1,4 +1,4 @@
-"""Grouped BF16 products, the experts built on them, and AdamW over BF16 moments: native kernels against torch."""
+"""Grouped products, the experts built on them, and AdamW over BF16 moments: native kernels against torch."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ sizes = st.integers(1, 70) | st.sampled_from([96, 127, 130, 257])
     rows=st.lists(st.just(0) | st.integers(1, 40) | st.sampled_from([127, 520]), min_size=1, max_size=5),
     n=sizes,
     k=sizes,
+    kind=st.sampled_from([torch.float32, torch.bfloat16]),
     weight=st.sampled_from([torch.float32, torch.bfloat16]),
     out=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=40)
 def test_the_three_products(
-    variant: str, rows: list[int], n: int, k: int, weight: torch.dtype, out: torch.dtype
+    variant: str, rows: list[int], n: int, k: int, kind: torch.dtype, weight: torch.dtype, out: torch.dtype
 ) -> None:
     """Within float32 sums and one rounding to the output; a group without rows gets no product and a zero gradient."""
     generator = torch.Generator().manual_seed(n * 1000 + k)
     ends = torch.tensor(rows).cumsum(0).tolist()
-    a = torch.randn(ends[-1], k, generator=generator).bfloat16()
-    c = torch.randn(ends[-1], n, generator=generator).bfloat16()
+    groups = ops.Groups(ends[-1], torch.device("cpu"), torch.tensor(ends, dtype=torch.int32))
+    a = torch.randn(ends[-1], k, generator=generator).bfloat16().to(kind)
+    c = torch.randn(ends[-1], n, generator=generator).bfloat16().to(kind)
     # what BF16 holds, so that a variant which leaves float32 weights as they are agrees
     b = torch.randn(len(rows), n, k, generator=generator).bfloat16().to(weight)
-    forward, inward = torch.empty(ends[-1], n, dtype=out), torch.empty(ends[-1], k, dtype=out)
-    gradient = torch.full(b.shape, float("nan")).to(out)
     with native.use_variant(variant):
-        ops.grouped_product(a, b, ends, forward)
-        ops.grouped_product(c, b.transpose(1, 2), ends, inward)
-        ops.grouped_gradient(c, a, ends, gradient)
+        forward = ops.grouped_product(a, b, groups, out)
+        inward = ops.grouped_product(c, b.transpose(1, 2), groups, out)
+        gradient = ops.grouped_gradient(c, a, groups, out)
     rounding = 2**-8 if out == torch.bfloat16 else 2**-23
 
     def close(found: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -48,13 +48,9 @@ def test_linear_without_onednn(threads: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_linear_from_fp8_blocks(threads: int) -> None:
-    weight = random(200, 300, seed=1).to(torch.float8_e4m3fn)
-    scale = random(2, 3, seed=2).abs() / 20
-    check_rows(
-        lambda x: ops.linear(x, weight, scale),
-        lambda x: x @ ops.dequantize_blocks(weight, scale).T,
-        random(ROWS, 300),
-    )
+    codes, scale = random(200, 300, seed=1).to(torch.float8_e4m3fn), random(2, 3, seed=2).abs() / 20
+    weight = ops.QuantizedWeight(codes, scale, ops.FP8_BLOCKS)
+    check_rows(lambda x: ops.linear(x, weight), lambda x: x @ weight.dense(torch.float32).T, random(ROWS, 300))
 
 
 @pytest.mark.parametrize(("heads", "inner", "outer"), [(6, 64, 128), (16, 128, 512), (16, 512, 128), (1, 512, 64)])

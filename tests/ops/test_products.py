@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanseek import ops
-from leanseek.checkpoint.blocks import quantize_blocks
 from leanseek.machine.device import NARROW
 from leanseek.model import Transformer
 from leanseek.ops import products
+from tests.conftest import into_fp8_blocks
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "_linear_pointwise", "dot", "mv", "_scaled_dot_product")
 
@@ -73,9 +73,9 @@ def test_a_network_trains(attention: str, dtype: torch.dtype, emulated: None, ti
     for compute in (dtype, torch.float32):
         model = tiny_model(**changes)
         hidden, _ = model.hidden(tokens, dtype=compute)
-        ops.linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets).backward()
+        model.head(hidden, targets).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        assert model.head_weight.grad.dtype == torch.float32
+        assert model.lm_head.weight.grad.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
 
 
@@ -90,7 +90,7 @@ def step(model: Transformer) -> Tensor:
         positions = torch.arange(first, last).repeat(2)
         slots = positions + torch.tensor([0, 16]).repeat_interleave(n)
         index = ops.CacheIndex(positions, slots, torch.tensor([0, n, 2 * n]), torch.tensor([last, last]), pages, 4)
-        found.append(model.logits(model.step(positions + 3, cache, index)))
+        found.append(model.head(model.step(positions + 3, cache, index)).float())
     return torch.cat(found)
 
 
@@ -106,14 +106,8 @@ def test_a_network_serves(
     model = tiny_model(n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1, **changes)
     exact = step(model)
     model.to(torch.bfloat16 if stored == "fp8" else getattr(torch, stored))
-    for module in model.modules() if stored == "fp8" else ():
-        for name in [n for n, _ in module.named_parameters(recurse=False) if f"{n}_scale_inv" in module._buffers]:
-            weight = getattr(module, name).data
-            parts = [quantize_blocks(part) for part in weight.reshape(-1, *weight.shape[-2:])]
-            codes, scales = (torch.stack(both) for both in zip(*parts, strict=True))
-            setattr(module, name, torch.nn.Parameter(codes.view(weight.shape), requires_grad=False))
-            setattr(module, f"{name}_scale_inv", scales.view(*weight.shape[:-2], *scales.shape[-2:]))
-    model.freeze()
+    if stored == "fp8":
+        into_fp8_blocks(model)
     with ops.row_invariant() if row_invariant else ops.use("torch"):
         got = step(model)
     error = (got - exact).abs().mean() / exact.abs().mean()

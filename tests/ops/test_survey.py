@@ -26,17 +26,24 @@ def test_every_op_is_asked_for() -> None:
 @pytest.mark.skipif(not native.usable_variants(), reason=f"no kernels here: {native.status().detail}")
 def test_kernels_and_what_they_do_not_take() -> None:
     for op, use, kind in (
-        ("experts", "training", "float32"),
-        ("packed_linear", "serving", "fp8 weights"),
-        ("stack_step", "serving", "bfloat16"),
+        ("grouped_product", "training", "float32"),
+        ("latent_attention", "serving", "bfloat16"),
         ("sample", "serving", "float32"),
         ("quantize_rows", "loading", "bfloat16"),
     ):
         assert found(op, use, kind).backends == ("native", "native"), op
         assert not found(op, use, kind).declined
-    declined = found("experts", "training", "fp8 weights")
-    assert declined.backends == ("torch", "torch") and declined.declined
     assert not found("linear", "training", "bfloat16").declined  # there is no other
+
+
+def test_what_a_kernel_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = dispatch.Implementation(
+        "native", lambda: None, lambda x, weight: isinstance(weight, torch.Tensor), dispatch.Priority.KERNEL
+    )
+    monkeypatch.setitem(ops.linear._forms, False, [alike])
+    declined = found("linear", "training", "fp8 weights")
+    assert declined.backends == ("torch", "torch") and declined.declined
+    assert found("linear", "training", "float32").backends == ("native", "native")
 
 
 def test_the_reference_and_why(monkeypatch: pytest.MonkeyPatch) -> None:

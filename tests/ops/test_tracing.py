@@ -42,7 +42,7 @@ TOKENS = torch.randint(0, 64, (2, 10), generator=torch.Generator().manual_seed(1
 
 def make(**changes: object) -> Transformer:
     torch.set_num_threads(1)
-    return Transformer(ModelConfig.from_dict(SMALL | changes)).init_weights(torch.Generator().manual_seed(0))
+    return Transformer(ModelConfig.from_dict(SMALL | changes)).init_weights(0)
 
 
 def gradients(model: Transformer, logits: Tensor) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def test_functional_gradients_are_ours() -> None:
 
 
 def test_an_ensemble_runs_as_one() -> None:
-    models = [make(), make().init_weights(torch.Generator().manual_seed(9))]
+    models = [make(), make().init_weights(9)]
     parameters, buffers = torch.func.stack_module_state(models)
     out = torch.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (TOKENS,)))(parameters, buffers)
     for row, model in zip(out, models, strict=True):

@@ -24,9 +24,8 @@ pytest.importorskip("triton")
 from triton import language
 from triton.runtime.interpreter import InterpretedFunction
 
-from leanseek import fp8
+from leanseek import fp8, ops
 from leanseek.bench import kernels
-from leanseek.fp8.products import cuts, exact_product
 from leanseek.gpu import paths
 from leanseek.gpu.gemm import grouped_product, grouped_weight_gradient, product
 from leanseek.gpu.quantize import (
@@ -40,7 +39,7 @@ from leanseek.gpu.quantize import (
 from leanseek.gpu.swiglu import swiglu_backward_quantize, swiglu_quantize
 from leanseek.ops import formats, use
 from leanseek.ops.grouped import group_tiles
-from leanseek.ops.quantize import Coded, Codes
+from leanseek.ops.operands import Coded, Codes, cuts, exact_product
 from leanseek.ops.quantize import quantize_blocks as stored_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,10 +67,10 @@ def oracle_tiles(x: Tensor, power_of_two: bool = False, tile: tuple[int, int] = 
 def oracle_product(a: Codes, b: Codes, rows_per_scale: int) -> Tensor:
     """FP32 partial sums over each 128 of K, times sa · sb, added in FP32; a [M, K], b [N, K]."""
     wide = [
-        Coded(x.codes.float(), formats.spread(x.scales, (rows, 128), x.codes.shape))
+        Coded(x.codes.float(), formats.spread(x.scales, (rows, 128), x.codes.shape), cuts(x.codes.shape[1]))
         for x, rows in ((a, 1), (b, rows_per_scale))
     ]
-    return exact_product(*wide, cuts(a.codes.shape[1]))
+    return exact_product(*wide)
 
 
 def holds(out: Tensor, a: Codes, b: Codes, rows_per_scale: int) -> bool:
@@ -367,6 +366,11 @@ def run_layer(layer: Callable[..., Tensor], backend: str, *inputs: Tensor) -> li
     return [out.detach(), *(t.grad for t in leaves if t.grad is not None)]
 
 
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, cast: fp8.Cast) -> Tensor:
+    sent = ops.expert_dispatch(x, indices, weights, gate_up.shape[0])
+    return ops.expert_combine(fp8.expert_products(sent, gate_up, down, cast), sent)
+
+
 def near(found: list[Tensor], expected: list[Tensor]) -> None:
     """A last bit of a pre-activation that rounds otherwise moves a code of E4M3 by a step, now and then; a tensor core's
     sums of 14 bits more often."""
@@ -399,16 +403,18 @@ def test_experts_are_those_of_the_exact_arithmetic(size: int, on_gpu: None) -> N
         torch.randn(150, 128).bfloat16(), indices, torch.rand(150, 2),
         torch.randn(6, 2 * size, 128) * 0.1, torch.randn(6, 128, size) * 0.1,
     )  # fmt: skip
-    found = run_layer(fp8.experts, "gpu", *inputs)
+    found = run_layer(experts, "gpu", *inputs)
     assert paths.ran()["grouped product"] and paths.ran()["grouped weight gradient"]
-    near(found, run_layer(fp8.experts, "torch", *inputs))
+    near(found, run_layer(experts, "torch", *inputs))
     assert not found[3][[2, 5]].any() and not found[4][[2, 5]].any()
 
 
 def test_e5m6_is_the_oracles() -> None:
     x = torch.cat((draw(5, 300), draw(3, 300) * 1e-30))
     x[1, 2], x[2, 0], x[3] = torch.inf, torch.nan, 0
-    torch.testing.assert_close(round_e5m6(x), fp8.round_e5m6(x.cpu()).to(DEVICE), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        round_e5m6(x), ops.quantize.round_e5m6(x.cpu()).to(DEVICE), rtol=0, atol=0, equal_nan=True
+    )
 
 
 # ---- which path a product takes ----

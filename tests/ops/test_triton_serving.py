@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.ops.linear import dequantize_blocks
 
 pytest.importorskip("triton")
 
@@ -27,13 +26,13 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def blocks(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Codes of every value but NaN, and scales."""
+def blocks(*shape: int, seed: int = 0) -> ops.QuantizedWeight:
+    """Codes of every value but NaN."""
     *stack, rows, columns = shape
     bits = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     bits[(bits & 127) == 127] = 0
     scales = draw(*stack, -(-rows // 128), -(-columns // 128), seed=seed + 1).abs() * 0.01
-    return bits.to(DEVICE).view(torch.float8_e4m3fn), scales
+    return ops.QuantizedWeight(bits.to(DEVICE).view(torch.float8_e4m3fn), scales, ops.FP8_BLOCKS)
 
 
 def served(function: Callable[..., Tensor], *inputs: object) -> Tensor:
@@ -57,8 +56,8 @@ def test_linear(rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_fp8_blocks(dtype: torch.dtype) -> None:
     """Rows and columns that 128 does not divide."""
-    x, (codes, scales) = draw(5, 200, dtype=dtype), blocks(150, 200)
-    agree(served(ops.linear, x, codes, scales), x.float() @ dequantize_blocks(codes, scales).t(), dtype)
+    x, weight = draw(5, 200, dtype=dtype), blocks(150, 200)
+    agree(served(ops.linear, x, weight), x.float() @ weight.dense(torch.float32).t(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,10 +92,10 @@ def test_experts(tokens: int, dtype: torch.dtype) -> None:
 
 
 def test_experts_of_fp8_blocks() -> None:
-    x, (gate_up, s1), (down, s2) = draw(9, 128), blocks(4, 256, 128), blocks(4, 128, 128, seed=5)
+    x, gate_up, down = draw(9, 128), blocks(4, 256, 128), blocks(4, 128, 128, seed=5)
     indices, weights = routed(9, 4, 2)
-    expected = by_hand(x, indices, weights, dequantize_blocks(gate_up, s1), dequantize_blocks(down, s2))
-    agree(served(ops.experts, x, indices, weights, gate_up, down, (s1, s2)), expected, torch.float32)
+    expected = by_hand(x, indices, weights, gate_up.dense(torch.float32), down.dense(torch.float32))
+    agree(served(ops.experts, x, indices, weights, gate_up, down), expected, torch.float32)
 
 
 def paged(lengths: list[int], new: list[int], page: int, width: int) -> tuple[Tensor, ops.CacheIndex]:

@@ -63,7 +63,7 @@ KINDS = {
 
 def network(**changes):
     torch.set_num_threads(1)
-    model = Transformer(ModelConfig.from_dict(SMALL | changes)).init_weights(torch.Generator().manual_seed(0))
+    model = Transformer(ModelConfig.from_dict(SMALL | changes)).init_weights(0)
     for name, tensor in model.state_dict().items():
         if name.endswith("e_score_correction_bias"):
             tensor.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))

@@ -464,22 +464,22 @@ def test_a_folders_template_goes_on_too(serve: Any) -> None:
     assert loops.engine.last_prompt == "[Once up"
     drops = serve("plain", template="{{ messages[0].content }}")
     answer = drops.chat(messages=begun, continue_final_message=True)
-    assert answer.status_code == 400 and "does not write the last message" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "changes the text of the last message" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"messages": HI, "continue_final_message": True}, "of the assistant"),
-        ({"messages": [*HI, BEGUN], "continue_final_message": True, "add_generation_prompt": True}, "send one of them"),
-        ({"messages": [*HI, BEGUN | {"prefix": True}], "add_generation_prompt": True}, "send one of them"),
+        ({"messages": HI, "continue_final_message": True}, "from the assistant"),
+        ({"messages": [*HI, BEGUN], "continue_final_message": True, "add_generation_prompt": True}, "send only one"),
+        ({"messages": [*HI, BEGUN | {"prefix": True}], "add_generation_prompt": True}, "send only one"),
         ({"messages": [*HI, BEGUN | {"prefix": True}], "continue_final_message": False}, "contradicts"),
         ({"messages": [BEGUN | {"prefix": True}, *HI]}, "the last message"),
-        ({"messages": [{"role": "user", "content": "Hi", "prefix": True}]}, "of the assistant"),
-        ({"messages": [*HI, BEGUN | {"tool_calls": CALLS}], "continue_final_message": True}, "no tool_calls"),
+        ({"messages": [{"role": "user", "content": "Hi", "prefix": True}]}, "from the assistant"),
+        ({"messages": [*HI, BEGUN | {"tool_calls": CALLS}], "continue_final_message": True}, "without tool_calls"),
         (
             {"messages": [*HI, BEGUN], "continue_final_message": True, "response_format": {"type": "json_object"}},
-            "a form begins anew",
+            "a form starts a new answer",
         ),
     ],
     ids=str,
@@ -550,7 +550,7 @@ def test_refused_fields_are_refused_by_name_and_ignored_ones_taken(
     for name in refused:
         told = [refusal(name, value) for value in (True, "x", {"id": "x"}, ["x"], 7)]
         assert sum(message is not None for message in told) >= 4  # one of them may ask for nothing
-        assert all(message.startswith(f"{name}: this server does not serve it; ") for message in told if message)
+        assert all(message.startswith(f"{name}: this server does not support it; ") for message in told if message)
         assert refusal(name, None) is None
     served = serve("v3")
     assert served.http.post(path, json=least | {refused[0]: {"id": "x"}}).status_code == 400

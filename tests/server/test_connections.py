@@ -342,7 +342,7 @@ def test_no_descriptors_is_one_line(
     monkeypatch.setattr(socket.socket, "accept", refuse)
     assert served.http.get("/health").status_code == 200
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["no connection can be accepted now (Too many open files)"]
+    assert said == ["cannot accept connections now (Too many open files)"]
     assert connections.NOTICE_S >= 60, "and not again for a while"
 
 

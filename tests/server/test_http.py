@@ -411,7 +411,7 @@ def test_texts_are_counted_beyond_the_context_up_to_a_bound(
     for text in ("a " * 160_000, "a " * 2**22):  # too long as seen amid it, and before
         refused = tokenize(text)
         assert refused.status_code == 400 and error(refused)["code"] == "context_length_exceeded"
-        assert error(refused)["message"].endswith("tokens; at most 300000 are told")
+        assert error(refused)["message"].endswith("tokens; at most 300000 are returned")
 
 
 @pytest.mark.parametrize(("path", "field"), [("/detokenize", "tokens"), ("/v1/completions", "prompt")])

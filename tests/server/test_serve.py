@@ -70,7 +70,8 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(process: tuple[subprocess.P
     assert begun.wait(30)
     assert httpx.get(f"{url}/health").json()["running"] == 1
     server.send_signal(signal.SIGTERM)
-    with pytest.raises(httpx.NetworkError):  # no newcomers: refused, or reset where one stood before the closing door
+    # no newcomers: refused, or where one stood before the closing door, reset or left without an answer
+    with pytest.raises((httpx.NetworkError, httpx.RemoteProtocolError)):
         while True:
             httpx.get(f"{url}/health", headers={"connection": "close"})
     client.join()

@@ -181,3 +181,10 @@ def test_the_model_takes_the_tokenizers_tokens() -> None:
     own = RunConfig.load("demo", ["model.eos_token_id=[9, 7]"])
     assert own.with_tokens(5, (7,)).model.eos_token_id == (9, 7)
     assert own.with_tokens(5, (3,)).model.eos_token_id == 3
+
+
+@pytest.mark.parametrize("key", ["train.steps", "schedule.warmup_steps"])
+@pytest.mark.parametrize("digits", [12, 40, 400])
+def test_a_number_that_no_float_holds_is_refused(key: str, digits: int) -> None:
+    with pytest.raises(ConfigError, match="must be below"):
+        RunConfig.load("demo", [f"{key}=1{'0' * digits}"])

@@ -28,7 +28,7 @@ from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
 from leanseek.data.prepare import prepare
 from leanseek.errors import RunError
-from leanseek.training import RunConfig, Summary, loop, pace, train
+from leanseek.training import RunConfig, Summary, loop, pace, train, trainer
 from leanseek.training.metrics import read_rows
 from leanseek.training.trainer import Trainer
 
@@ -394,7 +394,7 @@ def test_a_loss_that_stays_nonfinite_ends_the_run_and_reaches_no_checkpoint(
     go: Callable[..., Summary], tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match=r"step \d+: output of .* is not finite .* (there is no checkpoint|is whole)"):
-        go("optimizer.lr=1e30", "optimizer.clip=1e30", "schedule.warmup_steps=0", "checkpoint.every=1")
+        go("optimizer.lr=1e30", "optimizer.weight_decay=0", "schedule.warmup_steps=0", "checkpoint.every=1")
     run = tmp_path / "run"
     assert events(run).count("skipped") == 3
     for step in steps_on_disk(run):
@@ -403,12 +403,15 @@ def test_a_loss_that_stays_nonfinite_ends_the_run_and_reaches_no_checkpoint(
         assert all(p.isfinite().all() for p in load(folder).parameters())
 
 
-def test_a_weight_that_is_not_finite_reaches_no_checkpoint(go: Callable[..., Summary], tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_reaches_no_checkpoint(
+    go: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step whose loss and gradients are finite may still overflow a weight."""
+    monkeypatch.setattr(trainer, "learning_rate", lambda run, step: 1e39)  # no configuration may say so
     with pytest.raises(
         RunError, match=r"is not finite, so no checkpoint was written.*there is no checkpoint to resume"
     ):
-        go("optimizer.lr=1e39", "schedule.warmup_steps=0", "checkpoint.every=1", "train.eval_every=9")
+        go("schedule.warmup_steps=0", "checkpoint.every=1", "train.eval_every=9")
     assert steps_on_disk(tmp_path / "run") == []
 
 
@@ -503,7 +506,7 @@ def test_a_run_that_was_fitted_is_the_shorter_run(
     go("train.steps=8", "schedule.warmup_steps=1", runs=tmp_path / "plain")
     assert history(tmp_path / "runs" / "run") == history(tmp_path / "plain" / "run")
     again = CliRunner().invoke(app, [*command, "--resume"])
-    assert again.exit_code and "leave it away with --resume" in str(again.exception)
+    assert again.exit_code and "leave it out with --resume" in str(again.exception)
 
 
 # ---- two at once ----

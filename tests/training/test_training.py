@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from leanseek import ModelConfig, Transformer, ops
+from leanseek import ModelConfig, Transformer
 from leanseek.config import ConfigError
 from leanseek.model.moe import Gate, Route
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.balance import add_counts, update_biases
 from leanseek.training.config import BalanceConfig, MTPConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from leanseek.training.objective import losses
+from leanseek.training.reduction import Reduction
 from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
 
 MODEL = ModelConfig(
@@ -115,11 +116,13 @@ def test_counts_are_summed_over_ranks_before_the_bias_moves() -> None:
     """The global batch decides: a rank that saw another load moves the same bias as the rest."""
     seen: list[torch.Tensor] = []
 
-    def other_rank(counts: torch.Tensor) -> None:
-        seen.append(counts.clone())
-        counts[:, 0] += 1000
+    class OtherRank(Reduction):
+        def __call__(self, gradients: dict, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            seen.append(counts.clone())
+            counts[:, 0] += 1000
+            return super().__call__(gradients, losses, counts)
 
-    trainer = Trainer(but(train={"micro_batch_size": 1}), reduce=other_rank)
+    trainer = Trainer(but(train={"micro_batch_size": 1}), reduction=OtherRank())
     result = trainer.step(tokens(), 0)
     assert [(c.dtype, c.shape) for c in seen] == [(torch.int64, (3, 8))]  # once a step; 2 layers and MTP's
     assert all(int(c[0]) >= 1000 for c in result.counts.values())
@@ -138,7 +141,7 @@ def test_the_sequence_loss_reaches_the_gate() -> None:
     """Megatron-Bridge#5165: silently zero."""
     assert BalanceConfig().sequence_alpha == 1e-4  # on unless a run turns it off
     assert Trainer(RUN).step(tokens(), 0).balance_loss > 1e-4
-    model = Transformer(MODEL).init_weights(torch.Generator().manual_seed(0))
+    model = Transformer(MODEL).init_weights(0)
     off, on = losses(model, tokens()), losses(model, tokens(), sequence_alpha=0.5)
     assert float(off.balance.detach()) == 0
     assert float(on.balance.detach()) > 0.5 * 0.9 * 3  # about α per MoE layer, 2 + 1 of MTP
@@ -165,15 +168,12 @@ def test_balancing_by_the_bias_evens_the_load() -> None:
 def test_mtp_loss_is_the_mean_over_depths() -> None:
     """Megatron-LM#1532: summed, it exploded. Two modules with the same output have the loss of one."""
     deep = dataclasses.replace(MODEL, num_nextn_predict_layers=2)
-    model = Transformer(deep).init_weights(torch.Generator().manual_seed(0))
+    model = Transformer(deep).init_weights(0)
     batch = torch.randint(0, 67, (2, 12 + 3))
     found = losses(model, batch, mtp_weight=0.3)
     hidden, _ = model.hidden(batch[:, :12])
-    states, _ = model.predict_ahead(hidden, batch)
-    each = [
-        ops.linear_cross_entropy(s.flatten(0, 1), model.head_weight, batch[:, 1 + k : 13 + k].flatten())
-        for k, s in enumerate(states, start=1)
-    ]
+    states, _ = model.predict_ahead(hidden, batch[:, 1:])
+    each = [model.head(s, batch[:, 1 + k : 13 + k]) for k, s in enumerate(states, start=1)]
     assert float(found.mtp.detach()) == pytest.approx(float(sum(each).detach()) / 2, rel=1e-6)
     assert float(found.total.detach()) == pytest.approx(float((found.main + 0.3 * found.mtp).detach()), rel=1e-6)
 

@@ -4,6 +4,7 @@
 //
 // The inner loops are plain C over 128 values, which the compiler turns into vectors for each instruction set.
 #include "kernels.h"
+#include "swiglu.h"
 
 namespace {
 
@@ -28,10 +29,9 @@ struct Format {
 };
 constexpr Format FORMATS[] = {
     {448.0f, 0x3c800000, 1572864.0f},    // e4m3
-    {57344.0f, 0x38800000, 3145728.0f},  // e5m2
     {65024.0f, 0x38800000, 196608.0f},   // e5m6
 };
-constexpr int64_t E4M3 = 0;
+constexpr int64_t E4M3 = 0;  // E5M6 is 1: native/fp8.py
 
 inline uint32_t magnitude(float a) {  // bits of |a|, of 0 where it is not finite
     const uint32_t bits = bits_of(a) & 0x7fffffff;
@@ -189,7 +189,8 @@ KERNEL fp8_turn(int64_t dtype, int64_t values_type, int64_t power_of_two, const 
     });
 }
 
-// 128×128 blocks of `count` weights [rows, columns]. codes and scales, or values, may be null.
+// 128×128 blocks of `count` weights [rows, columns]. codes and scales, or values, may be null; `fixed`, unless null, are
+// scales for whole weights.
 KERNEL fp8_blocks(int64_t dtype, int64_t values_type, int64_t power_of_two, const void* w_, int64_t count, int64_t rows,
                   int64_t columns, const float* fixed, uint8_t* codes, float* scales, void* values_) {
     const int64_t down = tiles_of(rows), across = tiles_of(columns);
@@ -207,7 +208,7 @@ KERNEL fp8_blocks(int64_t dtype, int64_t values_type, int64_t power_of_two, cons
                 for (int64_t i = 0; i < width; i++) s.row(r)[i] = to_float(in[i]);
                 amax = std::max(amax, largest(s.row(r), width));
             }
-            const float scale = fixed ? *fixed : tile_scale(amax, FORMATS[E4M3], power_of_two);
+            const float scale = fixed ? fixed[task / across / down] : tile_scale(amax, FORMATS[E4M3], power_of_two);
             if (scales) scales[task] = scale;
             for (int64_t r = 0; r < n; r++)
                 write_tile(s.row(r), width, scale, FORMATS[E4M3], codes ? codes + (first + r) * columns + at : nullptr,
@@ -274,12 +275,11 @@ KERNEL fp8_swiglu_backward(int64_t dtype, int64_t values_type, int64_t power_of_
                     const vec w = set1(weights ? weights[begin + r] : 1.0f);
                     vec dw = zero();
                     lanes_of(n, [&](int64_t i, int lanes) {
-                        const vec g = load(gate.row(r) + i, lanes), u = load(up.row(r) + i, lanes);
-                        const vec d = load(grad + i, lanes), s = sigmoid(g), silu = g * s, a = silu * u, da = d * w;
-                        dw = fma(d, a, dw);
-                        store(act.row(r) + i, a * w, lanes);
-                        store(gate.row(r) + i, da * u * fma(silu, set1(1.0f) - s, s), lanes);  // silu' = s + silu (1 - s)
-                        store(up.row(r) + i, da * silu, lanes);
+                        const SwiGLU s(load(gate.row(r) + i, lanes), load(up.row(r) + i, lanes), load(grad + i, lanes), w);
+                        dw = dw + s.dweight;
+                        store(act.row(r) + i, s.act, lanes);
+                        store(gate.row(r) + i, s.dgate, lanes);
+                        store(up.row(r) + i, s.dup, lanes);
                     });
                     if (dweights) dweights[begin + r] += reduce_add(dw);
                 }

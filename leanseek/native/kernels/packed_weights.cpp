@@ -1,4 +1,4 @@
-// Packing weights into panels, and linear layers and routed experts over them, one op at a time.
+// Packing weights into panels, and a linear layer over them.
 #include "feed_forward.h"
 
 namespace {
@@ -21,17 +21,6 @@ void pack_panel(const int64_t* rows, int64_t offset, int64_t k_stride, int64_t k
 // x [M][K] of either type.
 PreparedRows prepared(Arena& arena, const Matrix& w, int64_t x_type, const void* x, long M) {
     return with_type(x_type, [&](auto* type) { return prepared(arena, w, x_type == BF16, static_cast<const ELEMENT(type)*>(x), M); });
-}
-
-// A token's experts add in the order of its choices.
-void combine(const Routing& route, const long* place, const float* parts, long D, float* out) {
-    parallel_rows(route.tokens, route.top_k * D, [&](int64_t n) {
-        lanes_of(D, [&](int64_t d, int lanes) {
-            vec sum = zero();
-            for (long k = 0; k < route.top_k; k++) sum = sum + load(parts + place[n * route.top_k + k] * D + d, lanes);
-            store(out + n * D + d, sum, lanes);
-        });
-    });
 }
 }  // namespace
 
@@ -90,16 +79,4 @@ KERNEL quantize_rows(int64_t dtype, const void* weight, int64_t rows, int64_t K,
 KERNEL packed_linear(const Matrix* w, int64_t x_type, const void* x, int64_t M, float* y) {
     Arena& arena = Arena::start();
     linear(*w, prepared(arena, *w, x_type, x, M).rows(), M, y);
-}
-
-KERNEL packed_experts(const Matrix* gated, const Matrix* down, int64_t E, int64_t x_type, const void* x,
-                      const int64_t* indices, const float* weights, int64_t tokens, int64_t top_k, float* out) {
-    Arena& arena = Arena::start();
-    const RoutedExperts experts{*gated, *down, E};
-    const Routing route{indices, weights, tokens, top_k};
-    const PreparedRows rows = prepared(arena, *gated, x_type, x, tokens);
-    long* place;
-    const std::vector<Group> groups{experts.group(arena, rows, x_type == BF16, route, place)};
-    feed_forward(groups);
-    combine(route, place, groups[0].out, down->rows, out);
 }

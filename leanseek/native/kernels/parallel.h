@@ -78,7 +78,7 @@ static void parallel_ranges(int64_t n, int64_t grain, const Body& body) {
 template <class Body>
 static void parallel_rows(int64_t n, int64_t values, const Body& body) {
     constexpr int64_t WORTH = 16384;
-    parallel_ranges(n, std::max<int64_t>(1, WORTH / values), [&](int64_t begin, int64_t end) {
+    parallel_ranges(n, std::max<int64_t>(1, WORTH / std::max<int64_t>(1, values)), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) body(i);
     });
 }

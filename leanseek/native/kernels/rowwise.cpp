@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "swiglu.h"
 
 namespace {
 
@@ -67,34 +68,56 @@ KERNEL rms_norm_backward(int64_t dtype, const void* x_, int64_t ldx, const float
     });
 }
 
-// out = silu(gate) · up over n contiguous elements.
-KERNEL swiglu(int64_t dtype, const void* gate_, const void* up_, void* out_, int64_t n) {
+// out [rows, I] = w · silu(gate) · up: gate and up with rows `stride` apart, w [rows] or null.
+KERNEL swiglu(int64_t dtype, const void* gate_, const void* up_, int64_t stride, const float* weights, void* out_,
+              int64_t rows, int64_t I) {
     with_type(dtype, [&](auto* type) {
         using T = ELEMENT(type);
-        const T *gate = static_cast<const T*>(gate_), *up = static_cast<const T*>(up_);
-        T* out = static_cast<T*>(out_);
-        parallel_ranges(n, 16384, [&](int64_t begin, int64_t end) {
-            lanes_of(end - begin, [&](int64_t i, int lanes) {
-                const vec g = load(gate + begin + i, lanes);
-                store(out + begin + i, g * sigmoid(g) * load(up + begin + i, lanes), lanes);
+        parallel_rows(rows, I, [&](int64_t row) {
+            const T *gate = (const T*)gate_ + row * stride, *up = (const T*)up_ + row * stride;
+            T* out = (T*)out_ + row * I;
+            const vec w = set1(weights ? weights[row] : 1.0f);
+            lanes_of(I, [&](int64_t i, int lanes) {
+                const vec g = load(gate + i, lanes);
+                store(out + i, g * sigmoid(g) * load(up + i, lanes) * w, lanes);
             });
         });
     });
 }
 
-KERNEL swiglu_backward(int64_t dtype, const void* gate_, const void* up_, const void* grad_, void* dgate_, void* dup_,
-                       int64_t n) {
+// From grad [rows, I]: dgate and dup with gate's and up's stride, and unless null out [rows, I] again and dweights [rows].
+KERNEL swiglu_backward(int64_t dtype, const void* gate_, const void* up_, int64_t stride, const float* weights,
+                       const void* grad_, void* dgate_, void* dup_, void* out_, float* dweights, int64_t rows, int64_t I) {
     with_type(dtype, [&](auto* type) {
         using T = ELEMENT(type);
-        const T *gate = static_cast<const T*>(gate_), *up = static_cast<const T*>(up_);
-        const T* grad = static_cast<const T*>(grad_);
-        T *dgate = static_cast<T*>(dgate_), *dup = static_cast<T*>(dup_);
-        parallel_ranges(n, 16384, [&](int64_t begin, int64_t end) {
-            lanes_of(end - begin, [&](int64_t i, int lanes) {
-                const vec g = load(gate + begin + i, lanes), d = load(grad + begin + i, lanes);
-                const vec s = sigmoid(g), silu = g * s;
-                store(dup + begin + i, d * silu, lanes);
-                store(dgate + begin + i, d * load(up + begin + i, lanes) * (s + silu * (set1(1.0f) - s)), lanes);
+        parallel_rows(rows, I, [&](int64_t row) {
+            const T *gate = (const T*)gate_ + row * stride, *up = (const T*)up_ + row * stride;
+            const T* grad = (const T*)grad_ + row * I;
+            T *dgate = (T*)dgate_ + row * stride, *dup = (T*)dup_ + row * stride;
+            const vec w = set1(weights ? weights[row] : 1.0f);
+            vec dw = zero();
+            lanes_of(I, [&](int64_t i, int lanes) {
+                const SwiGLU s(load(gate + i, lanes), load(up + i, lanes), load(grad + i, lanes), w);
+                dw = dw + s.dweight;
+                if (out_) store((T*)out_ + row * I + i, s.act, lanes);
+                store(dgate + i, s.dgate, lanes);
+                store(dup + i, s.dup, lanes);
+            });
+            if (dweights) dweights[row] = reduce_add(dw);
+        });
+    });
+}
+
+// out [tokens, D]: the sum of rows [.., D] at the K places of each token, in their order.
+KERNEL combine_rows(int64_t dtype, const void* rows_, const int64_t* place, int64_t tokens, int64_t K, int64_t D, void* out_) {
+    with_type(dtype, [&](auto* type) {
+        using T = ELEMENT(type);
+        const T* rows = (const T*)rows_;
+        parallel_rows(tokens, K * D, [&](int64_t token) {
+            lanes_of(D, [&](int64_t d, int lanes) {
+                vec sum = zero();
+                for (int64_t k = 0; k < K; k++) sum = sum + load(rows + place[token * K + k] * D + d, lanes);
+                store((T*)out_ + token * D + d, sum, lanes);
             });
         });
     });

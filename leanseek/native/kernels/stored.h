@@ -1,9 +1,9 @@
 // Weights for serving: the published bytes, packed once at load into panels of PANEL_ROWS outputs.
 //
-// For each pair of columns (2p, 2p + 1) a panel stores the two values of each of its 64 rows side by side, as a BF16 dot
-// product with one broadcast pair of x needs them. A panel is read from start to end for any number of rows of x. Vectors
-// of 8-bit codes order the rows the way that interleaving the low and high bytes of their BF16 spreads them.
-// leanseek/ops/packed.py makes the rows and scales of a panel; panel.h multiplies.
+// A panel holds, for each pair of columns (2p, 2p + 1), its 64 rows' two values side by side: what a BF16 dot product
+// takes against one broadcast pair of x. Its bytes are read from end to end whatever the number of rows of x. In vectors
+// of 8-bit codes the rows stand in the order in which interleaving the low and high bytes of their BF16 spreads them.
+// leanseek/native/panels.py makes the rows and scales of a panel, panel.h multiplies.
 #pragma once
 #include "kernels.h"
 

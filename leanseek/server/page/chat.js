@@ -1,4 +1,4 @@
-// The chat page: what was said is kept in this browser and sent whole each time.
+// The chat page: the conversation is kept in this browser and sent whole with each message.
 
 import { copyButton, element, icon, renderMarkdown } from "./markdown.js";
 import { getJson, streamChat } from "./stream.js";
@@ -8,7 +8,7 @@ const form = by("settings").querySelector("form");
 const settings = load("leanseek.settings", {});
 let messages = load("leanseek.messages", []); // {role, content, reasoning?, seconds?, problem?}
 let model = null;
-let answering = null; // AbortController of the answer that is being written
+let answering = null; // AbortController of the answer being written
 
 function load(key, otherwise) {
   try { return JSON.parse(localStorage.getItem(key)) ?? otherwise; } catch { return otherwise; }
@@ -18,7 +18,7 @@ function save() {
   try {
     localStorage.setItem("leanseek.messages", JSON.stringify(messages));
     localStorage.setItem("leanseek.settings", JSON.stringify(settings));
-  } catch { /* full or forbidden: the page works without */ }
+  } catch { /* storage is full or forbidden: the page works without it */ }
 }
 
 // ---- the conversation on the page ----
@@ -33,7 +33,7 @@ function show() {
   toEnd(true);
 }
 
-/** A message's node, and a function that brings it up to date with the message. */
+/** A message's node, and a function that updates it from the message. */
 function turn(message) {
   if (message.role === "user") {
     return { node: element("article", { className: "turn user", ariaLabel: "You" }, element("div", { className: "said" }, message.content)) };
@@ -65,17 +65,17 @@ function turn(message) {
 function addActions(node, message) {
   const again = element("button", { type: "button", className: "icon", id: "again", ariaLabel: "Regenerate", title: "Regenerate" }, icon("again"));
   again.addEventListener("click", () => { messages.pop(); answer(); });
-  const note = message.stopped ? [element("span", {}, "Stopped")] : message.cut ? [element("span", {}, "Reached the longest answer")] : [];
+  const note = message.stopped ? [element("span", {}, "Stopped")] : message.cut ? [element("span", {}, "Reached the token limit")] : [];
   node.append(element("div", { className: "actions" }, copyButton("Copy answer", () => message.content), again, ...note));
 }
 
-/** Scroll to the end, if the reader is there already. */
+/** Scroll to the end if the reader is already there. */
 function toEnd(always = false) {
   const scroll = by("scroll");
   if (always || scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 120) scroll.scrollTop = scroll.scrollHeight;
 }
 
-// ---- asking ----
+// ---- requests ----
 
 function ask(text) {
   messages.push({ role: "user", content: text });
@@ -246,7 +246,7 @@ function fillSettings() {
   }
 }
 
-// ---- beginning ----
+// ---- start ----
 
 async function connect() {
   try {
@@ -256,14 +256,14 @@ async function connect() {
     by("about").textContent = `${model.id}, ${model.max_model_len.toLocaleString("en")} tokens of context`;
     by("thinking-field").hidden = !model.thinking_switch;
   } catch (error) {
-    by("about").textContent = error.status === 401 ? "This server asks for an API key: see the settings." : error.message;
+    by("about").textContent = error.status === 401 ? "This server needs an API key: see the settings." : error.message;
   }
 }
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 setTheme(settings.theme ?? (dark.matches ? "dark" : "light"));
 dark.addEventListener("change", () => { if (!settings.theme) setTheme(dark.matches ? "dark" : "light"); });
-for (const message of messages) message.done = true; // an answer that was cut off by leaving the page
+for (const message of messages) message.done = true; // leaving the page may have cut an answer off
 fillSettings();
 show();
 setAnswering(false);

@@ -1,9 +1,9 @@
-// Markdown into DOM nodes. Text reaches the page through text nodes only, never as HTML; links go to http(s) and mailto.
+// Turns Markdown into DOM nodes. Text becomes text nodes, never HTML; links may be http(s) and mailto only.
 
-const MAX_DEPTH = 8; // of quotes and lists inside each other
+const MAX_DEPTH = 8; // of nested quotes and lists
 const SAFE = new Set(["http:", "https:", "mailto:"]);
 
-/** Make `container` show `text`. Blocks that have not changed keep their nodes, so that a growing text stays cheap. */
+/** Make `container` show `text`. Unchanged blocks keep their nodes, so updating a growing text is cheap. */
 export function renderMarkdown(container, text) {
   const blocks = parseBlocks(text.replace(/\r\n?/g, "\n").split("\n"), 0);
   blocks.forEach((block, place) => {
@@ -51,7 +51,7 @@ const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:\s+|$)/;
 const DIVIDER = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 
-/** Blocks of lines: each has its source and a function that builds its node. */
+/** The blocks in the lines, each with its source and a function that builds its node. */
 function parseBlocks(lines, depth) {
   const blocks = [];
   let at = 0;
@@ -134,15 +134,15 @@ function list(lines, at, depth) {
   return [end - at, build];
 }
 
-/** Whether a line goes on with the item whose marker is indented by `indent`. */
+/** Whether a line continues the item whose marker is indented by `indent`. */
 function belongs(lines, at, indent, depth) {
   const line = lines[at];
-  if (!line.trim()) { // a blank line does if what follows it does, or is the next item
+  if (!line.trim()) { // a blank line does if the line after it does, or is the next item
     const next = lines.slice(at).find((each) => each.trim());
     return next !== undefined && (next.search(/\S/) > indent + 1 || (ITEM.test(next) && next.search(/\S/) >= indent));
   }
   if (line.search(/\S/) > indent + 1) return true;
-  return Boolean(lines[at - 1].trim()) && !startsBlock(lines, at, depth); // the lazy end of a paragraph
+  return Boolean(lines[at - 1].trim()) && !startsBlock(lines, at, depth); // lazy continuation of a paragraph
 }
 
 function listItem(lines, depth) {
@@ -169,7 +169,7 @@ function table(lines, at) {
 
 // ---- inside a block ----
 
-// What may stand at a place, tried in this order. Spans have a longest length, so that no text takes long.
+// Inline patterns, tried in this order. Spans have a maximum length, so no text takes long to parse.
 const SPANS = [
   [/\\([!-/:-@[-`{-~])/y, (m) => m[1]],
   [/(`+)(?!`)([^]{1,2000}?[^`])\1(?!`)/y, (m) => element("code", {}, m[2].replace(/\n/g, " "))],
@@ -183,11 +183,11 @@ const SPANS = [
 ];
 const MAY_START = /[\\`!\[<h*_~]/g;
 
-/** Nodes and strings of a text. */
+/** A text as nodes and strings. */
 function inline(text, depth = 0) {
   if (depth > MAX_DEPTH) return [text];
   const nodes = [];
-  let plain = 0; // where the text begins that is not yet in nodes
+  let plain = 0; // start of the text not yet in nodes
   let at = 0;
   while (at < text.length) {
     MAY_START.lastIndex = at;
@@ -214,7 +214,7 @@ function span(text, at, depth) {
   return null;
 }
 
-/** A link, or the text it was written as if it leads anywhere but to the web or a mailbox. */
+/** A link, or its source text if its target is neither the web nor a mailbox. */
 function link(target, children, source) {
   let url;
   try { url = new URL(target); } catch { return source; }

@@ -1,6 +1,6 @@
 // A streamed chat completion as an async iterator of its chunks.
 
-/** Chunks of an answer. Throws an Error with the server's message, and its status, when there is none. */
+/** Chunks of an answer. If there is none, throws an Error with the server's message and status. */
 export async function* streamChat(body, key, signal) {
   const response = await fetch(new URL("../v1/chat/completions", import.meta.url), {
     method: "POST",

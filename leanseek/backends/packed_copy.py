@@ -1,6 +1,6 @@
 """Weights as the CPU's kernels read them, in a file that is mapped: a second start reads nothing and packs nothing.
 
-The file is the model's state dict, each weight's bytes in the order of `ops.packed` where that takes no more room. Its
+The file holds the weights by name, each in the order of `native.panels` where that takes no more room. Its
 name holds a checksum of what it was made of, so a changed checkpoint, or another version's order, never meets it.
 """
 
@@ -23,16 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanseek.checkpoint.blocks import SCALE
+from leanseek.backends.panels import EMBEDDING, HEAD, refusal
 from leanseek.checkpoint.files import CheckpointError, Lazy, Stored, open_file, write_file
 from leanseek.checkpoint.hf import read_config
+from leanseek.config import ModelConfig
 from leanseek.machine.memory import read_ahead
 from leanseek.model import Transformer
+from leanseek.ops.weights import FORMATS, QuantizedWeight, StoredWeight, named_weights
 
 log = logging.getLogger(__name__)
 
 FOLDER = ".leanseek"  # in the checkpoint's folder
-LAYOUT = 1  # of what is in the file; counts up when ops.packed orders otherwise
+LAYOUT = 2  # of what is in the file; counts up with its names and with the order of native.panels
 LEAST = 2**28  # bytes of weights: fewer are packed in no time
 
 
@@ -43,42 +45,32 @@ class PackedCopy:
         self._source = folder
         self._folder = folder / FOLDER
         self._stamp = _stamp(folder)
+        self._int8_head = int8_head
         self.path = self._folder / f"packed-{self._stamp}-{dtype}{'-int8-head' * int8_head}.safetensors"
 
-    def load(self) -> Transformer | None:
-        """The model, its weights mapped; they want `freeze(Place.THERE)`. None if there is no copy."""
+    def read(self) -> tuple[ModelConfig, dict[str, StoredWeight]] | None:
+        """The network and its weights, mapped and in the panels' order. None if there is no copy."""
         try:
             stored = {} if self._folder.is_symlink() else open_file(self.path)
-        except CheckpointError:
-            stored = {}
-        if not stored:
-            return None
+            weights = _unflattened(_mapped(self.path, stored)) if stored else {}
+        except (CheckpointError, KeyError, ValueError):  # broken
+            weights = {}
         config = read_config(self._source)
-        if not any(name.startswith("mtp.") for name in stored):
+        if not any(name.startswith("mtp.") for name in weights):
             config = dataclasses.replace(config, num_nextn_predict_layers=0)
-        model = Transformer(config, device="meta")
-        state = _mapped(self.path, stored)
-        if (head := state.get("lm_head.weight")) is not None and head.dtype == torch.uint8:
-            if "lm_head.weight" + SCALE not in state:
-                return None
-            model.set_head(head, state["lm_head.weight" + SCALE])
-        for name in state:
-            if name.endswith(SCALE):
-                module, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(module), leaf, state[name])
-        if {name: t.shape for name, t in model.state_dict().items()} != {name: t.shape for name, t in state.items()}:
+        expected = {name: weight.shape for name, weight in named_weights(Transformer(config, "meta")).items()}
+        if self._int8_head:
+            expected[HEAD] = expected[EMBEDDING]
+        if {name: weight.shape for name, weight in weights.items()} != expected or refusal(config, weights):
             return None
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        model.load_state_dict(state, assign=True)
-        model.rotary.to("cpu")
-        return model
+        return config, weights
 
-    def save(self, state: dict[str, Tensor]) -> threading.Thread | None:
-        """Write the state dict of a model packed in place, in the background, by the thread that is returned.
+    def save(self, weights: Mapping[str, StoredWeight]) -> threading.Thread | None:
+        """Write weights that were packed in place, in the background, by the thread that is returned.
 
         It takes as much disk as the weights, and is not written where less than that would be left.
         """
+        state = _flattened(weights)
         size = sum(t.nbytes for t in state.values())
         if size < LEAST:
             return None
@@ -123,6 +115,29 @@ def _stamp(folder: Path) -> str:
             head = hashlib.sha256(file.read(2**20)).hexdigest()
             seen.append((path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, head))
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _flattened(weights: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
+    """A quantised weight as two tensors, its format in their names."""
+    flat: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, QuantizedWeight):
+            flat[f"{name}@{weight.format.name}"], flat[f"{name}@{weight.format.name}.scale"] = weight.data, weight.scale
+        else:
+            flat[name] = weight
+    return flat
+
+
+def _unflattened(flat: Mapping[str, Tensor]) -> dict[str, StoredWeight]:
+    """Raises KeyError or ValueError for what `_flattened` does not write."""
+    weights: dict[str, StoredWeight] = {}
+    for key, tensor in flat.items():
+        name, quantized, format = key.partition("@")
+        if not quantized:
+            weights[name] = tensor
+        elif not format.endswith(".scale"):
+            weights[name] = QuantizedWeight(tensor, flat[f"{key}.scale"], FORMATS[format])
+    return weights
 
 
 def _mapped(path: Path, stored: Mapping[str, Stored]) -> dict[str, Tensor]:

@@ -1,23 +1,24 @@
-// The product of BF16 matrices with FP32 sums that training stands on: C[m][n] = Σ_k A[m][k] · B[k][n].
+// Products of rows in groups, each group with a matrix of its own, with FP32 sums: C[m][n] = Σ_k A[m][k] · B[k][n].
 //
-// AVX512_BF16 multiplies pairs along k: a lane of `dpbf16` adds a[k] b[k] + a[k + 1] b[k + 1]. So a "cell" row holds two
-// k at once: A is read a pair at a time and broadcast, B lies in panels [K / 2][PANEL][2]. It takes subnormals for zero,
-// which training can bear. Without it cells are FP32 and one k wide, and gemm.h multiplies: the same code around both.
+// AVX512_BF16 multiplies pairs along k: a lane of `dpbf16` adds a[k] b[k] + a[k + 1] b[k + 1]. So a "cell" row of BF16 holds
+// two k at once: A is read a pair at a time and broadcast, B lies in panels [K / 2][PANEL][2]. It takes subnormals for zero,
+// which training can bear. For FP32, and for BF16 without it, cells are FP32 and one k wide, and gemm.h multiplies: the same
+// code around both.
 #pragma once
 #include "gemm.h"
 
 namespace {
 
 #if defined(__AVX512BF16__)
-using Cell = bf16;
-constexpr int64_t STEP = 2;
+template <class A> using cell_of = A;
 #else
-using Cell = float;
-constexpr int64_t STEP = 1;
+template <class A> using cell_of = float;
 #endif
+template <class Cell> constexpr int64_t STEP = std::is_same_v<Cell, bf16> ? 2 : 1;
 
-inline int64_t steps(int64_t K) { return (K + STEP - 1) / STEP; }
-inline int64_t cells(int64_t K, int64_t N) { return (N + PANEL - 1) / PANEL * PANEL * steps(K) * STEP; }
+template <class Cell> constexpr int64_t steps(int64_t K) { return (K + STEP<Cell> - 1) / STEP<Cell>; }
+template <class Cell> constexpr int64_t padded(int64_t K) { return steps<Cell>(K) * STEP<Cell>; }
+template <class Cell> constexpr int64_t cells(int64_t K, int64_t N) { return (N + PANEL - 1) / PANEL * PANEL * padded<Cell>(K); }
 
 #if defined(__AVX512BF16__)
 
@@ -41,26 +42,26 @@ inline __m512i load_pairs(const float* p, int64_t lanes) {
 
 // Rows k and k + 1 of B, N wide, as step k / 2 at `to`: vector v of a step is `apart` cells behind vector v - 1.
 template <class T>
-inline void pack_step(const T* a, const T* b, int64_t N, Cell* to, int64_t apart) {
+inline void pack_step(const T* a, const T* b, int64_t N, bf16* to, int64_t apart) {
     lanes_of(N, [&](int64_t n, int lanes) {
         const vec second = b ? load(b + n, lanes) : zero();
-        Cell* p = to + n / PANEL * apart + n % PANEL * 2;
+        bf16* p = to + n / PANEL * apart + n % PANEL * 2;
         _mm512_storeu_si512(p, pairs_of(load(a + n, lanes), second));
     });
 }
 
 // B[k][n] = row(k)[n] into panels.
 template <class Row>
-void pack_across(const Row& row, int64_t K, int64_t N, Cell* panels) {
+void pack_across(const Row& row, int64_t K, int64_t N, bf16* panels) {
     for (int64_t k = 0; k < K; k += 2)
-        pack_step(row(k), k + 1 < K ? row(k + 1) : nullptr, N, panels + k * PANEL, steps(K) * 2 * PANEL);
+        pack_step(row(k), k + 1 < K ? row(k + 1) : nullptr, N, panels + k * PANEL, padded<bf16>(K) * PANEL);
 }
 
 // B[k][n] = W[n · K + k] into panels.
 template <class T>
-void pack_along(const T* W, int64_t K, int64_t N, Cell* panels) {
+void pack_along(const T* W, int64_t K, int64_t N, bf16* panels) {
     for (int64_t n = 0; n < N; n += LANES) {
-        Cell* to = panels + n / PANEL * PANEL * steps(K) * 2 + n % PANEL * 2;
+        bf16* to = panels + n / PANEL * PANEL * padded<bf16>(K) + n % PANEL * 2;
         for (int64_t k = 0; k < K; k += 32) {
             vec rows[LANES];
 #pragma GCC unroll 16
@@ -108,45 +109,49 @@ inline void pair_rows(int64_t rows, int64_t count, const bf16* A, int64_t sm, in
     }
 }
 
-#else
+template <class T>
+void multiply_cells_block(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t sm, int64_t sk, const bf16* panels, T* C,
+                          int64_t ldc) {
+    const int64_t tiles = (M + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t n = 0; n < N; n += PANEL)
+        for (int64_t t = 0; t < tiles; t++) {
+            const int64_t m = M * t / tiles, count = M * (t + 1) / tiles - m;
+            pair_rows(count, steps<bf16>(K), A + m * sm, sm, sk, panels + n * padded<bf16>(K), C + m * ldc + n, ldc,
+                      std::min(PANEL, N - n));
+        }
+}
+
+#endif
 
 template <class T>
-inline void pack_step(const T* a, const T*, int64_t N, Cell* to, int64_t apart) {
+inline void pack_step(const T* a, const T*, int64_t N, float* to, int64_t apart) {
     lanes_of(N, [&](int64_t n, int lanes) { store(to + n / PANEL * apart + n % PANEL, load(a + n, lanes)); });
 }
 
 template <class Row>
-void pack_across(const Row& row, int64_t K, int64_t N, Cell* panels) {
+void pack_across(const Row& row, int64_t K, int64_t N, float* panels) {
     for (int64_t k = 0; k < K; k++) pack_row(row(k), K, k, N, panels);
 }
 
 template <class T>
-void pack_along(const T* W, int64_t K, int64_t N, Cell* panels) {
+void pack_along(const T* W, int64_t K, int64_t N, float* panels) {
     pack_transposed(W, K, K, N, panels);
 }
 
-#endif
+template <class T>
+void multiply_cells_block(int64_t M, int64_t N, int64_t K, const float* A, int64_t sm, int64_t sk, const float* panels, T* C,
+                          int64_t ldc) {
+    multiply_packed(M, N, K, A, sm, sk, panels, C, ldc, false);
+}
 
 constexpr int64_t BLOCK_ROWS = 8 * TILE_ROWS;  // rows of A that stay in L2 beside the panels
 
 // C [M, N] from packed panels. A is read in steps: a row begins sm cells behind the row before, a step sk behind a step.
-template <class T>
+template <class Cell, class T>
 void multiply_cells(int64_t M, int64_t N, int64_t K, const Cell* A, int64_t sm, int64_t sk, const Cell* panels, T* C,
                     int64_t ldc) {
-    for (int64_t first = 0; first < M; first += BLOCK_ROWS) {
-        const int64_t rows = std::min(BLOCK_ROWS, M - first);
-#if defined(__AVX512BF16__)
-        const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-        for (int64_t n = 0; n < N; n += PANEL)
-            for (int64_t t = 0; t < tiles; t++) {
-                const int64_t m = first + rows * t / tiles, count = first + rows * (t + 1) / tiles - m;
-                pair_rows(count, steps(K), A + m * sm, sm, sk, panels + n * steps(K) * 2, C + m * ldc + n, ldc,
-                          std::min(PANEL, N - n));
-            }
-#else
-        multiply_packed(rows, N, K, A + first * sm, sm, sk, panels, C + first * ldc, ldc, false);
-#endif
-    }
+    for (int64_t first = 0; first < M; first += BLOCK_ROWS)
+        multiply_cells_block(std::min(BLOCK_ROWS, M - first), N, K, A + first * sm, sm, sk, panels, C + first * ldc, ldc);
 }
 
 // ---- groups: rows [first[g], first[g + 1]) belong to group g ----
@@ -176,72 +181,83 @@ void tasks(int64_t groups, int64_t M, int64_t N, const Body& body) {
     });
 }
 
-// A's rows as cells, K wide: A itself where it is that already, else copies in `copy` [rows, steps(K) · STEP].
+// A's rows as cells, K wide: A itself where it is that already, else copies in `scratch`.
+template <class Cell>
 struct Left {
     const Cell* data;
     int64_t stride;
 };
-inline int64_t left_size(int64_t rows, int64_t K) { return rows * steps(K) * STEP; }
 
-// row(r) is where row r begins.
-template <class Row>
-Left copy_rows(const Row& row, int64_t rows, int64_t K, Cell* copy) {
-    const int64_t width = steps(K) * STEP;
+template <class A, class Cell = cell_of<A>>
+Left<Cell> as_cells(const A* a, int64_t lda, int64_t rows, int64_t K) {
+    const int64_t width = padded<Cell>(K);
+    if constexpr (std::is_same_v<A, Cell>)
+        if (width == K) return {a, lda};
+    Cell* copy = scratch<Cell>(1, rows * width);
     parallel_ranges(rows, 64, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
             Cell* to = copy + r * width;
             if (width > K) put(to + K, 0.0f);
-            lanes_of(K, [&](int64_t k, int lanes) { store(to + k, load(row(r) + k, lanes), lanes); });
+            lanes_of(K, [&](int64_t k, int lanes) { store(to + k, load(a + r * lda + k, lanes), lanes); });
         }
     });
     return {copy, width};
 }
 
 // C [rows, N] = A · W_gᵀ with W [groups, N, K], or A · W_g with W [groups, K, N] where `across`.
-template <class W, class T>
-void grouped_product(const Groups& groups, Left a, int64_t K, const W* weight, bool across, int64_t N, T* C) {
+template <class Cell, class W, class T>
+void multiply_groups(const Groups& groups, Left<Cell> a, int64_t K, const W* weight, bool across, int64_t N, T* C) {
     tasks(groups.count, groups.longest(), N, [&](int64_t g, int64_t m, int64_t n, int64_t columns) {
         if (m >= groups.rows(g)) return;
         const int64_t rows = std::min(TASK_ROWS, groups.rows(g) - m), at = groups.begin(g) + m;
-        Cell* panels = scratch<Cell>(0, cells(K, columns));
+        Cell* panels = scratch<Cell>(0, cells<Cell>(K, columns));
         const W* w = weight + g * N * K;
         if (across)
             pack_across([&](int64_t k) { return w + k * N + n; }, K, columns, panels);
         else
             pack_along(w + n * K, K, columns, panels);
-        multiply_cells(rows, columns, K, a.data + at * a.stride, a.stride, STEP, panels, C + at * N + n, N);
+        multiply_cells(rows, columns, K, a.data + at * a.stride, a.stride, STEP<Cell>, panels, C + at * N + n, N);
     });
 }
 
-// Cells that the rows of A [.., M] take when they are the summed side of grouped_gradient.
-inline int64_t turned_size(const Groups& groups, int64_t M) {
-    return (groups.first[groups.count] + groups.count * STEP) * (M + PANEL);
-}
-
-// C [groups, M, N] = A_gᵀ · B_g, summed over each group's rows: left(r) is row r of A, right(r) of B. Zero without rows.
-template <class Row, class Other, class T>
-void grouped_gradient(const Groups& groups, const Row& left, int64_t M, const Other& right, int64_t N, Cell* turned, T* C) {
-    const int64_t wide = whole_vectors(M) * STEP;  // cells of a step
-    const auto start = [&](int64_t g) { return turned + (groups.begin(g) / STEP + g) * wide; };  // no group shares a step
+// The rows of A [.., M] in steps, for where they are the summed side: A itself where a cell is one value, else copies.
+template <class A, class Cell = cell_of<A>>
+Left<Cell> in_steps(const Groups& groups, const A* a, int64_t M) {
+    if constexpr (std::is_same_v<A, Cell> && STEP<Cell> == 1) return {a, M};
+    const int64_t wide = whole_vectors(M) * STEP<Cell>;  // cells of a step; no group shares one
+    Cell* copy = scratch<Cell>(1, (groups.first[groups.count] / STEP<Cell> + groups.count) * wide);
     constexpr int64_t RUN = 64;
     const int64_t runs = (groups.longest() + RUN - 1) / RUN;
     parallel_for(groups.count * runs, [&](int64_t i) {
-        const int64_t g = i / runs, begin = groups.begin(g), end = std::min(groups.rows(g), (i % runs + 1) * RUN);
-        for (int64_t r = i % runs * RUN; r < end; r += STEP)
-            pack_step(left(begin + r), r + 1 < groups.rows(g) ? left(begin + r + 1) : nullptr, M,
-                      start(g) + r / STEP * wide, PANEL * STEP);
+        const int64_t g = i / runs, end = std::min(groups.rows(g), (i % runs + 1) * RUN);
+        const A* rows = a + groups.begin(g) * M;
+        for (int64_t r = i % runs * RUN; r < end; r += STEP<Cell>)
+            pack_step(rows + r * M, r + 1 < groups.rows(g) ? rows + (r + 1) * M : nullptr, M,
+                      copy + (groups.begin(g) / STEP<Cell> + g + r / STEP<Cell>)*wide, PANEL * STEP<Cell>);
     });
+    return {copy, wide};
+}
+
+// C [groups, M, N] = A_gᵀ · B_g, summed over each group's rows of A [.., M] and B [.., N]. Zero without rows.
+template <class A, class T>
+void sum_groups(const Groups& groups, const A* left, int64_t M, const A* right, int64_t N, T* C) {
+    using Cell = cell_of<A>;
+    const Left<Cell> turned = in_steps(groups, left, M);
+    const bool copied = (const void*)turned.data != left;
     tasks(groups.count, M, N, [&](int64_t g, int64_t m, int64_t n, int64_t columns) {
-        const int64_t rows = std::min(TASK_ROWS, M - m), K = groups.rows(g), begin = groups.begin(g);
+        const int64_t rows = std::min(TASK_ROWS, M - m), K = groups.rows(g);
         T* c = C + (g * M + m) * N + n;
         if (!K) {
             for (int64_t r = 0; r < rows; r++)
                 lanes_of(columns, [&](int64_t i, int lanes) { store(c + r * N + i, zero(), lanes); });
             return;
         }
-        Cell* panels = scratch<Cell>(0, cells(K, columns));
-        pack_across([&](int64_t k) { return right(begin + k) + n; }, K, columns, panels);
-        multiply_cells(rows, columns, K, start(g) + m * STEP, STEP, wide, panels, c, N);
+        Cell* panels = scratch<Cell>(0, cells<Cell>(K, columns));
+        const A* first = right + groups.begin(g) * N + n;
+        pack_across([&](int64_t k) { return first + k * N; }, K, columns, panels);
+        const int64_t step = groups.begin(g) / STEP<Cell> + (copied ? g : 0);
+        multiply_cells(rows, columns, K, turned.data + step * turned.stride + m * STEP<Cell>, STEP<Cell>, turned.stride, panels,
+                       c, N);
     });
 }
 

@@ -1,0 +1,32 @@
+"""The torch model, op by op: every network, device and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leanseek import ops
+from leanseek.model import Transformer
+
+
+class TorchBackend:
+    """As StepBackend. `head`, where given, is multiplied instead of the model's own."""
+
+    def __init__(self, model: Transformer, head: ops.StoredWeight | None = None):
+        self.config = model.config
+        embedding = model.embed_tokens.weight
+        self.device, self.dtype = embedding.device, embedding.dtype
+        self._model = model
+        self._head = model.head_weight if head is None else head
+
+    def step(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
+        with ops.row_invariant(), torch.inference_mode():
+            return self._model.step(tokens, cache, index)
+
+    def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
+        with ops.row_invariant(), torch.inference_mode():
+            return self._model.step_ahead(depth, hidden, tokens, cache, index)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with ops.row_invariant(), torch.inference_mode():
+            return ops.linear(hidden, self._head).float()

@@ -1,0 +1,115 @@
+"""A network in parts gives what the whole gives: stages of a pipeline, and modules whose weights hooks gather."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from leanseek import ModelConfig, Transformer
+from leanseek.model import Stage
+from leanseek.training.objective import Losses, losses
+
+MODEL = ModelConfig(
+    vocab_size=67, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4,
+    num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+    num_nextn_predict_layers=2, initializer_range=0.1,
+)  # fmt: skip
+TOKENS = torch.randint(0, 67, (3, 12 + 3), generator=torch.Generator().manual_seed(1))
+LOSS = {"mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": torch.bfloat16}
+
+
+@pytest.fixture(params=["own head", "tied"])
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return dataclasses.replace(MODEL, tie_word_embeddings=request.param == "tied")
+
+
+def whole(config: ModelConfig, recompute: bool = False) -> tuple[Losses, dict[str, torch.Tensor]]:
+    """Losses and gradients of half a batch, say, of the network in one piece."""
+    model = Transformer(config).init_weights(5)
+    found = losses(model, TOKENS, recompute=recompute, **LOSS)
+    found.backward(0.5)
+    return found, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("cuts", [(2,), (1, 3), (0, 4)], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_stages_one_after_the_other_are_the_whole(config: ModelConfig, cuts: tuple[int, ...], recompute: bool) -> None:
+    """Losses and gradients to the bit, each stage's weights drawn by itself; also where a stage holds no layer."""
+    expected, gradients = whole(config, recompute)
+    ends = [0, *cuts, config.num_hidden_layers]
+    parts = [Stage(range(a, b), i == 0, i == len(cuts)) for i, (a, b) in enumerate(pairwise(ends))]
+    stages = [Transformer(config, stage=part).init_weights(5) for part in parts]
+    found: list[Losses] = []
+    handed = []  # what each stage but the first received
+    for stage in stages:
+        hidden = None
+        if found:
+            hidden = found[-1].hidden.detach().requires_grad_()
+            handed.append(hidden)
+        found.append(losses(stage, TOKENS, hidden, recompute=recompute, **LOSS))
+    got: dict[str, torch.Tensor] = {}
+    for i in reversed(range(len(stages))):
+        found[i].backward(0.5, handed[i].grad if i + 1 < len(stages) else None)
+        for name, p in stages[i].named_parameters():
+            got[name] = got[name] + p.grad if name in got else p.grad  # an embedding at both ends
+    assert got.keys() == gradients.keys()
+    assert not [name for name, gradient in gradients.items() if not torch.equal(got[name], gradient)]
+    last = found[-1]
+    assert torch.equal(last.main, expected.main) and torch.equal(last.mtp, expected.mtp) and last.hidden is None
+    assert float(sum(f.balance.detach() for f in found)) == pytest.approx(float(expected.balance.detach()), rel=1e-6)
+    assert [r.layer for f in found for r in f.routes] == [r.layer for r in expected.routes] == [1, 2, 3, 4, 5]
+
+
+def test_a_stage_holds_what_it_says(config: ModelConfig) -> None:
+    """Names and values are the whole network's; a middle stage has neither end, and gives its hidden state."""
+    state = Transformer(config).init_weights(5).state_dict()
+    middle = Transformer(config, stage=Stage(range(1, 3), False, False)).init_weights(5)
+    names = [name for name in state if name.startswith(("layers.1.", "layers.2."))]
+    assert sorted(middle.state_dict()) == sorted(names)
+    assert all(torch.equal(middle.state_dict()[name], state[name]) for name in names)
+    assert middle.layers[2] is list(middle.layers)[1]
+    hidden = torch.randn(2, 5, config.hidden_size)
+    assert torch.equal(middle(hidden), middle.hidden(hidden)[0])
+
+
+def test_the_balance_loss_reaches_a_stage_without_a_head() -> None:
+    """Its gradients come from the stage's own losses, whatever the next stage sends."""
+    first = Transformer(MODEL, stage=Stage(range(3), True, False)).init_weights(5)
+    found = losses(first, TOKENS, sequence_alpha=0.5)
+    found.backward(0.5, torch.zeros_like(found.hidden))
+    assert all(first.layers[i].mlp.gate.weight.grad.abs().max() > 0 for i in (1, 2))
+    quiet = Transformer(MODEL, stage=Stage(range(3), True, False)).init_weights(5)
+    found = losses(quiet, TOKENS)
+    found.backward(0.5, torch.zeros_like(found.hidden))
+    assert all(quiet.layers[i].mlp.gate.weight.grad.abs().max() == 0 for i in (1, 2))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fully_shard_trains_alike(config: ModelConfig, one_rank: None, recompute: bool) -> None:
+    """FSDP2 gathers a module's weights when its forward is called: every weight is read within one, the head's too."""
+    expected, gradients = whole(config, recompute)
+    model = Transformer(config).init_weights(5)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for module in (*model.layers, *model.mtp, *([] if model.lm_head is None else [model.lm_head]), model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    found = losses(model, TOKENS, recompute=recompute, **LOSS)
+    found.backward(0.5)
+    assert torch.equal(found.total, expected.total)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad.to_local(), gradients[name]), name
