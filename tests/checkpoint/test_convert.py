@@ -90,7 +90,7 @@ def test_export_and_convert_commands_on_a_run(network, tmp_path, tokens):
     step.mkdir(parents=True)
     write_model(model, step)
     result = command(export_command, tmp_path / "run", tmp_path / "hf")
-    assert result.exit_code == 0 and "no tokenizer" in result.stderr and result.stdout == ""
+    assert result.exit_code == 0 and "without a tokenizer" in result.stderr and result.stdout == ""
     assert torch.equal(load(tmp_path / "hf")(tokens), model(tokens))
     command(export_command, tmp_path / "run", tmp_path / "half", "--dtype", "bfloat16")
     assert load(tmp_path / "half").norm.weight.dtype == torch.bfloat16
