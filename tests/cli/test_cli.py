@@ -50,7 +50,7 @@ def test_info_prints_one_json_object() -> None:
 def test_doctor_names_a_path_for_every_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(leanseek("doctor", "--json").stdout)
     assert found["training_dtype"] in ("float32", "bfloat16")
-    assert {"linear", "experts", "latent_attention"} <= {path["op"] for path in found["ops"]}
+    assert {"linear", "expert_products", "latent_attention"} <= {path["op"] for path in found["ops"]}
     monkeypatch.setattr(doctor, "examine", lambda: found)
     doctor.doctor()
     text = capsys.readouterr().out

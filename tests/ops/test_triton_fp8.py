@@ -464,7 +464,9 @@ def test_libraries_get_the_layouts_that_they_ask_for(libraries: None, monkeypatc
     assert holds(paths.product(a, b), a, b, 128)
     monkeypatch.setattr(paths, "_refusal", lambda path, *_: "" if path == "cublaslt" else "absent")
     assert holds(paths.product(a, b), a, b, 128)
-    turned = quantize_blocks_both(draw(256, 640, dtype=torch.float32)).t()  # what the input's gradient multiplies by
+    turned = quantize_blocks_both(draw(256, 640, dtype=torch.float32)).transpose(
+        0, 1
+    )  # what the input's gradient multiplies by
     grad = quantize_tiles(draw(12, 256))
     assert holds(paths.product(grad, turned), grad, Codes(*turned[:2]), 128)
     dy, x = (quantize_both(draw(300, width))[1] for width in (136, 208))
