@@ -1,4 +1,4 @@
-"""FP8 training as section 3.3 describes it: recipes, the linear and feed-forward that stand on them, modules."""
+"""FP8 training (3.3): recipes, the linear and feed-forward built on them, and the modules that use them."""
 
 from leanseek.fp8.layers import expert_products, linear, mlp
 from leanseek.fp8.memory import Recomputed, live_bytes

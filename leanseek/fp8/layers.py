@@ -31,7 +31,7 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, cast: Cast) -> Tensor
 
 
 def expert_products(sent: Dispatched, gate_up: Tensor, down: Tensor, cast: Cast) -> Tensor:
-    """As `ops.expert_products`: gate_up [E, 2I, D], down [E, D, I] -> [M, D]. Of x's codes, not of x, come the rows."""
+    """As `ops.expert_products`: gate_up [E, 2I, D], down [E, D, I] -> [M, D]. Gathers x's codes, not x."""
     groups = Groups(sent.weights.shape[0], sent.x.device, sent.ends)
     rows = sent.token, sent.place, sent.weights.float()
     return _FeedForward.apply(sent.x, *rows, groups, cast, *cast.input(sent.x), down, gate_up)

@@ -20,10 +20,10 @@ class _Recipe(NamedTuple):
 
 
 class Recomputed(saved_tensors_hooks):
-    """Within it, whatever autograd would keep of the given tensors is made again in backward (3.2.3).
+    """Inside this context, autograd recomputes the given tensors in backward instead of saving them (3.2.3).
 
-    A pair is a tensor and what makes it again, bit for bit, without gradients; that must itself hold only what is kept
-    anyway. What is no view of these tensors is kept as ever.
+    Each pair is a tensor and a function that computes it again, bit for bit and without gradients. The function may
+    hold only what is kept anyway. Tensors that are not views of these are saved as usual.
     """
 
     def __init__(self, *pairs: tuple[Tensor, Callable[[], Tensor]]):

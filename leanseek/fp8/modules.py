@@ -74,7 +74,7 @@ REPLACED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def apply(model: nn.Module, precision: str) -> None:
-    """Linears, feed-forwards and experts of `model` multiply in FP8 from now on; "bf16" takes it away again.
+    """Linears, feed-forwards and experts of `model` multiply in FP8 from now on; "bf16" restores the original modules.
 
     A module changes its class and keeps its parameters, names and hooks, as FSDP2 does it. The head, a class of its
     own, and linears made with `high_precision` stay as they are.

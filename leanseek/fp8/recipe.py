@@ -128,8 +128,8 @@ class Cast:
     ) -> Weight:
         """Equal parameters [.., rows, columns] in blocks: [n, rows, columns]. Cast anew when one has changed.
 
-        `place` tells a module's weights apart. `shape` of a matrix with zeros added to its end; `stack` of them follow
-        each other in one.
+        `place` tells a module's weights apart. `shape`: each matrix's shape after zero padding. `stack`: how many
+        matrices are concatenated into one.
         """
         key = (dtype, *((p._version, p.data_ptr()) for p in parameters))
         found = self._casts.get(place)

@@ -23,7 +23,7 @@ class NormPlan(ctypes.Structure):  # stack.cpp: Norm
     _fields_ = [("type", _n), ("weight", _p), ("eps", _d)]
 
 
-class BlockPlan(ctypes.Structure):  # stack.cpp: BlockPlan; zeros for what a block has not, q_b is q_proj without q_a
+class BlockPlan(ctypes.Structure):  # stack.cpp: BlockPlan; zero where the block lacks a part, q_b is q_proj without q_a
     _fields_ = [
         *((name, Matrix) for name in ("q_a", "q_b", "kv_a", "o", "w_uk", "w_uv", "gate", "gated", "down")),
         *((name, Matrix) for name in ("mlp_gated", "mlp_down")),

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: decided here, and nowhere else.
+"""Which implementation of an op runs is decided here.
 
 An op is declared once, by its torch reference: `@op` turns the reference into the op, signature and docstring
 included. Rooms with faster forms (`native/`, `gpu/`) register them with a predicate over the op's own arguments; of
@@ -31,7 +31,7 @@ ROOMS = ("leanseek.ops.invariant", "leanseek.native", "leanseek.gpu")  # importe
 
 
 class Priority(IntEnum):
-    """Of forms that accept the same call the highest runs."""
+    """Among the forms that accept a call, the one with the highest priority runs."""
 
     TORCH = 0
     KERNEL = 1
@@ -82,7 +82,7 @@ class Op(Generic[P, R]):
     ) -> Callable[[F], F]:
         """Decorator: the function computes the op wherever `accepts`, called as the op is, holds.
 
-        A row-invariant form accepts any number of rows: two that share them by count would not agree in the last bits.
+        A row-invariant form accepts any number of rows: if two forms split calls by the number of rows, their results would differ in the last bits.
         """
 
         def add(function: F) -> F:
@@ -101,7 +101,7 @@ class Op(Generic[P, R]):
         return "torch" if found is None else found.backend
 
     def backends(self, row_invariant: bool) -> list[str]:
-        """Of the registered forms, in the order in which they are asked."""
+        """Backends of the registered forms, in the order they are tried."""
         _open_rooms()
         return [form.backend for form in self._forms[row_invariant]]
 
@@ -150,7 +150,7 @@ def ordinary(*arguments: object) -> bool:
 
 
 def _has_memory(argument: object) -> bool:
-    """Of anything but a tensor, and a weight made of some, it is true."""
+    """True for anything that is not a tensor or a module of tensors."""
     if isinstance(argument, Tensor):
         return type(argument) in (Tensor, nn.Parameter) and not argument.is_meta
     return not isinstance(argument, nn.Module) or all(map(_has_memory, argument.buffers()))

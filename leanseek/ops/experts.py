@@ -172,8 +172,8 @@ def each_expert(
     gate_up: StoredWeight,
     down: StoredWeight,
 ) -> Tensor:
-    """One expert at a time as two linears, for inference: of quantised weights one expert is dense at a time, and
-    where the linears are row-invariant so is this."""
+    """One expert at a time as two linears, for inference. Quantised weights are dequantised one expert at a time;
+    row-invariant if the linears are."""
     rows = x if token is None else x.index_select(0, token)
     out, start = torch.empty_like(rows), 0
     for expert, end in enumerate(ends.tolist()):

@@ -25,7 +25,7 @@ def select_experts(
     lie in n_group equal groups, a group scores the sum of its `group_best` highest values (2 in V3, 1 in V2), and only
     experts of the topk_group best groups can be chosen.
     """
-    choice = scores if bias is None else scores + bias
+    choice = scores if bias is None else scores + bias  # eq. 16: s + b, for the choice alone
     if n_group > 1:
         grouped = choice.unflatten(1, (n_group, -1))  # [N, G, E/G]
         group_score = grouped.topk(group_best, dim=-1).values.sum(-1)

@@ -13,7 +13,7 @@ from leanseek.model import Output, Route, Transformer, sequence_balance_loss, sw
 class Losses(NamedTuple):
     """All means over tokens, float32 scalars; `total` is what is differentiated.
 
-    Of a stage: `balance` is its own layers' and main and mtp are 0 but on the last, so that sums over the stages are
+    On a pipeline stage, `balance` covers its own layers; main and mtp are 0 except on the last stage, so that sums over the stages are
     the whole network's.
     """
 
