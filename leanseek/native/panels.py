@@ -183,8 +183,8 @@ def _packed(
     place: Place = Place.APART,
     group: int = 1,
 ) -> Panels:
-    """addresses: where each panel row starts, in the stack's first matrix. group: panels made of the memory they replace,
-    if packed in place."""
+    """addresses: where each panel row starts, in the stack's first matrix. group: if packed in place, the number of
+    panels that share the memory they replace."""
     columns = stack.shape[2] if columns is None else columns
     shape = (len(stack), addresses.numel() // PANEL, -(-columns // 2), PANEL, 2)
     if place is Place.APART:
