@@ -1,8 +1,8 @@
 """Checkpoints to resume from, `checkpoints/step-N/`, written atomically.
 
 A folder is a Hugging Face folder (config.json, model.safetensors, the tokenizer), which loads like any other, plus
-state.safetensors (moments, EMA) and state.json (step, position in the data, configuration, spike guard, and a checksum of
-every file).
+state.safetensors (moments, EMA) and state.json (step, position in the data, configuration, spike guard, and a
+checksum of every file).
 """
 
 from __future__ import annotations
