@@ -1,4 +1,4 @@
-"""leanseek: DeepSeek-V3, whole and open."""
+"""leanseek: a complete, open DeepSeek-V3."""
 
 from __future__ import annotations
 

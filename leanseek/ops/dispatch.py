@@ -82,7 +82,8 @@ class Op(Generic[P, R]):
     ) -> Callable[[F], F]:
         """Decorator: the function computes the op wherever `accepts`, called as the op is, holds.
 
-        A row-invariant form accepts any number of rows: if two forms split calls by the number of rows, their results would differ in the last bits.
+        A row-invariant form must accept any number of rows: if two forms split calls by the number of rows, their
+        results would differ in the last bits.
         """
 
         def add(function: F) -> F:
