@@ -34,7 +34,7 @@ from leanseek.ops.weights import FORMATS, QuantizedWeight, StoredWeight, named_w
 log = logging.getLogger(__name__)
 
 FOLDER = ".leanseek"  # in the checkpoint's folder
-LAYOUT = 2  # of what is in the file; counts up with its names and with the order of native.panels
+LAYOUT = 2  # version of the file's names and of the order of native.panels
 LEAST = 2**28  # bytes of weights: fewer are packed in no time
 
 
@@ -89,7 +89,7 @@ class PackedCopy:
             with open(os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600), "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else another start writes it
                 partial = self._folder / "partial"
-                partial.unlink(missing_ok=True)  # of a start that was killed while it wrote
+                partial.unlink(missing_ok=True)  # left by a start that was killed while writing
                 for old in self._folder.glob("packed-*.safetensors"):
                     if not old.name.startswith(f"packed-{self._stamp}-"):
                         old.unlink()  # nothing will map it again
@@ -107,7 +107,7 @@ class PackedCopy:
 
 
 def _stamp(folder: Path) -> str:
-    """Of the headers of a folder's weights, and of what no writing to a file leaves as it was: its size and times."""
+    """A hash of the headers of a folder's weights and of the files' sizes and times, which change with any write."""
     seen: list[object] = [LAYOUT]
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
         with contextlib.suppress(OSError), open(path, "rb") as file:  # what cannot be read is for `load` to tell

@@ -29,7 +29,7 @@ class StepBackend(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and of the cache."""
+        """The dtype of hidden states and of the cache."""
 
     def step(self, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Tensor:
         """tokens [N] int64 -> hidden [N, D] after the final norm.

@@ -288,7 +288,7 @@ def _first_token(engine: Engine, prompt: list[int]) -> float:
 
 
 def _overhead(engine: Engine, prompt: Callable[[int], list[int]]) -> dict[str, float]:
-    """Of decode steps at a batch: the share of the time that is not the model's."""
+    """The share of a decode step's time, at a batch size, that is not the model's."""
     _add(engine, "batch", [prompt(PROMPT) for _ in range(OVERHEAD_BATCH)], 2 * OVERHEAD_STEPS)
     begun: set[str] = set()
     while len(begun) < OVERHEAD_BATCH:

@@ -284,7 +284,7 @@ _BIAS = "e_score_correction_bias"
 
 
 def _dtype(name: str, parts: list[Stored], wanted: torch.dtype | None, exact: bool) -> torch.dtype:
-    """Of a tensor in memory: one that holds all `parts` that a product reads together.
+    """The dtype of a tensor in memory: it holds all `parts` that a product reads together.
 
     float64 becomes float32, and so does float16 (`exact`) beside weights of another dtype: no kernel takes such pairs.
     """

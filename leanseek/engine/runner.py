@@ -255,7 +255,7 @@ class _Clock:
         return event
 
     def seconds(self) -> tuple[float, float]:
-        """Of the parts "main" and "draft"."""
+        """Seconds of the parts "main" and "draft"."""
         total = {"main": 0.0, "draft": 0.0, "host": 0.0}
         for (part, start), (_, end) in pairwise(self._turns):
             total[part] += (end.synchronize() or start.elapsed_time(end) / 1e3) if self._cuda else end - start

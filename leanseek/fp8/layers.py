@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _FeedForward(torch.autograd.Function):
-    """Of routed experts, or of one that every token takes. `ups` is gate_up, or gate and up. Rows as in
+    """Routed experts, or one expert that every token takes. `ups` is gate_up, or gate and up. Rows as in
     ops/experts.py: of x by `token`, or x's own (None); the gate's weight multiplies the activation."""
 
     @staticmethod

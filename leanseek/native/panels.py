@@ -168,7 +168,7 @@ def _half_scales(scale: Tensor, order: Tensor) -> Tensor:
 
 
 def _addresses(stack: Tensor, order: Tensor) -> Tensor:
-    """Of rows `order` of the first of stack [E, rows, columns]; 0 for none."""
+    """Addresses of rows `order` in the first matrix of stack [E, rows, columns]; 0 for no row."""
     return torch.where(order < 0, 0, stack.data_ptr() + order * stack.shape[2] * stack.element_size())
 
 

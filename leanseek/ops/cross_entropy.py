@@ -10,7 +10,7 @@ from leanseek.ops.dispatch import op
 from leanseek.ops.products import wide
 
 CHUNK_LOGITS = 2**22  # logits computed at a time: 16 MiB in float32
-GPU_CHUNKS = 32  # of them at a time on a GPU, which wants more to do at once
+GPU_CHUNKS = 32  # a GPU computes this many chunks at a time, to have more to do at once
 
 
 @op("linear_cross_entropy")

@@ -45,7 +45,7 @@ class Codes(NamedTuple):
     scales: Tensor
 
     def index_select(self, dim: int, rows: Tensor) -> Codes:
-        """Of rows (dim 0): in another order, or several times."""
+        """Rows (dim 0) by index: in another order, or several times."""
         found = new_codes(rows.numel(), self.codes.shape[1], self.codes.device)
         wide = torch.int64 if self.codes.shape[1] % 8 == 0 else torch.uint8  # copied 8 codes at a time
         torch.index_select(self.codes.view(wide), 0, rows, out=found.codes.view(wide))

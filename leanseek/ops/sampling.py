@@ -32,7 +32,7 @@ class Choice:
     keys: Tensor  # [R] int64: the 64 random bits of each row
 
     def at(self, rows: Tensor | slice) -> Choice:
-        """Of some rows only."""
+        """The choice for some rows only."""
         return Choice(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], self.keys[rows])
 
 

@@ -13,8 +13,8 @@ from leanseek.model import Output, Route, Transformer, sequence_balance_loss, sw
 class Losses(NamedTuple):
     """All means over tokens, float32 scalars; `total` is what is differentiated.
 
-    On a pipeline stage, `balance` covers its own layers; main and mtp are 0 except on the last stage, so that sums over the stages are
-    the whole network's.
+    On a pipeline stage, `balance` covers its own layers; main and mtp are 0 except on the last stage. Sums over the
+    stages are the whole network's.
     """
 
     total: Tensor
