@@ -43,7 +43,7 @@ class MLA(nn.Module):
         return x if self.config.q_lora_rank is None else self.q_a_proj(x)
 
     def _query(self, latent: Tensor, recompute: bool = False) -> Tensor:
-        """The result of `_query_latent` -> [q_C; q_R] of every head before the rotation, [..., H, nope + rope] (eq. 7, 8)."""
+        """`_query_latent`'s result -> [q_C; q_R] of every head before rotation, [..., H, nope + rope] (eq. 7, 8)."""
         c = self.config
         q = self.q_proj(latent) if c.q_lora_rank is None else _up(self.q_a_layernorm, self.q_b_proj, latent, recompute)
         return q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
