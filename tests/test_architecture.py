@@ -26,7 +26,7 @@ ALLOWED = {
     "training": {"machine", "ops", "fp8", "model", "checkpoint", "data", "planning"},
     "backends": {"machine", "ops", "native", "model", "checkpoint"},
     "engine": {"machine", "ops", "checkpoint", "backends"},
-    "server": {"ops", "model", "checkpoint", "engine"},
+    "server": {"engine"},
     "evaluation": {"engine"},
     "bench": {
         "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",
