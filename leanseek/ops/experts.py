@@ -141,9 +141,8 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, ends, weights, token, place, gate_up, down):  # type: ignore[no-untyped-def]
-        rows = x if token is None else x.index_select(0, token)
-        groups = Groups(rows.shape[0], x.device, ends)
-        hidden = grouped_product(rows, gate_up, groups, x.dtype)  # [M, 2I]
+        groups = Groups(weights.shape[0], x.device, ends)
+        hidden = grouped_product(_rows(x, token), gate_up, groups, x.dtype)  # [M, 2I]
         out = grouped_product(weighted_swiglu(hidden, weights), down, groups, x.dtype)  # [M, D]
         ctx.save_for_backward(x, weights, token, place, gate_up, down, hidden)
         ctx.groups = groups
@@ -153,14 +152,21 @@ class _Products(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weights, token, place, gate_up, down, hidden = ctx.saved_tensors
         groups, grad = ctx.groups, grad.contiguous()
-        grad_act = grouped_product(grad, down.transpose(1, 2), groups, x.dtype)  # [M, I]
-        act, grad_hidden, grad_weights = weighted_swiglu_backward(hidden, weights, grad_act)
+        # [M, I] and [M, D] tensors end as soon as they were read: this is where memory peaks
+        act, grad_hidden, grad_weights = weighted_swiglu_backward(
+            hidden, weights, grouped_product(grad, down.transpose(1, 2), groups, x.dtype)
+        )
         grad_down = grouped_gradient(grad, act, groups, down.dtype)  # [E, D, I]
-        rows = x if token is None else x.index_select(0, token)
-        grad_gate_up = grouped_gradient(grad_hidden, rows, groups, gate_up.dtype)  # [E, 2I, D]
+        del act, grad
+        grad_gate_up = grouped_gradient(grad_hidden, _rows(x, token), groups, gate_up.dtype)  # [E, 2I, D]
         grad_x = grouped_product(grad_hidden, gate_up.transpose(1, 2), groups, x.dtype)
         grad_x = grad_x if token is None else combine_rows(grad_x, place, x.shape[0])
         return grad_x, None, grad_weights, None, None, grad_gate_up, grad_down
+
+
+def _rows(x: Tensor, token: Tensor | None) -> Tensor:
+    """x [M, D] of each row."""
+    return x if token is None else x.index_select(0, token)
 
 
 def each_expert(
@@ -174,7 +180,7 @@ def each_expert(
 ) -> Tensor:
     """One expert at a time as two linears, for inference. Quantised weights are dequantised one expert at a time;
     row-invariant if the linears are."""
-    rows = x if token is None else x.index_select(0, token)
+    rows = _rows(x, token)
     out, start = torch.empty_like(rows), 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
