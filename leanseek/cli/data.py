@@ -83,7 +83,7 @@ def fetch(
     """Fetch a corpus from published packages, as plain text."""
     from leanseek.data.corpora import fetch as run
 
-    print(spelled(str(run(name, out))))
+    print(spelled(str(run(name, out)), "\n"))
 
 
 def _print_json(done: Prepared) -> None:

@@ -110,11 +110,11 @@ def doctor(
     print(f"training dtype: {found['training_dtype']} (bfloat16 is {why})")
     print(f"kernels: {found['kernels']['variant'] or 'none'}: {found['kernels']['detail']}")
     for use in dict.fromkeys(p["use"] for p in found["ops"]):
-        print(f"\n{'ops in ' + use:26}" + "".join(f"{kind:22}" for kind in KINDS).rstrip())
+        print(f"\n{'ops in ' + use:28}" + "".join(f"{kind:22}" for kind in KINDS).rstrip())
         paths = [p for p in found["ops"] if p["use"] == use]
         for op in dict.fromkeys(p["op"] for p in paths):
             cells = {p["operands"]: _cell(p, found["kernels"]["variant"]) for p in paths if p["op"] == op}
-            print(f"  {op:24}" + "".join(f"{cells.get(kind, '-'):22}" for kind in KINDS).rstrip())
+            print(f"  {op:26}" + "".join(f"{cells.get(kind, '-'):22}" for kind in KINDS).rstrip())
     steps = found["steps"]
     print(f"\na served step: {'one native call over ' + steps if steps == 'packed weights' else f'op by op ({steps})'}")
     print(LEGEND)

@@ -173,3 +173,12 @@ def test_help_shows_what_an_option_is_when_left_away(command: str) -> None:
     """rich takes a word in brackets for a style, and swallows it."""
     done = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})
     assert "(default: " in done.output
+
+
+def test_a_fetched_corpus_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control characters of a name are spelled; the lines of the answer stay lines."""
+    from leanseek.data import corpora
+
+    monkeypatch.setattr(corpora, "fetch", lambda name, out: "   1 MB  a\x1b[0m\n   1 MB of text")
+    said = CliRunner().invoke(app, ["data", "fetch", "shakespeare", "--out", "x"]).stdout
+    assert said == "   1 MB  a\\x1b[0m\n   1 MB of text\n"
