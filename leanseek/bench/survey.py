@@ -15,6 +15,7 @@ from leanseek import native
 from leanseek.gpu.device import refusal
 from leanseek.machine.device import multiplies
 from leanseek.ops.dispatch import OPS
+from leanseek.ops.experts import Dispatched
 from leanseek.ops.weights import FP8_BLOCKS, QuantizedWeight, StoredWeight
 
 ROWS = (1, 256)  # one token, and many
@@ -110,8 +111,8 @@ def _float32(operands: Callable[[_Draw], Operands]) -> Example:
 
 
 def _experts(t: _Draw) -> Operands:
-    rows = t.x(D), torch.empty(E, dtype=torch.int32, device=t.device), t.x(dtype=torch.float32), None, None
-    return *rows, t.stored(E, 2 * D, D), t.stored(E, D, D)
+    sent = Dispatched(t.x(D), torch.empty(E, dtype=torch.int32, device=t.device), t.x(dtype=torch.float32))
+    return sent, t.stored(E, 2 * D, D), t.stored(E, D, D)
 
 
 _SHARED: dict[str, Example] = {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leanseek.gpu.elementwise import swiglu_forward
 from leanseek.gpu.numbers import INTERPRETED, narrow
+from leanseek.ops.experts import Dispatched, rows_of
 from leanseek.ops.formats import TILE
 from leanseek.ops.grouped import Tiles, group_tiles
 from leanseek.ops.latent_attention import CacheIndex
@@ -44,23 +45,15 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def expert_products(
-    x: Tensor,
-    ends: Tensor,
-    weights: Tensor,
-    token: Tensor | None,
-    place: Tensor | None,
-    gate_up: StoredWeight,
-    down: StoredWeight,
-) -> Tensor:
+def expert_products(sent: Dispatched, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
     """As ops.experts.products_of_rows."""
-    rows = x if token is None else x.index_select(0, token)
-    tiles = group_tiles(ends, rows.shape[0], ROWS)
-    hidden = x.new_empty(rows.shape[0], gate_up.shape[1])
+    rows = rows_of(sent.x, sent.token)
+    tiles = group_tiles(sent.ends, rows.shape[0], ROWS)
+    hidden = rows.new_empty(rows.shape[0], gate_up.shape[1])
     _launch(rows, *_turned(gate_up), hidden, tiles)
     gate, up = hidden.chunk(2, dim=-1)
     out = torch.empty_like(rows)
-    _launch(swiglu_forward(gate, up, weights), *_turned(down), out, tiles)
+    _launch(swiglu_forward(gate, up, sent.weights), *_turned(down), out, tiles)
     return out
 
 

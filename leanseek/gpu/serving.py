@@ -11,7 +11,7 @@ from leanseek import ops
 from leanseek.gpu.device import implements
 from leanseek.gpu.training import takes_rows
 from leanseek.ops.dispatch import Op, Rows
-from leanseek.ops.experts import products_of_rows
+from leanseek.ops.experts import Dispatched, products_of_rows
 from leanseek.ops.weights import FP8_BLOCKS, QuantizedWeight, StoredWeight
 
 
@@ -22,16 +22,8 @@ def _multiplies(x: Tensor, weight: StoredWeight) -> bool:
     return weight.format == FP8_BLOCKS if isinstance(weight, QuantizedWeight) else weight.dtype == x.dtype
 
 
-def _of_experts(
-    x: Tensor,
-    ends: Tensor,
-    weights: Tensor,
-    token: Tensor | None,
-    place: Tensor | None,
-    gate_up: StoredWeight,
-    down: StoredWeight,
-) -> bool:
-    return _multiplies(x, gate_up) and _multiplies(x, down)
+def _of_experts(sent: Dispatched, gate_up: StoredWeight, down: StoredWeight) -> bool:
+    return _multiplies(sent.x, gate_up) and _multiplies(sent.x, down)
 
 
 @implements(ops.rms_norm, takes_rows, Rows.INVARIANT)

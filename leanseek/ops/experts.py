@@ -55,7 +55,7 @@ def expert_dispatch(x: Tensor, indices: Tensor, weights: Tensor, n_experts: int)
 def expert_products(sent: Dispatched, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
     """weights[r] · down_e(silu(gate_e row_r) · up_e row_r) of each row, [M, D]; weights as in `experts`."""
     if ordinary(sent.x, sent.weights, gate_up, down):
-        return products_of_rows(*sent, gate_up, down)
+        return products_of_rows(sent, gate_up, down)
     x, ends, weights, *_ = sent.gathered()
     if not torch.compiler.is_compiling() and transformed():
         return _every_expert(x, ends, weights, dense(gate_up, x.dtype), dense(down, x.dtype))
@@ -119,18 +119,11 @@ class _Combine(torch.autograd.Function):
 
 
 @op("expert_products")
-def products_of_rows(
-    x: Tensor,
-    ends: Tensor,
-    weights: Tensor,
-    token: Tensor | None,
-    place: Tensor | None,
-    gate_up: StoredWeight,
-    down: StoredWeight,
-) -> Tensor:
+def products_of_rows(sent: Dispatched, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
+    """As `expert_products`, of tensors with memory."""
     if isinstance(gate_up, QuantizedWeight) or isinstance(down, QuantizedWeight):
-        return each_expert(x, ends, weights, token, place, gate_up, down)
-    return _Products.apply(x, ends, weights, token, place, gate_up, down)
+        return each_expert(sent, gate_up, down)
+    return _Products.apply(*sent, gate_up, down)
 
 
 class _Products(torch.autograd.Function):
@@ -142,7 +135,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ends, weights, token, place, gate_up, down):  # type: ignore[no-untyped-def]
         groups = Groups(weights.shape[0], x.device, ends)
-        hidden = grouped_product(_rows(x, token), gate_up, groups, x.dtype)  # [M, 2I]
+        hidden = grouped_product(rows_of(x, token), gate_up, groups, x.dtype)  # [M, 2I]
         out = grouped_product(weighted_swiglu(hidden, weights), down, groups, x.dtype)  # [M, D]
         ctx.save_for_backward(x, weights, token, place, gate_up, down, hidden)
         ctx.groups = groups
@@ -158,34 +151,26 @@ class _Products(torch.autograd.Function):
         )
         grad_down = grouped_gradient(grad, act, groups, down.dtype)  # [E, D, I]
         del act, grad
-        grad_gate_up = grouped_gradient(grad_hidden, _rows(x, token), groups, gate_up.dtype)  # [E, 2I, D]
+        grad_gate_up = grouped_gradient(grad_hidden, rows_of(x, token), groups, gate_up.dtype)  # [E, 2I, D]
         grad_x = grouped_product(grad_hidden, gate_up.transpose(1, 2), groups, x.dtype)
         grad_x = grad_x if token is None else combine_rows(grad_x, place, x.shape[0])
         return grad_x, None, grad_weights, None, None, grad_gate_up, grad_down
 
 
-def _rows(x: Tensor, token: Tensor | None) -> Tensor:
-    """x [M, D] of each row."""
+def rows_of(x: Tensor, token: Tensor | None) -> Tensor:
+    """x [M, D] of each row, without a gradient."""
     return x if token is None else x.index_select(0, token)
 
 
-def each_expert(
-    x: Tensor,
-    ends: Tensor,
-    weights: Tensor,
-    token: Tensor | None,
-    place: Tensor | None,
-    gate_up: StoredWeight,
-    down: StoredWeight,
-) -> Tensor:
+def each_expert(sent: Dispatched, gate_up: StoredWeight, down: StoredWeight) -> Tensor:
     """One expert at a time as two linears, for inference. Quantised weights are dequantised one expert at a time;
     row-invariant if the linears are."""
-    rows = _rows(x, token)
+    rows = rows_of(sent.x, sent.token)
     out, start = torch.empty_like(rows), 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(sent.ends.tolist()):
         if end > start:
             gate, up = linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
-            act = swiglu(gate, up) * weights[start:end, None].to(x.dtype)
+            act = swiglu(gate, up) * sent.weights[start:end, None].to(rows.dtype)
             out[start:end] = linear(act, down[expert])
         start = end
     return out
@@ -218,7 +203,7 @@ def _opaque(
     down_format: str,
 ) -> Tensor:
     both = _whole(gate_up, gate_up_scale, gate_up_format), _whole(down, down_scale, down_format)
-    return products_of_rows(rows, ends, weights, None, None, *both)
+    return products_of_rows(Dispatched(rows, ends, weights), *both)
 
 
 @torch.library.custom_op("leanseek::expert_products_backward", mutates_args=())
@@ -227,7 +212,7 @@ def _opaque_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in (rows, weights, gate_up, down)]
-        out = products_of_rows(inputs[0], ends, inputs[1], None, None, inputs[2], inputs[3])
+        out = products_of_rows(Dispatched(inputs[0], ends, inputs[1]), inputs[2], inputs[3])
         found = torch.autograd.grad(out, inputs, grad)
     return found[0], found[1], found[2], found[3]
 
