@@ -295,6 +295,12 @@ def idle(timeline: Timeline) -> list[float]:
     return [length - sum(span.end - span.start for span in own) for own in timeline]
 
 
+def bubble(timeline: Timeline) -> float:
+    """The share of the time that ranks wait."""
+    busy = sum(span.end - span.start for own in timeline for span in own)
+    return 1 - busy / (busy + sum(idle(timeline)))
+
+
 def activations(schedule: Schedule) -> list[int]:
     """The most micro-batches, counted in each stage, that each rank keeps something of for backward."""
     peaks = []
