@@ -1,9 +1,9 @@
 """Tokens travel to the ranks of their experts and back (3.2.2): the two all-to-alls of expert parallelism.
 
-A token goes to each rank once, however many of its experts are there, with their numbers and its gate values; these are
-applied at the expert. What comes back is one row from each rank, and rows are summed in float32. Between nodes there are
-two hops, each of which is such an exchange: to the same place on every node that has an expert of the token, then to
-the ranks there.
+A token goes to each rank once, however many of its experts are there, with their numbers and its gate values, which
+are applied at the expert. What comes back is one row from each rank; they are summed in float32. Between nodes there
+are two hops, each of which is such an exchange: to the same place on every node that has an expert of the token, then
+to the ranks there.
 
 Each exchange has two steps, so that something else can run between them: rows leave, rows arrive. Backward it is the
 same exchange the other way round: it needs no sizes, and a rank enters it also with nothing to send.
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from leanseek.ops import Dispatched, expert_combine, expert_dispatch
 from leanseek.ops.experts import combine_rows
-from leanseek.ops.formats import TILE
 from leanseek.ops.operands import FP8, Kept
 from leanseek.ops.quantize import rows as quantize_rows
 
@@ -181,7 +180,7 @@ def pack(x: Tensor, fp8: bool) -> Tensor:
     """x [N, D] as it travels: itself, or [N, D + ceil(D / 128)] bytes: codes, then the exponents of their scales."""
     if not fp8:
         return x
-    _, kept = quantize_rows(x.contiguous(), power_of_two=True)
+    _, kept = quantize_rows(x.contiguous(), True)
     exponents = (kept.scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
     return torch.cat((kept.codes.view(torch.uint8), exponents), dim=1)
 

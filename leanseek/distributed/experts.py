@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,4 +34,4 @@ def apply(model: nn.Module, groups: Sequence[dist.ProcessGroup], fp8: bool = Fal
     for module in model.modules():
         if isinstance(module, moe.MoE):
             module.__class__ = MoE
-            module.exchange = Exchange(groups, module.gate.weight.shape[0], fp8)
+            cast(MoE, module).exchange = Exchange(groups, module.gate.weight.shape[0], fp8)

@@ -175,7 +175,7 @@ def _swiglu(
 
 
 def combine(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
-    """For each token, sums the K rows of [M, D] that its K entries of `place` [tokens · K] name, -1 for none: [tokens, D]."""
+    """For each token, sums the rows of [M, D] that its K entries of `place` name (-1: none): [tokens, D]."""
     d = rows.shape[1]
     out = torch.empty(tokens, d, dtype=rows.dtype, device=rows.device)
     if tokens:

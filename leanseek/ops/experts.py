@@ -46,9 +46,7 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, 
     return expert_combine(expert_products(sent, gate_up, down), sent)
 
 
-def expert_dispatch(
-    x: Tensor, indices: Tensor, weights: Tensor, n_experts: int, rows: int | None = None
-) -> Dispatched:
+def expert_dispatch(x: Tensor, indices: Tensor, weights: Tensor, n_experts: int, rows: int | None = None) -> Dispatched:
     """x [N, D], the experts of each token [N, K] and their gate values [N, K] -> rows in the order of the experts.
 
     rows: how many of the choices have an expert here; the index of the others is `n_experts`. None: all of them.
