@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -141,21 +142,19 @@ def test_recorded_routes_are_replayed(run_ranks: Run, ranks: int) -> None:
     assert all(torch.equal(moved[3][layer], chosen) for layer, chosen in other.items())
 
 
-def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[float]:
-    """Each gradient's distance, relative to its norm."""
-    return [float((found[name] - g).norm() / g.norm()) for name, g in expected.items()]
+def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The distance of all gradients, each relative to its norm."""
+    return math.hypot(*(float((found[name] - g).norm() / g.norm()) for name, g in expected.items()))
 
 
 @pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (4, 2)])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_low_precision_is_one_process_to_its_rounding(run_ranks: Run, ranks: int, nodes: int, precision: str) -> None:
-    """A rank's sum is rounded to BF16 on its way, and FP8 tiles of dense layers hold this rank's tokens: no gradient is
-    further from one process's than that is from float32's."""
+    """A rank's sum is rounded to BF16 on its way, and FP8 tiles of dense layers hold this rank's tokens: gradients are
+    nearer to one process's than these are to float32's."""
     exact = step(1, 0, 1, ALL)
     options = {"dtype": torch.bfloat16, "replay": exact[3]}
     expected = step(1, 0, 1, ALL, precision, **options)
     found = joined(run_ranks(ranks, on_a_rank, nodes, ALL, precision, **options))
     assert found[0] == pytest.approx(expected[0], rel=2e-2 if precision == "fp8" else 4e-3)
-    ours, own = apart(found[1], expected[1]), apart(expected[1], exact[1])
-    print(found[0], expected[0], exact[0])
-    print(max(a / b for a, b in zip(ours, own, strict=True)), [f"{a:.3f} {b:.3f}" for a, b in zip(ours, own)])
+    assert apart(found[1], expected[1]) < apart(expected[1], exact[1])
