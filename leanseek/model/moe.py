@@ -36,7 +36,8 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
+        (found,) = ops.weight_gradients((weight,), lambda: ((grad.t() @ x.float()).to(weight.dtype),))
+        return (grad @ weight.float()).to(x.dtype), found
 
 
 def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
