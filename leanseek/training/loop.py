@@ -21,15 +21,15 @@ import torch
 
 from leanseek import planning
 from leanseek.checkpoint import CheckpointError, load
+from leanseek.checkpoint.pieces import pieces_of
 from leanseek.checkpoint.training import (
     STATE,
     Resumed,
     newest_checkpoint,
     newest_whole,
-    prune,
     set_aside,
-    write_checkpoint,
 )
+from leanseek.checkpoint.writer import Writer
 from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
 from leanseek.errors import Interrupted, RunError
@@ -136,8 +136,9 @@ def _train(
         start = _resume(run, folder, data) if resume else _begin(run, folder)
         if prepare is not None:
             prepare(start.trainer.model)
-        with Metrics(folder, run.train.steps, start.step) as metrics:
-            loop = _Loop(run, folder, start, data, held_out, metrics)
+        keep = run.checkpoint.keep_last, run.checkpoint.keep_every
+        with Metrics(folder, run.train.steps, start.step) as metrics, Writer(folder, *keep) as writer:
+            loop = _Loop(run, folder, start, data, held_out, metrics, writer)
             for step in range(start.step, run.train.steps):
                 loop.step(step)
                 if signals.received:
@@ -257,9 +258,16 @@ class _Loop:
     """The work around a step: its batch, its metrics row, and evaluation and checkpoints when they are due."""
 
     def __init__(
-        self, run: RunConfig, folder: Path, start: _Start, data: TokenDataset, held_out: TokenDataset, metrics: Metrics
+        self,
+        run: RunConfig,
+        folder: Path,
+        start: _Start,
+        data: TokenDataset,
+        held_out: TokenDataset,
+        metrics: Metrics,
+        writer: Writer,
     ):
-        self.run, self.folder, self.trainer, self.skipped = run, folder, start.trainer, start.skipped
+        self.run, self.trainer, self.skipped, self.writer = run, start.trainer, start.skipped, writer
         self.data, self.held_out, self.metrics = data, held_out, metrics
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
         device, dtype = start.trainer.device, start.trainer.dtype
@@ -291,6 +299,7 @@ class _Loop:
         """
         t = self.run.train
         size = batch_size(self.run, step)
+        self.writer.poll()
         started = time.perf_counter()
         result = self.trainer.step(self.data.batch(self.position.samples, size).tokens, step)
         self.position = self.position.after(size, self.run.data.seq_len)
@@ -305,11 +314,10 @@ class _Loop:
             self.checkpoint(done)
 
     def checkpoint(self, step: int) -> None:
-        """Write the checkpoint of the state after `step` steps, unless it exists.
+        """Begin to write the checkpoint of the state after `step` steps, unless that was done.
 
         Raises:
-            RunError: a weight is not finite.
-            OSError: the disk is full; older checkpoints are untouched.
+            RunError: a weight is not finite, or the disk is full; older checkpoints are untouched.
         """
         if step == self.saved:
             return
@@ -326,10 +334,9 @@ class _Loop:
             "skipped": self.skipped,
             "guard": self.trainer.guard.state(),
         }
-        tensors = self.trainer.state_tensors()
+        weights, moments = pieces_of(self.trainer.model.state_dict()), pieces_of(self.trainer.state_tensors())
         self.metrics.sync()  # rows must be on disk before the checkpoint
-        write_checkpoint(self.folder, step, self.trainer.model, tensors, state, self.data.folder)
-        prune(self.folder, self.run.checkpoint.keep_last, self.run.checkpoint.keep_every)
+        self.writer.save(step, self.run.model, weights, moments, state, self.data.folder)
         self.saved = step
 
     def _probe(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanseek import fp8
 from leanseek.checkpoint import CheckpointError
+from leanseek.checkpoint.pieces import Spread
 from leanseek.config import ConfigError
 from leanseek.machine.device import default_device, preferred_dtype
 from leanseek.model import Transformer, max_violation
@@ -149,7 +150,7 @@ class Trainer:
         """Parameters that no step has moved: nothing differentiated them."""
         return [name for name, p in self.model.named_parameters() if not self.optimizer.state[p]]
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], without: Collection[str] | None = None) -> None:
+    def load_state_tensors(self, stored: Mapping[str, Spread], without: Collection[str] | None = None) -> None:
         """The inverse of `state_tensors`. A moment stored in another dtype is converted.
 
         `without` names the parameters that have no moments; None where that was not stored. An average of the weights
@@ -158,39 +159,38 @@ class Trainer:
         Raises:
             CheckpointError: a tensor is missing, or is none of this run's, or has another shape or dtype.
         """
-        tensors = dict(tensors)
-        if not self.ema:
-            tensors = {name: t for name, t in tensors.items() if not name.startswith("ema.")}
+        left = {name: found for name, found in stored.items() if self.ema or not name.startswith("ema.")}
         moments = torch.bfloat16 if self.run.moments == "bfloat16" else torch.float32
-        averaged = any(name.startswith("ema.") for name in tensors)
-        kept = {name for name in tensors if name.startswith(("step.", "exp_avg.", "exp_avg_sq."))}
+        averaged = any(name.startswith("ema.") for name in left)
+        kept = {name for name in left if name.startswith(("step.", "exp_avg.", "exp_avg_sq."))}
         for name, parameter in self.model.named_parameters():
             own = {kind: f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq")}
             if kept.intersection(own.values()) or (without is not None and name not in without):
-                step = _taken(tensors, own["step"], ())
+                step = _taken(left, own["step"], ()).read()
                 if not (bool(step.isfinite()) and step >= 0):
-                    raise CheckpointError(f"state.safetensors: {own['step']} is {step.item()}, not a number of steps")
+                    raise CheckpointError(f"the checkpoint's {own['step']} is {step.item()}, not a number of steps")
                 self.optimizer.state[parameter] = {"step": step.to(self.device)} | {
-                    kind: _taken(tensors, own[kind], parameter.shape).to(self.device, moments)
+                    kind: _taken(left, own[kind], parameter.shape).read().to(self.device, moments)
                     for kind in ("exp_avg", "exp_avg_sq")
                 }
             if self.ema and averaged:
-                self.ema.weights[name] = _taken(tensors, f"ema.{name}", parameter.shape).to(self.device, torch.float32)
-        if tensors:
-            raise CheckpointError(f"state.safetensors: {min(tensors)} belongs to no parameter{_and_more(len(tensors))}")
+                average = _taken(left, f"ema.{name}", parameter.shape)
+                self.ema.weights[name] = average.read().to(self.device, torch.float32)
+        if left:
+            raise CheckpointError(f"the checkpoint's {min(left)} belongs to no parameter{_and_more(len(left))}")
 
 
-def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def _taken(left: dict[str, Spread], name: str, shape: tuple[int, ...]) -> Spread:
     """Take a tensor out: the optimizer's kernels write by the weight's shape, whatever the moment's is."""
-    found = tensors.pop(name, None)
+    found = left.pop(name, None)
     if found is None:
-        raise CheckpointError(f"state.safetensors: {name} is missing")
-    if found.shape != torch.Size(shape):
-        raise CheckpointError(f"state.safetensors: {name} has shape {list(found.shape)}, not {list(shape)}")
+        raise CheckpointError(f"the checkpoint's {name} is missing")
+    if found.shape != tuple(shape):
+        raise CheckpointError(f"the checkpoint's {name} has shape {list(found.shape)}, not {list(shape)}")
     if found.dtype not in (torch.float32, torch.bfloat16):
         kind = str(found.dtype).removeprefix("torch.")
-        raise CheckpointError(f"state.safetensors: {name} is {kind}, not float32 or bfloat16")
-    return found.contiguous()
+        raise CheckpointError(f"the checkpoint's {name} is {kind}, not float32 or bfloat16")
+    return found
 
 
 def _and_more(count: int) -> str:
