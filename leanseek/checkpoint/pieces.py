@@ -69,7 +69,7 @@ def check_tiling(name: str, size: int, ranges: Iterable[tuple[int, int, str]], n
         if start > at:
             break
         if start < at:
-            raise CheckpointError(f"{shorten(name, 200)}: value {start} is on {before} and on {who}")
+            raise CheckpointError(f"{shorten(name, 200)}: value {start} is {before} and {who}")
         at, before = start + count, who
     if at != size:
         raise CheckpointError(f"{shorten(name, 200)}: value {at} of {size} is {nowhere}")

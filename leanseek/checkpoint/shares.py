@@ -7,8 +7,9 @@ ranks, as with FSDP, are joined one at a time, on the rank that has the least to
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +105,9 @@ def _tiled(held: Sequence[list[Entry]]) -> dict[str, Entry]:
     ranges: dict[str, list[tuple[int, int, str]]] = {}
     kinds: dict[str, Entry] = {}
     for rank, mine in enumerate(held):
+        if len({entry.name for entry in mine}) != len(mine):
+            name, count = Counter(entry.name for entry in mine).most_common(1)[0]
+            raise CheckpointError(f"rank {rank} has {count} pieces of {name}; a rank holds one range of a tensor")
         for entry in mine:
             first = kinds.setdefault(entry.name, entry)
             if (entry.shape, entry.dtype) != (first.shape, first.dtype):
@@ -111,7 +115,7 @@ def _tiled(held: Sequence[list[Entry]]) -> dict[str, Entry]:
                     f"{entry.name}: rank {rank} has {entry.dtype} {list(entry.shape)}, "
                     f"others {first.dtype} {list(first.shape)}"
                 )
-            ranges.setdefault(entry.name, []).append((entry.start, entry.length, f"rank {rank}"))
+            ranges.setdefault(entry.name, []).append((entry.start, entry.length, f"on rank {rank}"))
     for name, entry in kinds.items():
         check_tiling(name, math.prod(entry.shape), ranges[name], "on no rank")
     return kinds
@@ -157,16 +161,15 @@ def _published(mine: dict[tuple[str, int], Tensor], plan: Plan, config: ModelCon
                 yield Lazy(part.name, values.dtype, shape, values.view(shape).detach)
 
 
-def state_to_write(pieces: Sequence[Piece], copy: Copy) -> tuple[list[Lazy], dict[str, tuple[int, list[int]]]]:
-    """This rank's share of the state, and of tensors that it does not hold whole the place of the first value and
-    the whole shape."""
+def state_to_write(pieces: Sequence[Piece], copy: Copy) -> tuple[list[Lazy], dict[str, dict[str, Any]]]:
+    """This rank's share of the state, and the places in the whole of the tensors that it does not hold whole."""
     lazies, ranges = [], {}
     for piece in pieces:
         if not (count := piece.tensor.numel()):
             continue
         whole = count == math.prod(piece.shape)
         if not whole:
-            ranges[piece.name] = (piece.start, list(piece.shape))
+            ranges[piece.name] = {"start": piece.start, "shape": list(piece.shape)}
         values = copy(piece.tensor.detach()).view(piece.shape if whole else (count,))
         lazies.append(Lazy(piece.name, values.dtype, tuple(values.shape), values.detach))
     return lazies, ranges

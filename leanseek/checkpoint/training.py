@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from leanseek import reading
-from leanseek.checkpoint.files import CheckpointError, Stored, open_described
+from leanseek.checkpoint.files import MOST_DIMENSIONS, CheckpointError, Stored, open_described
 from leanseek.checkpoint.pieces import Spread, check_tiling
 from leanseek.checkpoint.ranks import Failure, Ranks, agreed, outcome
 from leanseek.errors import InputError
@@ -28,7 +28,7 @@ from leanseek.model import Transformer
 from leanseek.reading import Count, Structure, checked, parse_json, shorten
 
 STATE = "state.json"  # written last
-PIECES = "pieces"  # key in a safetensors header: {name: [start, shape]} of tensors that the file holds in part
+PIECES = "pieces"  # key in a safetensors header: {name: {start, shape}} of tensors that the file holds in part
 
 
 class _Guard(Structure):
@@ -54,8 +54,13 @@ class _State(Structure):
     guard: _Guard | None = None
 
 
+class _Place(Structure):
+    start: Count
+    shape: list[Count] = Field(max_length=MOST_DIMENSIONS)
+
+
 class _Places(Structure):
-    of: dict[str, tuple[Count, list[Count]]]
+    of: dict[str, _Place]
 
 
 class Resumed(NamedTuple):
@@ -151,7 +156,7 @@ def open_state(folder: Path) -> dict[str, Spread]:
             if part is not first:
                 found[name].append(part)
     for name, parts in found.items():
-        ranges = [(part.start, math.prod(part.stored.shape), part.file) for part in parts]
+        ranges = [(part.start, math.prod(part.stored.shape), f"in {part.file}") for part in parts]
         try:
             check_tiling(name, math.prod(parts[0].shape), ranges, "in no file")
         except CheckpointError as error:
@@ -188,8 +193,8 @@ def _parts(path: Path) -> dict[str, _Part]:
     if foreign := sorted(places.keys() - tensors.keys()):
         raise CheckpointError(f"{where} names {shorten(foreign[0])}, which the file does not hold")
     parts = {name: _Part(path.name, stored.shape, 0, stored) for name, stored in tensors.items()}
-    for name, (start, shape) in places.items():
-        parts[name] = parts[name]._replace(shape=tuple(shape), start=start)
+    for name, place in places.items():
+        parts[name] = parts[name]._replace(shape=tuple(place.shape), start=place.start)
     return parts
 
 
