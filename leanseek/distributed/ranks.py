@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanseek.checkpoint.pieces import Piece
 from leanseek.config import ModelConfig
 from leanseek.distributed.mesh import Mesh
 from leanseek.distributed.sharding import Bucket, Held, buckets
@@ -26,10 +26,11 @@ class RankPart(Part):
     def __init__(self, run: RunConfig, mesh: Mesh, device: str):
         self.run, self.mesh, self.device = run, mesh, device
         self.rank, self.ranks, self.replicas = mesh.rank, mesh.ranks, mesh.data.size
-        self.names = [name for name, _ in Transformer(run.model, "meta").named_parameters()]
-        self.place = {name: i for i, name in enumerate(self.names)}
+        whole = Transformer(run.model, "meta")
+        self.order = {name: i for i, (name, _) in enumerate(whole.named_parameters())}
+        self.routed = _routed(whole).keys()
         self.buckets: list[Bucket] = []
-        self.counted: set[str] = set()  # parameters whose norm this rank adds: one of those with the same elements
+        self.objects = dist.new_group(backend="gloo")  # for what is no tensor
 
     # ---- what it holds ----
 
@@ -38,27 +39,34 @@ class RankPart(Part):
         first = self.mesh.experts.rank * share
         return Transformer(config, experts=range(first, first + share))
 
+    def names(self, model: Transformer) -> list[str]:
+        return list(self.order)
+
+    def pieces(self, model: Transformer) -> list[Piece]:
+        routed = _routed(model)
+        return [
+            Piece(name, *_place(self.run.model, tensor, routed.get(name)), tensor)
+            for name, tensor in model.state_dict().items()
+        ]
+
+    def keeps(self, name: str) -> bool:
+        return (self.mesh.replicas if name in self.routed else self.mesh.data).rank == 0
+
     def slices(self, model: Transformer) -> dict[str, Slice]:
-        experts = {p: m.numbers for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-        dense: list[Held] = []
-        routed: list[Held] = []
-        for name, p in model.named_parameters():
-            if p in experts:
-                shape = (self.run.model.n_routed_experts, *p.shape[1:])
-                routed.append(Held(name, p, shape, experts[p].start * p[0].numel()))
-            else:
-                dense.append(Held(name, p, tuple(p.shape), 0))
-        found: dict[str, Slice] = {}
-        self.buckets, self.counted = [], set()
-        for held, axis in ((dense, self.mesh.data), (routed, self.mesh.replicas)):
-            if axis.rank == 0 or self.run.parallel.zero:
-                self.counted.update(h.name for h in held)
+        zero, routed, found = self.run.parallel.zero, _routed(model), dict[str, Slice]()
+        self.buckets = []
+        for axis, wanted in ((self.mesh.data, False), (self.mesh.replicas, True)):
+            held = [
+                Held(name, p, *_place(self.run.model, p, routed.get(name)), zero or axis.rank == 0)
+                for name, p in model.named_parameters()
+                if (name in routed) is wanted
+            ]
             if axis.group is None:
-                found |= {h.name: Slice(h.parameter, h.shape, h.start) for h in held}
-                continue
-            self.buckets += buckets(held, axis.group, self.run.parallel.zero)
+                found |= {h.name: Slice(*h[1:]) for h in held}
+            else:
+                self.buckets += buckets(held, axis.group, zero)
         found |= dict(chain.from_iterable(bucket.pieces for bucket in self.buckets))
-        return {name: found[name] for name in self.names if name in found}
+        return {name: found[name] for name in self.order if name in found}
 
     def stepped(self) -> None:
         for bucket in self.buckets:
@@ -82,14 +90,14 @@ class RankPart(Part):
     def reduce(self, slices: Mapping[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
         for bucket in self.buckets:
             bucket.reduce()
-        sizes = torch.zeros(len(self.names), dtype=torch.float64, device=sums.device)
-        own = {name: s.parameter.grad for name, s in slices.items() if name in self.counted}
-        sizes[[self.place[name] for name in own]] = squares(list(own.values()))
+        sizes = torch.zeros(len(self.order), dtype=torch.float64, device=sums.device)
+        own = {name: s.parameter.grad for name, s in slices.items() if s.first}
+        sizes[[self.order[name] for name in own]] = squares(list(own.values()))
         figures = torch.cat((sums.double(), sizes))
         dist.all_reduce(figures)
         dist.all_reduce(counts)
         sums.copy_(figures[:3])
-        return Norms(self.names, figures[3:])
+        return Norms(list(self.order), figures[3:])
 
     def total(self, values: Tensor) -> Tensor:
         if self.mesh.data.group is not None:
@@ -103,10 +111,19 @@ class RankPart(Part):
         return bool(found)
 
     def gather(self, value: Any) -> list[Any]:
-        raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.ranks)]
-        dist.all_gather(sizes, torch.tensor([raw.numel()], device=self.device))
-        longest = int(max(sizes))
-        found = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.ranks)]
-        dist.all_gather(found, torch.nn.functional.pad(raw, (0, longest - raw.numel())))
-        return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes, strict=True)]
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value, group=self.objects)
+        return found
+
+
+def _routed(model: Transformer) -> dict[str, range]:
+    """The parameters of routed experts, and the numbers of those that the model holds."""
+    stacks = {p: m.numbers for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    return {name: stacks[p] for name, p in model.named_parameters() if p in stacks}
+
+
+def _place(config: ModelConfig, tensor: Tensor, experts: range | None) -> tuple[tuple[int, ...], int]:
+    """The shape of the network's tensor, and the first of its elements in this rank's."""
+    if experts is None:
+        return tuple(tensor.shape), 0
+    return (config.n_routed_experts, *tensor.shape[1:]), experts.start * tensor[0].numel()
