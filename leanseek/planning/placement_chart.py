@@ -20,7 +20,7 @@ BEFORE, AFTER, INK = "#9ca3af", "#3b82f6", "#7b8494"
 def draw_placement(out: Path, layers: list[int], before: Rows, after: Rows, title: str) -> None:
     """Writes a picture (PNG, SVG or PDF by its name) of GPU loads [layers, gpus], each as a multiple of the mean.
 
-    On the left the layer that was most uneven, its GPUs in order; on the right the busiest GPU of every layer.
+    On the left the layer that was most uneven; on the right the busiest GPU of every layer.
 
     Raises:
         ValueError: matplotlib does not know the name's ending.
@@ -33,10 +33,9 @@ def draw_placement(out: Path, layers: list[int], before: Rows, after: Rows, titl
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
         gpus, by_layer = figure.subplots(1, 2)
         for row, color, label in ((before[worst], BEFORE, "in order"), (after[worst], AFTER, "placed by load")):
-            heights = _relative(row)
-            gpus.bar(range(len(row)), heights, width=1.0, color=color, alpha=0.8, label=label)
+            gpus.stairs(sorted(_relative(row), reverse=True), fill=True, color=color, alpha=0.8, label=label)
         gpus.set_title(f"layer {layers[worst]}: load of each GPU, 1 = the mean", fontsize=10, loc="left", color=INK)
-        gpus.set_xlabel("GPU", fontsize=9, color=INK)
+        gpus.set_xlabel("GPUs by falling load", fontsize=9, color=INK)
         for peak, color, label in zip(peaks, (BEFORE, AFTER), ("in order", "placed by load"), strict=True):
             by_layer.plot(layers, peak, "o-", color=color, markersize=3, linewidth=1.2, label=label)
         by_layer.set_title("busiest GPU of each layer, 1 = the mean", fontsize=10, loc="left", color=INK)
