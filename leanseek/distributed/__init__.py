@@ -1,0 +1,1 @@
+"""Many processes as one run: what wraps model and trainer from outside."""
