@@ -1,11 +1,11 @@
 """Names the rank that holds up the others.
 
-A collective waits for its slowest rank. If that one sleeps, is stopped or is gone, the backend's own time-out says which
-connection it lost at best. So each rank notes what it waits for (`phase`: an assignment), a thread publishes the note
-every second in a store, and a rank that has waited too long reads all notes, prints one line that names the rank at
-fault, and ends its process with exit code 1, so that the launcher stops the others:
+A collective waits for its slowest rank. If that one sleeps, is stopped or is gone, the backend's own time-out says at
+best which connection it lost. So each rank notes what it waits for (`phase`: an assignment), a thread publishes the
+note every second in a store, and a rank that has waited too long reads all notes, prints one line that names the rank
+at fault, and ends its process with exit code 1, so that the launcher stops the others:
 
-    rank 3 has not moved for 61 s: at work after dispatch of layer 7, step 12; ranks 0-2 wait in combine of layer 7, step 12
+    rank 3 has not moved for 61 s: at work after dispatch of layer 7, step 12; ranks 0-2 wait in combine of layer 7, ...
 
 A rank at work is left alone for as long as nobody waits for it. In one process the notes are written and never read.
 """
@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import NamedTuple
 
@@ -80,8 +80,8 @@ def step(number: int) -> None:
 def watching(store: Store, rank: int, world: int, timeout: float, holder: str = "rank 0") -> Iterator[None]:
     """Publishes this rank's notes, and ends the process once it has waited for more than `timeout` seconds.
 
-    `timeout` must be longer than any rank's longest work between two waits, and shorter than the backend's own.
-    `holder` says who holds the store, which is at fault when that does not answer.
+    `timeout` must be longer than any rank's longest work between two waits, and shorter than the backend's own. `store`
+    is this attempt's alone (`meet`); `holder` says who holds it and is at fault when it does not answer.
     """
     _board.now = _Now(False, "", time.monotonic())
     watcher = _board.watcher = _Watcher(store, rank, world, timeout, holder)
@@ -130,13 +130,17 @@ def verdict(notes: Mapping[int, Note], silent: set[int], world: int, timeout: fl
         elif note.ended:
             faults.setdefault(f"ended after {note}: {note.ended}", []).append(rank)
         elif rank in silent:
-            faults.setdefault(f"stopped, or is gone with its process or machine; last seen {_place(note)}", []).append(rank)
+            faults.setdefault(f"stopped, or is gone with its process or machine; last seen {_place(note)}", []).append(
+                rank
+            )
         elif not note.waits and note.age > timeout / 2:
             faults.setdefault(f"not moved for {note.age:.0f} s: {_place(note)}", []).append(rank)
         else:
             others.setdefault(f"in {note}" if note.waits else f"for it, {_place(note)}", []).append(rank)
-    found = [f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {what}" for what, ranks in faults.items()]
-    waits = [f"{_ranks(ranks)} {'waits' if len(ranks) == 1 else 'wait'} {what}" for what, ranks in others.items()]
+    found = [f"{ranks_in_words(ranks)} {'has' if len(ranks) == 1 else 'have'} {what}" for what, ranks in faults.items()]
+    waits = [
+        f"{ranks_in_words(ranks)} {'waits' if len(ranks) == 1 else 'wait'} {what}" for what, ranks in others.items()
+    ]
     return "; ".join(found), "; ".join(waits)
 
 
@@ -144,7 +148,7 @@ def _place(note: Note) -> str:
     return f"in {note}" if note.waits else f"at work after {note}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def ranks_in_words(ranks: list[int]) -> str:
     """`rank 3`, `ranks 0-2, 5`."""
     spans: list[list[int]] = []
     for rank in ranks:
@@ -170,12 +174,8 @@ class _Watcher:
         self.thread.start()
 
     def _connect(self) -> Store:
-        """A connection of its own: a store's is taken while one of its users waits for a key.
-
-        The names are the attempt's: torchrun keeps its store when it starts all ranks again.
-        """
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"leanseek/watch/{attempt}", self.origin.clone())
+        """A connection of its own: a store's is taken while one of its users waits for a key."""
+        return PrefixStore("watch", self.origin.clone())  # type: ignore[attr-defined]  # not in its stub
 
     def close(self, ended: str) -> None:
         self.closed.set()
