@@ -137,7 +137,7 @@ def doctor(
 
     With --nproc, or under torchrun: latency and bandwidth of the group's collectives, and which rank is slow.
     """
-    group = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    group = int(os.environ.get("WORLD_SIZE", "1")) > 1  # a launcher has started this process
     if model is not None and (group or nproc > 1):
         raise InputError("a model's weights are looked at by one process: leave out --nproc, or MODEL")
     if nproc > 1 and not group:
