@@ -51,8 +51,9 @@ def measure(device: torch.device) -> Group:
             with watch.phase(f"{name} of {size:,} bytes"):
                 seconds = float(_gathered(_seconds(call, device), device).max())
             figures.append(Figure(name, size, seconds, sent / seconds))
-    with watch.phase("the ranks' own products"):
-        products = _gathered(own_product(device), device).tolist()
+    product = own_product(device)
+    with watch.phase("the exchange of figures"):
+        products = _gathered(product, device).tolist()
     with watch.phase("the links between neighbours"):
         links = _links(device)
     return Group(figures, products, links)

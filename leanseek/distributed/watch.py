@@ -185,7 +185,8 @@ class _Watcher:
     def reason(self, error: RuntimeError) -> str:
         """Why a collective failed in this process, whose working thread is free to say so."""
         self.failed = True
-        return f"{_board.now.what} failed: {shorten(str(error), 200)}: {self._verdict()}"
+        said = shorten(str(error).splitlines()[0], 100) if str(error) else type(error).__name__
+        return f"{self._verdict()} ({_board.now.what} failed: {said})"
 
     def _publish(self, ended: str = "") -> None:
         self.beat += 1

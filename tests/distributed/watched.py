@@ -12,13 +12,15 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from leanseek.distributed import watch
+from leanseek.cli import doctor
+from leanseek.distributed import probes, watch
 from leanseek.errors import RunError
 
 WORLD, TIMEOUT, BEAT = 3, 3.0, 0.5
@@ -56,12 +58,16 @@ FAULTS: dict[str, tuple[int, Callable[[], None]]] = {
     "exits": (1, leave),
     "raises": (1, fail),
     "elsewhere": (1, wait_elsewhere),
+    "doctor": (1, stop),  # in its own products
 }
 
 
 def work(case: str, rank: int, port: int) -> None:
     """Two steps that pass, then one in which a rank does something else than the others."""
     watch.BEAT = BEAT
+    if case == "doctor":
+        examine(rank, port)
+        return
     store = dist.TCPStore("127.0.0.1", port, WORLD, is_master=rank == 0, timeout=timedelta(seconds=30))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     culprit, fault = FAULTS[case]
@@ -82,6 +88,15 @@ def work(case: str, rank: int, port: int) -> None:
         sleep()  # its process lives on for a while
 
 
+def examine(rank: int, port: int) -> None:
+    """`leanseek doctor` for a group."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    probes.SIZES, probes.SECONDS = (2**12,), 0.01
+    if rank == FAULTS["doctor"][0]:
+        probes.own_product = lambda device: stop()
+    doctor.examine_group(8.0)  # in which a busy machine gets all ranks to come
+
+
 def start(case: str, rank: int, port: int, words: Path) -> int:
     process = os.fork()
     if not process:
@@ -90,6 +105,8 @@ def start(case: str, rank: int, port: int, words: Path) -> int:
         os.dup2(handle, 2)
         try:
             work(case, rank, port)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(4)
     return process
