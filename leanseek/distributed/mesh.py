@@ -23,6 +23,7 @@ class Mesh(NamedTuple):
     data: Axis  # ranks with the same dense weights
     experts: Axis  # ranks among which each layer's experts are spread
     replicas: Axis  # ranks with the same experts
+    hops: tuple[dist.ProcessGroup, ...]  # the ways of a token to an expert: to its node, then to its rank there (3.2.2)
 
 
 class Axis(NamedTuple):
@@ -32,25 +33,23 @@ class Axis(NamedTuple):
 
 
 def build_mesh(run: RunConfig, device: str) -> Mesh:
-    """The mesh of the process group that runs, or of this process alone.
+    """The mesh of the process group that runs.
 
     Raises:
         ConfigError: the layout does not fit the ranks, the network or the batch.
     """
-    p = run.parallel
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    p, ranks = run.parallel, dist.get_world_size()
     check_layout(run, ranks)
-    if not dist.is_initialized():
-        one = Axis(0, 1, None)
-        return Mesh(0, 1, one, one, one, one)
-    data = ranks // p.pp
+    data, nodes = ranks // p.pp, p.ep // p.ranks_per_node if 0 < p.ranks_per_node < p.ep else 1
     dense = init_device_mesh(device, (p.pp, data), mesh_dim_names=("pipeline", "data"))
     sparse = init_device_mesh(device, (p.pp, data // p.ep, p.ep), mesh_dim_names=("_", "replicas", "experts"))
-    axes = [
+    ways = init_device_mesh(device, (ranks // p.ep, nodes, p.ep // nodes), mesh_dim_names=("_", "node", "local"))
+    pipeline, replica, share, copies = (
         Axis(mesh.get_local_rank(name), mesh[name].size(), mesh.get_group(name) if mesh[name].size() > 1 else None)
         for mesh, name in ((dense, "pipeline"), (dense, "data"), (sparse, "experts"), (sparse, "replicas"))
-    ]
-    return Mesh(dist.get_rank(), ranks, *axes)
+    )
+    hops = (ways.get_group("node"), ways.get_group("local")) if nodes > 1 else (sparse.get_group("experts"),)
+    return Mesh(dist.get_rank(), ranks, pipeline, replica, share, copies, hops)
 
 
 def check_layout(run: RunConfig, ranks: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leanseek.checkpoint.pieces import Piece
 from leanseek.config import ModelConfig
+from leanseek.distributed import experts
 from leanseek.distributed.mesh import Mesh
 from leanseek.distributed.sharding import Bucket, Held, buckets
 from leanseek.model import Transformer
@@ -38,6 +39,10 @@ class RankPart(Part):
         share = config.n_routed_experts // self.mesh.experts.size
         first = self.mesh.experts.rank * share
         return Transformer(config, experts=range(first, first + share))
+
+    def attach(self, model: Transformer) -> None:
+        if self.mesh.experts.size > 1:
+            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision != "bf16")
 
     def names(self, model: Transformer) -> list[str]:
         return list(self.order)
@@ -122,8 +127,8 @@ def _routed(model: Transformer) -> dict[str, range]:
     return {name: stacks[p] for name, p in model.named_parameters() if p in stacks}
 
 
-def _place(config: ModelConfig, tensor: Tensor, experts: range | None) -> tuple[tuple[int, ...], int]:
+def _place(config: ModelConfig, tensor: Tensor, numbers: range | None) -> tuple[tuple[int, ...], int]:
     """The shape of the network's tensor, and the first of its elements in this rank's."""
-    if experts is None:
+    if numbers is None:
         return tuple(tensor.shape), 0
-    return (config.n_routed_experts, *tensor.shape[1:]), experts.start * tensor[0].numel()
+    return (config.n_routed_experts, *tensor.shape[1:]), numbers.start * tensor[0].numel()
