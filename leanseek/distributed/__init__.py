@@ -1,0 +1,1 @@
+"""A run on several ranks: applied to model and trainer from outside."""

@@ -1,0 +1,197 @@
+"""The executor of pipeline schedules: runs what `planning/schedules.py` lists for a rank, on tensors.
+
+One thread computes; messages travel beside it (links.py). The executor knows no model: the forward of the rank's
+stages is handed to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from leanseek.config import ConfigError
+from leanseek.distributed.links import Form, Groups, Links
+from leanseek.ops import WeightGradients
+from leanseek.planning.schedules import Action, Message, Schedule, Span, Timeline, build, forwards
+from leanseek.training.balance import add_counts
+from leanseek.training.objective import Losses
+
+# (which of the rank's stages, tokens [b, T + lookahead], hidden [b, T, D] or None in the network's first) -> losses
+Forward = Callable[[int, Tensor, Tensor | None], Losses]
+Parts = Sequence[tuple[Tensor, float]]  # of each micro-batch the tokens [b, T + lookahead] and its share in the loss
+
+
+class Place(NamedTuple):
+    """Where in which pipeline this process stands."""
+
+    ranks: int
+    rank: int
+    groups: Groups
+
+
+class Pipeline:
+    """One rank's part in the forward and backward of a batch.
+
+    schedule: "1f1b", "zb1p" or "dualpipev". Hidden states are [b, T, width] of `dtype` for tokens [b, T + lookahead].
+    copied: the embedding, on the first and the last rank where each holds one of its own. Its gradients are summed
+    over both (Megatron#844), so that the copies stay equal (Megatron-Bridge#5380).
+    trace: note when each action ran. On a GPU each is then waited for.
+    """
+
+    def __init__(
+        self,
+        schedule: str,
+        place: Place,
+        *,
+        lookahead: int,
+        width: int,
+        dtype: torch.dtype,
+        copied: nn.Parameter | None = None,
+        trace: bool = False,
+    ):
+        self.place, self.copied, self.trace = place, copied, trace
+        self.lookahead, self.width, self.dtype = lookahead, width, dtype
+        self.recorded: list[Span] = []  # the latest batch's actions, in seconds from its start, with `trace`
+        self._schedule = functools.cache(functools.partial(build, schedule, place.ranks))
+        self._forwards = functools.cache(functools.partial(forwards, place.ranks, two=schedule == "dualpipev"))
+
+    def accumulate(self, parts: Parts, forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
+        """Add a batch's gradients to the parameters' `grad`. All ranks of the pipeline call it alike.
+
+        Returns the sums [3] float32 of main, MTP and balance loss times the shares over this rank's stages, and the
+        tokens [E] int64 that each expert received, by its layer.
+
+        Raises:
+            ConfigError: the schedule needs more micro-batches, or they differ in size.
+        """
+        return self._run(self._schedule(len(parts)), parts, forward)
+
+    @torch.no_grad()
+    def evaluate(self, parts: Parts, forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
+        """As `accumulate`, of any number of micro-batches and without gradients."""
+        return self._run(self._forwards(len(parts)), parts, forward)
+
+    def _run(self, schedule: Schedule, parts: Parts, forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
+        if len({tokens.shape for tokens, _ in parts}) > 1:
+            sizes = ", ".join(str(tokens.shape[0]) for tokens, _ in parts)
+            raise ConfigError(
+                f"a pipeline's micro-batches must be of one size, not of {sizes} sequences: make train.batch_size a "
+                "multiple of train.micro_batch_size times the data-parallel ranks"
+            )
+        if self.trace:
+            dist.barrier(group=self.place.groups[0])  # clocks begin together
+        batch = _Batch(self, schedule, parts, forward)
+        for step in schedule.steps[self.place.rank]:
+            for action in step:
+                batch.run(action)
+        batch.links.finish()
+        if self.copied is not None and self.copied.grad is not None:
+            other = self.place.ranks - 1 - self.place.rank
+            self.copied.grad += batch.links.exchange(other, self.copied.grad)
+        self.recorded = batch.recorded
+        return batch.sums, batch.counts
+
+    def timeline(self, micro_batches: int) -> Timeline:
+        """What was recorded on all ranks of the latest batch; every rank calls it. Pairs are recorded in two parts."""
+        found: Timeline = []
+        for rank, steps in enumerate(self._schedule(micro_batches).steps):
+            actions = [action for step in steps for action in step]
+            times = torch.tensor([span[1:] for span in self.recorded], dtype=torch.float64)
+            if rank != self.place.rank:
+                times = times.new_empty(len(actions), 2)
+            dist.broadcast(times, group=self.place.groups[0], group_src=rank)
+            found.append([Span((action,), *pair) for action, pair in zip(actions, times.tolist(), strict=True)])
+        return found
+
+
+class _Chunk(NamedTuple):
+    """A stage's forward of one micro-batch, until its backward."""
+
+    losses: Losses
+    hidden: Tensor | None  # what it took
+    later: WeightGradients | None  # where its backward comes in halves
+
+
+class _Batch:
+    """What is under way while a rank runs its list."""
+
+    def __init__(self, pipeline: Pipeline, schedule: Schedule, parts: Parts, forward: Forward):
+        self.schedule, self.parts, self.forward, self.trace = schedule, parts, forward, pipeline.trace
+        _, rank, groups = pipeline.place
+        (size, length), device = parts[0][0].shape, parts[0][0].device
+        form = Form((size, length - pipeline.lookahead, pipeline.width), pipeline.dtype, device)
+        self.rank, self.links = rank, Links(schedule, rank, groups, form)
+        self.stages = schedule.stages_of(rank)
+        self.halved = {a[1:] for step in schedule.steps[rank] for a in step if a.kind == "I"}
+        self.chunks: dict[tuple[int, int], _Chunk] = {}
+        self.later: dict[tuple[int, int], WeightGradients] = {}
+        self.here: dict[Message, Tensor] = {}  # what one of the rank's stages has made for the other
+        self.sums = torch.zeros(3, device=device)
+        self.counts: dict[int, Tensor] = {}
+        self.recorded: list[Span] = []
+        self.begin = self._now()
+
+    def run(self, action: Action) -> None:
+        kind, stage, micro = action
+        if kind == "W":
+            start = self._now()
+            self.later.pop((stage, micro)).compute()
+        elif kind == "F":
+            hidden = self._take(Message("F", stage, micro), stage - 1)
+            start = self._now()
+            self._give(Message("F", stage + 1, micro), self._forward(stage, micro, hidden))
+        else:
+            gradient = self._take(Message("B", stage, micro), stage + 1)
+            start = self._now()
+            self._give(Message("B", stage - 1, micro), self._backward(stage, micro, gradient))
+        if self.trace:
+            self.recorded.append(Span((action,), start - self.begin, self._now() - self.begin))
+
+    def _forward(self, stage: int, micro: int, hidden: Tensor | None) -> Tensor | None:
+        tokens, share = self.parts[micro]
+        later = WeightGradients() if (stage, micro) in self.halved else None
+        if hidden is not None:
+            hidden.requires_grad_(torch.is_grad_enabled())
+        with later or contextlib.nullcontext():
+            found = self.forward(self.stages.index(stage), tokens, hidden)
+        add_counts(self.counts, found.routes)
+        self.sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
+        if torch.is_grad_enabled():
+            self.chunks[stage, micro] = _Chunk(found, hidden, later)
+        return None if found.hidden is None else found.hidden.detach()
+
+    def _backward(self, stage: int, micro: int, gradient: Tensor | None) -> Tensor | None:
+        losses, hidden, later = self.chunks.pop((stage, micro))
+        with later or contextlib.nullcontext():
+            losses.backward(self.parts[micro][1], gradient)
+        if later:
+            self.later[stage, micro] = later
+        return None if hidden is None else hidden.grad
+
+    def _take(self, message: Message, maker: int) -> Tensor | None:
+        """A message from the stage `maker`; None where there is no such stage."""
+        if not 0 <= maker < self.schedule.stages:
+            return None
+        rank = self.schedule.rank_of(maker)
+        return self.here.pop(message) if rank == self.rank else self.links.receive(rank, message)
+
+    def _give(self, message: Message, tensor: Tensor | None) -> None:
+        if tensor is None:
+            return
+        rank = self.schedule.rank_of(message.stage)
+        if rank == self.rank:
+            self.here[message] = tensor
+        else:
+            self.links.send(rank, message, tensor)
+
+    def _now(self) -> float:
+        if self.trace and self.sums.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
