@@ -53,12 +53,13 @@ class Pipeline:
         lookahead: int,
         width: int,
         dtype: torch.dtype,
+        device: torch.device,
         copied: nn.Parameter | None = None,
         trace: bool = False,
     ):
         self.place, self.copied, self.trace = place, copied, trace
-        self.lookahead, self.width, self.dtype = lookahead, width, dtype
-        self.recorded: list[Span] = []  # the latest batch's actions, in seconds from its start, with `trace`
+        self.lookahead, self.width, self.dtype, self.device = lookahead, width, dtype, device
+        self.recorded: list[Span] = []  # with `trace`, actions of the latest `accumulate`, in seconds since the epoch
         self._schedule = functools.cache(functools.partial(build, schedule, place.ranks))
         self._forwards = functools.cache(functools.partial(forwards, place.ranks, two=schedule == "dualpipev"))
 
@@ -71,44 +72,48 @@ class Pipeline:
         Raises:
             ConfigError: the schedule needs more micro-batches, or they differ in size.
         """
-        return self._run(self._schedule(len(parts)), parts, forward)
+        batch = self._run(self._schedule(len(parts)), parts, forward)
+        if self.copied is not None:
+            assert self.copied.grad is not None, "both stages read the embedding"
+            other = self.place.ranks - 1 - self.place.rank
+            self.copied.grad += batch.links.exchange(other, self.copied.grad)
+        self.recorded = batch.recorded
+        return batch.sums, batch.counts
 
     @torch.no_grad()
-    def evaluate(self, parts: Parts, forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
-        """As `accumulate`, of any number of micro-batches and without gradients."""
-        return self._run(self._forwards(len(parts)), parts, forward)
+    def evaluate(self, parts: Parts, forward: Forward) -> Tensor:
+        """The sums of `accumulate` for any number of micro-batches, without gradients."""
+        return self._run(self._forwards(len(parts)), parts, forward).sums
 
-    def _run(self, schedule: Schedule, parts: Parts, forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
+    def _run(self, schedule: Schedule, parts: Parts, forward: Forward) -> _Batch:
         if len({tokens.shape for tokens, _ in parts}) > 1:
             sizes = ", ".join(str(tokens.shape[0]) for tokens, _ in parts)
             raise ConfigError(
                 f"a pipeline's micro-batches must be of one size, not of {sizes} sequences: make train.batch_size a "
                 "multiple of train.micro_batch_size times the data-parallel ranks"
             )
-        if self.trace:
-            dist.barrier(group=self.place.groups[0])  # clocks begin together
         batch = _Batch(self, schedule, parts, forward)
         for step in schedule.steps[self.place.rank]:
             for action in step:
                 batch.run(action)
         batch.links.finish()
-        if self.copied is not None and self.copied.grad is not None:
-            other = self.place.ranks - 1 - self.place.rank
-            self.copied.grad += batch.links.exchange(other, self.copied.grad)
-        self.recorded = batch.recorded
-        return batch.sums, batch.counts
+        return batch
 
-    def timeline(self, micro_batches: int) -> Timeline:
-        """What was recorded on all ranks of the latest batch; every rank calls it. Pairs are recorded in two parts."""
+    def timeline(self) -> Timeline:
+        """What all ranks recorded of the latest `accumulate`, in seconds from the first start; every rank calls it.
+
+        A pair is recorded as the two actions that it is made of. Clocks are the machines' own.
+        """
         found: Timeline = []
+        times = torch.tensor([span[1:] for span in self.recorded], dtype=torch.float64, device=self.device)
+        micro_batches = 1 + max(span.step[0].micro for span in self.recorded)
         for rank, steps in enumerate(self._schedule(micro_batches).steps):
             actions = [action for step in steps for action in step]
-            times = torch.tensor([span[1:] for span in self.recorded], dtype=torch.float64)
-            if rank != self.place.rank:
-                times = times.new_empty(len(actions), 2)
-            dist.broadcast(times, group=self.place.groups[0], group_src=rank)
-            found.append([Span((action,), *pair) for action, pair in zip(actions, times.tolist(), strict=True)])
-        return found
+            theirs = times if rank == self.place.rank else times.new_empty(len(actions), 2)
+            dist.broadcast(theirs, group=self.place.groups[0], group_src=rank)
+            found.append([Span((action,), *pair) for action, pair in zip(actions, theirs.tolist(), strict=True)])
+        begin = min(own[0].start for own in found)
+        return [[Span(step, start - begin, end - begin) for step, start, end in own] for own in found]
 
 
 class _Chunk(NamedTuple):
@@ -125,34 +130,34 @@ class _Batch:
     def __init__(self, pipeline: Pipeline, schedule: Schedule, parts: Parts, forward: Forward):
         self.schedule, self.parts, self.forward, self.trace = schedule, parts, forward, pipeline.trace
         _, rank, groups = pipeline.place
-        (size, length), device = parts[0][0].shape, parts[0][0].device
-        form = Form((size, length - pipeline.lookahead, pipeline.width), pipeline.dtype, device)
+        size, length = parts[0][0].shape
+        form = Form((size, length - pipeline.lookahead, pipeline.width), pipeline.dtype, pipeline.device)
         self.rank, self.links = rank, Links(schedule, rank, groups, form)
         self.stages = schedule.stages_of(rank)
         self.halved = {a[1:] for step in schedule.steps[rank] for a in step if a.kind == "I"}
         self.chunks: dict[tuple[int, int], _Chunk] = {}
         self.later: dict[tuple[int, int], WeightGradients] = {}
         self.here: dict[Message, Tensor] = {}  # what one of the rank's stages has made for the other
-        self.sums = torch.zeros(3, device=device)
+        self.sums = torch.zeros(3, device=pipeline.device)
         self.counts: dict[int, Tensor] = {}
         self.recorded: list[Span] = []
-        self.begin = self._now()
 
     def run(self, action: Action) -> None:
+        """Wait for what an action needs, compute, and send on what it gives."""
         kind, stage, micro = action
+        before, after = (stage - 1, stage + 1) if kind == "F" else (stage + 1, stage - 1)
+        message = "F" if kind == "F" else "B"
+        taken = None if kind == "W" else self._take(Message(message, stage, micro), before)
+        start = self._now()
         if kind == "W":
-            start = self._now()
             self.later.pop((stage, micro)).compute()
-        elif kind == "F":
-            hidden = self._take(Message("F", stage, micro), stage - 1)
-            start = self._now()
-            self._give(Message("F", stage + 1, micro), self._forward(stage, micro, hidden))
+            made = None
         else:
-            gradient = self._take(Message("B", stage, micro), stage + 1)
-            start = self._now()
-            self._give(Message("B", stage - 1, micro), self._backward(stage, micro, gradient))
+            made = (self._forward if kind == "F" else self._backward)(stage, micro, taken)
         if self.trace:
-            self.recorded.append(Span((action,), start - self.begin, self._now() - self.begin))
+            self.recorded.append(Span((action,), start, self._now()))
+        if made is not None:
+            self._give(Message(message, after, micro), made)
 
     def _forward(self, stage: int, micro: int, hidden: Tensor | None) -> Tensor | None:
         tokens, share = self.parts[micro]
@@ -182,9 +187,7 @@ class _Batch:
         rank = self.schedule.rank_of(maker)
         return self.here.pop(message) if rank == self.rank else self.links.receive(rank, message)
 
-    def _give(self, message: Message, tensor: Tensor | None) -> None:
-        if tensor is None:
-            return
+    def _give(self, message: Message, tensor: Tensor) -> None:
         rank = self.schedule.rank_of(message.stage)
         if rank == self.rank:
             self.here[message] = tensor
@@ -194,4 +197,4 @@ class _Batch:
     def _now(self) -> float:
         if self.trace and self.sums.is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.time()

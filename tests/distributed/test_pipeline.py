@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +71,7 @@ class Case:
         return [Stage(cuts[s], s == 0, s == n - 1) for s in schedule.stages_of(rank)]
 
 
+@functools.cache
 def whole(case: Case) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor]]:
     """Sums of losses, counts and gradients of one process."""
     model, sums, counts = case.model(), torch.zeros(3), {}
@@ -108,6 +110,7 @@ def pipeline(case: Case, place: Place, model: Transformer, trace: bool = False) 
         lookahead=case.config.lookahead,
         width=case.config.hidden_size,
         dtype=case.dtype,
+        device=torch.device("cpu"),
         copied=model.embed_tokens.weight if copied else None,
         trace=trace,
     )
@@ -122,11 +125,12 @@ def train(rank: int, pp: int, case: Case) -> tuple[Tensor, dict[int, Tensor], di
 
 CASES = [
     *(Case(schedule, recompute=True) for schedule in SCHEDULES),
-    *(Case(schedule, tied=True, mtp=0, micro_batches=8) for schedule in SCHEDULES),
     *(Case(schedule, tied=True, mtp=1, micro_batches=8) for schedule in SCHEDULES),
-    *(Case(schedule, mtp=0, dtype=torch.bfloat16) for schedule in SCHEDULES),
     *(Case(schedule, precision="fp8", dtype=torch.bfloat16, recompute=True, micro_batches=8) for schedule in SCHEDULES),
-    *(Case(schedule, micro_batches=n) for schedule in ("1f1b", "zb1p") for n in (1, 3)),  # fewer than stages
+    Case("zb1p", tied=True, mtp=0),
+    Case("dualpipev", mtp=0, dtype=torch.bfloat16),
+    Case("1f1b", micro_batches=1),  # fewer than stages
+    Case("zb1p", micro_batches=3),
 ]
 
 
@@ -140,7 +144,7 @@ def name(case: Case) -> str:
 def test_a_pipeline_is_one_process(run_ranks: Run, pp: int, case: Case) -> None:
     """Losses, counts and gradients, also with recomputation (Automodel#3257); 1F1B on four ranks has one without MoE
     layers."""
-    expected, found = whole(case), run_ranks(4, train, pp, case)
+    expected, found = whole(case), run_ranks(4, train, pp, case, timeout=120)
     for start in range(0, 4, pp):
         agree(case, found[start : start + pp], *expected)
 
@@ -175,7 +179,7 @@ def steps(rank: int, case: Case) -> Tensor:
 
 @pytest.mark.parametrize("case", [Case("1f1b"), Case("zb1p", tied=True, mtp=0)], ids=name)
 def test_mtp_embedding_copies_stay_equal_megatron_bridge_5380(run_ranks: Run, case: Case) -> None:
-    first, second, third, last = run_ranks(4, steps, case)
+    first, second, third, last = run_ranks(4, steps, case, timeout=120)
     assert torch.equal(first, last) and second.numel() == third.numel() == 0
     assert not torch.equal(first, case.model().embed_tokens.weight)
 
@@ -183,7 +187,7 @@ def test_mtp_embedding_copies_stay_equal_megatron_bridge_5380(run_ranks: Run, ca
 def evaluate(rank: int, case: Case) -> Tensor:
     here = place(rank, 4)
     model = case.model(*case.stages(4, here.rank))
-    sums, _ = pipeline(case, here, model).evaluate(case.parts(), case.forward(model))
+    sums = pipeline(case, here, model).evaluate(case.parts(), case.forward(model))
     assert all(p.grad is None for p in model.parameters())
     return sums
 
@@ -192,7 +196,7 @@ def evaluate(rank: int, case: Case) -> Tensor:
 @pytest.mark.parametrize("micro_batches", [1, 5])
 def test_evaluation_takes_any_number_of_micro_batches(run_ranks: Run, schedule: str, micro_batches: int) -> None:
     case = Case(schedule, micro_batches)
-    torch.testing.assert_close(sum(run_ranks(4, evaluate, case)), whole(case)[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(sum(run_ranks(4, evaluate, case, timeout=120)), whole(case)[0], rtol=1e-6, atol=0)
 
 
 # ---- order ----
@@ -203,22 +207,24 @@ def traced(rank: int, case: Case) -> tuple[list[Span], list[list[Span]]]:
     model = case.model(*case.stages(4, here.rank))
     own = pipeline(case, here, model, trace=True)
     own.accumulate(case.parts(), case.forward(model))
-    return own.recorded, own.timeline(case.micro_batches)
+    return own.recorded, own.timeline()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_recorded_order_is_the_plans(run_ranks: Run, schedule: str, tmp_path: Path) -> None:
     """Every rank has the whole timeline afterwards, which is drawn beside the plan's."""
     case, plan = Case(schedule, micro_batches=8), build(schedule, 4, 8)
-    found = run_ranks(4, traced, case)
+    found = run_ranks(4, traced, case, timeout=120)
     for (recorded, timeline), steps in zip(found, plan.steps, strict=True):
         assert [span.step for span in recorded] == [(action,) for step in steps for action in step]
         times = [time for span in recorded for time in span[1:]]
-        assert times == sorted(times) and times[0] >= 0
-        assert timeline == [other for other, _ in found]
+        assert times == sorted(times)
+        assert timeline == found[0][1]
+    begin = min(own[0].start for own, _ in found)
+    assert timeline == [[Span(step, a - begin, b - begin) for step, a, b in own] for own, _ in found]
     made = {span.step[0]: span for span in (span for own in timeline for span in own)}
     after = [made[Action("F", s + 1, m)].start - made[Action("F", s, m)].end for s in range(3) for m in range(8)]
-    assert min(after) > -0.05  # clocks of the ranks begin together, at a barrier
+    assert min(after) >= 0  # one clock: none starts before the one that it waits for has ended
     picture = draw({"plan": simulate(plan), "run": timeline}, tmp_path / "both.svg").read_text(encoding="utf-8")
     assert "plan: " in picture and "run: " in picture
 
@@ -248,7 +254,7 @@ def posted(rank: int, case: Case) -> dict[tuple[int, int], list[int]]:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_both_ends_of_a_link_take_one_order_pytorch_172668(run_ranks: Run, schedule: str) -> None:
-    found = run_ranks(4, posted, Case(schedule, micro_batches=10))
+    found = run_ranks(4, posted, Case(schedule, micro_batches=10), timeout=120)
     links = {link for own in found for link in own}
     assert links >= {(r, r + 1) for r in range(3)} | {(r + 1, r) for r in range(3)}
     for sender, receiver in links:
@@ -261,7 +267,9 @@ def test_both_ends_of_a_link_take_one_order_pytorch_172668(run_ranks: Run, sched
 
 def alone(schedule: str, ranks: int) -> Pipeline:
     nobody: Any = (None, None)
-    return Pipeline(schedule, Place(ranks, 0, nobody), lookahead=1, width=32, dtype=torch.float32)
+    return Pipeline(
+        schedule, Place(ranks, 0, nobody), lookahead=1, width=32, dtype=torch.float32, device=torch.device("cpu")
+    )
 
 
 def nothing(stage: int, tokens: Tensor, hidden: Tensor | None) -> Losses:
