@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,10 +22,7 @@ from leanseek.ops import WeightGradients
 from leanseek.planning.schedules import Action, Message, Schedule, Span, Timeline, build, forwards
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses
-
-# (which of the rank's stages, tokens [b, T + lookahead], hidden [b, T, D] or None in the network's first) -> losses
-Forward = Callable[[int, Tensor, Tensor | None], Losses]
-Parts = Sequence[tuple[Tensor, float]]  # of each micro-batch the tokens [b, T + lookahead] and its share in the loss
+from leanseek.training.part import Forward, MicroBatch
 
 
 class Place(NamedTuple):
@@ -63,16 +60,15 @@ class Pipeline:
         self._schedule = functools.cache(functools.partial(build, schedule, place.ranks))
         self._forwards = functools.cache(functools.partial(forwards, place.ranks, two=schedule == "dualpipev"))
 
-    def accumulate(self, parts: Parts, forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
+    def accumulate(self, batches: Sequence[MicroBatch], forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
         """Add a batch's gradients to the parameters' `grad`. All ranks of the pipeline call it alike.
 
-        Returns the sums [3] float32 of main, MTP and balance loss times the shares over this rank's stages, and the
-        tokens [E] int64 that each expert received, by its layer.
+        Returns what `Part.accumulate` does, of this rank's stages.
 
         Raises:
             ConfigError: the schedule needs more micro-batches, or they differ in size.
         """
-        batch = self._run(self._schedule(len(parts)), parts, forward)
+        batch = self._run(self._schedule(len(batches)), batches, forward)
         if self.copied is not None:
             assert self.copied.grad is not None, "both stages read the embedding"
             other = self.place.ranks - 1 - self.place.rank
@@ -81,18 +77,18 @@ class Pipeline:
         return batch.sums, batch.counts
 
     @torch.no_grad()
-    def evaluate(self, parts: Parts, forward: Forward) -> Tensor:
-        """The sums of `accumulate` for any number of micro-batches, without gradients."""
-        return self._run(self._forwards(len(parts)), parts, forward).sums
+    def evaluate(self, batches: Sequence[MicroBatch], forward: Forward) -> Tensor:
+        """The losses of `accumulate`, of any number of micro-batches and without gradients."""
+        return self._run(self._forwards(len(batches)), batches, forward).sums
 
-    def _run(self, schedule: Schedule, parts: Parts, forward: Forward) -> _Batch:
-        if len({tokens.shape for tokens, _ in parts}) > 1:
-            sizes = ", ".join(str(tokens.shape[0]) for tokens, _ in parts)
+    def _run(self, schedule: Schedule, batches: Sequence[MicroBatch], forward: Forward) -> _Batch:
+        if len({tokens.shape for tokens, _ in batches}) > 1:
+            sizes = ", ".join(str(tokens.shape[0]) for tokens, _ in batches)
             raise ConfigError(
                 f"a pipeline's micro-batches must be of one size, not of {sizes} sequences: make train.batch_size a "
                 "multiple of train.micro_batch_size times the data-parallel ranks"
             )
-        batch = _Batch(self, schedule, parts, forward)
+        batch = _Batch(self, schedule, batches, forward)
         for step in schedule.steps[self.place.rank]:
             for action in step:
                 batch.run(action)
@@ -127,10 +123,10 @@ class _Chunk(NamedTuple):
 class _Batch:
     """What is under way while a rank runs its list."""
 
-    def __init__(self, pipeline: Pipeline, schedule: Schedule, parts: Parts, forward: Forward):
-        self.schedule, self.parts, self.forward, self.trace = schedule, parts, forward, pipeline.trace
+    def __init__(self, pipeline: Pipeline, schedule: Schedule, batches: Sequence[MicroBatch], forward: Forward):
+        self.schedule, self.batches, self.forward, self.trace = schedule, batches, forward, pipeline.trace
         _, rank, groups = pipeline.place
-        size, length = parts[0][0].shape
+        size, length = batches[0].tokens.shape
         form = Form((size, length - pipeline.lookahead, pipeline.width), pipeline.dtype, pipeline.device)
         self.rank, self.links = rank, Links(schedule, rank, groups, form)
         self.stages = schedule.stages_of(rank)
@@ -160,13 +156,14 @@ class _Batch:
             self._give(Message(message, after, micro), made)
 
     def _forward(self, stage: int, micro: int, hidden: Tensor | None) -> Tensor | None:
-        tokens, share = self.parts[micro]
+        tokens, share = self.batches[micro]
         later = WeightGradients() if (stage, micro) in self.halved else None
         if hidden is not None:
             hidden.requires_grad_(torch.is_grad_enabled())
         with later or contextlib.nullcontext():
-            found = self.forward(self.stages.index(stage), tokens, hidden)
-        add_counts(self.counts, found.routes)
+            found = self.forward(tokens, hidden, self.stages.index(stage))
+        if share:
+            add_counts(self.counts, found.routes)
         self.sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
         if torch.is_grad_enabled():
             self.chunks[stage, micro] = _Chunk(found, hidden, later)
@@ -175,7 +172,7 @@ class _Batch:
     def _backward(self, stage: int, micro: int, gradient: Tensor | None) -> Tensor | None:
         losses, hidden, later = self.chunks.pop((stage, micro))
         with later or contextlib.nullcontext():
-            losses.backward(self.parts[micro][1], gradient)
+            losses.backward(self.batches[micro].share, gradient)
         if later:
             self.later[stage, micro] = later
         return None if hidden is None else hidden.grad

@@ -22,6 +22,7 @@ from leanseek.planning.schedules import SCHEDULES, Action, Span, build, simulate
 from leanseek.planning.timeline import draw
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses, losses
+from leanseek.training.part import MicroBatch
 
 pytestmark = pytest.mark.distributed
 Run = Callable[..., list[Any]]
@@ -49,20 +50,20 @@ class Case:
     def config(self) -> ModelConfig:
         return dataclasses.replace(MODEL, tie_word_embeddings=self.tied, num_nextn_predict_layers=self.mtp)
 
-    def parts(self) -> list[tuple[Tensor, float]]:
+    def parts(self) -> list[MicroBatch]:
         generator = torch.Generator().manual_seed(1)
         shape = self.micro_batches, 2, 6 + self.config.lookahead
         tokens = torch.randint(0, self.config.vocab_size, shape, generator=generator)
-        return [(part, 1 / self.micro_batches) for part in tokens]
+        return [MicroBatch(part, 1 / self.micro_batches) for part in tokens]
 
     def model(self, *stages: Stage) -> Transformer:
         found = Transformer(self.config, stages=stages).init_weights(5)
         fp8.apply(found, self.precision)
         return found
 
-    def forward(self, model: Transformer) -> Callable[[int, Tensor, Tensor | None], Losses]:
+    def forward(self, model: Transformer) -> Callable[..., Losses]:
         options = {"mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": self.dtype, "recompute": self.recompute}
-        return lambda stage, tokens, hidden: losses(model, tokens, hidden, stage=stage, **options)
+        return lambda tokens, hidden=None, stage=0: losses(model, tokens, hidden, stage=stage, **options)
 
     def stages(self, ranks: int, rank: int) -> list[Stage]:
         schedule = build(self.schedule, ranks, max(self.micro_batches, 2 * ranks))
@@ -76,7 +77,7 @@ def whole(case: Case) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor]]:
     """Sums of losses, counts and gradients of one process."""
     model, sums, counts = case.model(), torch.zeros(3), {}
     for tokens, share in case.parts():
-        found = case.forward(model)(0, tokens, None)
+        found = case.forward(model)(tokens)
         found.backward(share)
         add_counts(counts, found.routes)
         sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
@@ -272,16 +273,16 @@ def alone(schedule: str, ranks: int) -> Pipeline:
     )
 
 
-def nothing(stage: int, tokens: Tensor, hidden: Tensor | None) -> Losses:
+def nothing(tokens: Tensor, hidden: Tensor | None = None, stage: int = 0) -> Losses:
     raise AssertionError("nothing is to be computed")
 
 
 def test_micro_batches_below_stages_torchtitan_775() -> None:
     with pytest.raises(ConfigError, match="dualpipev on 4 ranks needs at least 8 micro-batches, not 6"):
-        alone("dualpipev", 4).accumulate([(torch.zeros(2, 7, dtype=torch.int64), 0.1)] * 6, nothing)
+        alone("dualpipev", 4).accumulate([MicroBatch(torch.zeros(2, 7, dtype=torch.int64), 0.1)] * 6, nothing)
 
 
 def test_micro_batches_of_several_sizes_are_refused() -> None:
-    parts = [(torch.zeros(n, 7, dtype=torch.int64), 0.1) for n in (2, 2, 1)]
+    parts = [MicroBatch(torch.zeros(n, 7, dtype=torch.int64), 0.1) for n in (2, 2, 1)]
     with pytest.raises(ConfigError, match=r"of one size, not of 2, 2, 1 sequences: make train\.batch_size a multiple"):
         alone("1f1b", 2).accumulate(parts, nothing)
