@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from leanseek.cli import bench, chat, convert, data, doctor, eval, export, generate, info, serve, terminal, train
+from leanseek.cli import bench, chat, convert, data, doctor, eval, export, generate, info, plan, serve, terminal, train
 from leanseek.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for command in (
     export.export,
     convert.convert,
     info.info,
+    plan.plan,
     doctor.doctor,
 ):
     app.command()(command)
