@@ -16,19 +16,20 @@ RESERVE = 4 * GiB  # CUDA context, NCCL's channels, gaps of the allocator: a gue
 
 
 def memory(config: ModelConfig, recipe: Recipe, layout: Layout, node: int = 8, paper: bool = False) -> dict[str, int]:
-    """Bytes by part on the rank that needs the most.
+    """Bytes by part on the rank of the pipeline that needs the most; `node`: ranks in a node.
 
     paper: weights in BF16 beside float32 masters that ZeRO-1 shards with both BF16 moments, and the average of the
     weights on the host (3.2.3, 3.3.3). Else as the trainer keeps them: float32 weights, which are the masters.
     """
-    ranks = split_layers(config, layout.pp, layout.schedule)
-    parts = (_rank(config, recipe, layout, node, rank, chunks, paper) for rank, chunks in enumerate(ranks))
+    parts = (rank_memory(config, recipe, layout, rank, node, paper) for rank in range(layout.pp))
     return max(parts, key=lambda part: sum(part.values()))
 
 
-def _rank(
-    config: ModelConfig, recipe: Recipe, layout: Layout, node: int, rank: int, chunks: tuple[Chunk, ...], paper: bool
+def rank_memory(
+    config: ModelConfig, recipe: Recipe, layout: Layout, rank: int, node: int = 8, paper: bool = False
 ) -> dict[str, int]:
+    """As `memory`, on one rank of the pipeline."""
+    chunks = split_layers(config, layout.pp, layout.schedule)[rank]
     has, tokens = held(config, chunks), layout.micro_batch_size * recipe.seq_len
     flying = in_flight(layout, rank, layout.micro_batches(recipe))
     whole = has.total(layout.ep)
@@ -189,7 +190,7 @@ class Reach(NamedTuple):
 @cache
 def reach(config: ModelConfig, ep: int, node: int) -> Reach:
     """Where rows go with experts over `ep` ranks, `node` of them in each node."""
-    nodes = max(1, ep // node)
+    nodes = -(-ep // node)
     reached = _reached(config, nodes)
     return Reach(reached, _reached(config, ep), reached * (1 - 1 / nodes))
 

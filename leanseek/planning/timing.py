@@ -124,14 +124,14 @@ def _backward_bytes(c: ModelConfig, moe: bool, fp8: bool) -> float:
 
 @cache
 def chunk_work(
-    config: ModelConfig, chunk: Chunk, gpu: Gpu, precision: str, recompute: bool, seq_len: int, ep: int, node: int
+    config: ModelConfig, chunk: Chunk, gpu: Gpu, precision: str, recompute: bool, seq_len: int, ep: int
 ) -> Work:
     """Seconds a token of a chunk."""
     total = Work()
     for layer in chunk.blocks(config):
         total += block_work(config, layer, gpu, precision, recompute, seq_len)
         if config.is_moe_layer(layer) and ep > 1:
-            total += Work(exchange=exchange(config, gpu, ep, precision, node))
+            total += Work(exchange=exchange(config, gpu, ep, precision))
     if chunk.last:  # the head runs and is differentiated in BF16, in forward; eh_proj is BF16 too
         share, d = hardware.SHARES["bf16"], config.hidden_size
         depths = config.num_nextn_predict_layers
@@ -143,13 +143,12 @@ def chunk_work(
     return total
 
 
-def exchange(config: ModelConfig, gpu: Gpu, ep: int, precision: str, node: int) -> float:
+def exchange(config: ModelConfig, gpu: Gpu, ep: int, precision: str) -> float:
     """Seconds a token of one dispatch and one combine: the slower of the network, which a row crosses once a node,
     and NVLink, once a rank. FP8 goes out in codes; what comes back is BF16 (3.3.3)."""
-    to = reach(config, ep, node)
+    to = reach(config, ep, gpu.node)
     sent = config.hidden_size * ((CODES if precision == "fp8" else BF16) + BF16)
-    inside = to.ranks * sent / gpu.nvlink
-    return max(inside, to.away * sent / (gpu.network * hardware.NETWORK)) if ep > node else inside
+    return max(to.ranks * sent / gpu.nvlink, to.away * sent / (gpu.network * hardware.NETWORK))
 
 
 # ---- a step ----
@@ -171,7 +170,7 @@ class Step:
         return self.compute + self.bubble + self.exposed + self.gradients + self.optimizer
 
 
-def step_time(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu, node: int = 8) -> Step:
+def step_time(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> Step:
     """The slowest rank's step."""
     tokens, batches = layout.micro_batch_size * recipe.seq_len, layout.micro_batches(recipe)
     hop = tokens * BF16 * config.hidden_size / (gpu.network * hardware.NETWORK)  # to the next stage
@@ -179,20 +178,20 @@ def step_time(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu, nod
     for rank, chunks in enumerate(split_layers(config, layout.pp, layout.schedule)):
         works = [
             chunk_work(
-                config, chunk, gpu, layout.precision, layout.recompute, recipe.seq_len, layout.ep, node
+                config, chunk, gpu, layout.precision, layout.recompute, recipe.seq_len, layout.ep
             ) * tokens
             for chunk in chunks
         ]  # fmt: skip
-        ranks.append(_pipeline(works, rank, layout, batches, hop if layout.pp > 1 else 0.0, gpu))
+        ranks.append(pipeline(works, rank, layout, batches, hop if layout.pp > 1 else 0.0, gpu))
     slowest = max(ranks, key=lambda step: step.seconds)
     bubble = max(step.bubble for step in ranks)
-    reduced, optimizer = _update(config, layout, gpu, node)
+    reduced, optimizer = _update(config, layout, gpu)
     if layout.fsdp:
         reduced = max(0.0, reduced * batches - slowest.compute)
     return Step(slowest.compute, bubble, slowest.exchange, slowest.exposed, reduced, optimizer)
 
 
-def _pipeline(works: list[Work], rank: int, layout: Layout, batches: int, hop: float, gpu: Gpu) -> Step:
+def pipeline(works: list[Work], rank: int, layout: Layout, batches: int, hop: float, gpu: Gpu) -> Step:
     """One rank over all micro-batches. Bubbles by DualPipe's table: F, B, W of a chunk, F&B of an overlapped pair."""
     total = sum(works[1:], works[0])
     alone = [(max(0.0, w.exchange - w.shared) + hop, max(0.0, w.exchange - 2 * w.shared) + hop) for w in works]
@@ -216,11 +215,11 @@ def _pipeline(works: list[Work], rank: int, layout: Layout, batches: int, hop: f
     return Step(compute, bubble, exchanged, exposed, 0.0, 0.0)
 
 
-def _update(config: ModelConfig, layout: Layout, gpu: Gpu, node: int) -> tuple[float, float]:
+def _update(config: ModelConfig, layout: Layout, gpu: Gpu) -> tuple[float, float]:
     """Seconds to reduce the gradients and gather the weights (ZeRO-1 and all-reduce move the same), and of AdamW with
     its casts, on the fullest rank. With FSDP the first is a micro-batch's: gathered twice in BF16, reduced once."""
     moved = 2 * BF16 + FLOAT32 if layout.fsdp else 2 * FLOAT32
-    link = gpu.nvlink if layout.dp <= node else gpu.network * hardware.NETWORK
+    link = gpu.nvlink if layout.dp <= gpu.node else gpu.network * hardware.NETWORK
     replicas = layout.dp // layout.ep
     slowest = longest = 0.0
     for chunks in split_layers(config, layout.pp, layout.schedule):
