@@ -37,7 +37,8 @@ from leanseek.machine.probes import gemm_rate
 from leanseek.model import Transformer
 from leanseek.reading import parse_toml
 from leanseek.training.config import RunConfig
-from leanseek.training.metrics import Metrics
+from leanseek.training.metrics import Metrics, Silent
+from leanseek.training.part import Part
 from leanseek.training.resume import Position, changes, check_data, position, size
 from leanseek.training.schedules import batch_size
 from leanseek.training.trainer import StepResult, Trainer
@@ -73,11 +74,12 @@ def train(
     runs: Path = Path("runs"),
     compare: Path | None = None,
     prepare: Callable[[Transformer], None] | None = None,
+    part: Part | None = None,
 ) -> Summary:
     """Train to the last step; `resume` continues from the newest good checkpoint of the run of that name in `runs`.
 
     `compare` is another run's folder, whose curves the report also draws. `prepare` is called with the model before the
-    first step, for experiments that change how it runs.
+    first step, for experiments that change how it runs. `part` is what of the run this process does; all by default.
 
     Raises:
         ConfigError: the run exists and `resume` is not set, there is nothing to resume or to compare with, another
@@ -92,8 +94,9 @@ def train(
     if resume and not folder.is_dir():
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
     try:
-        with writing(folder, "make room"), _alone(folder):
-            return _train(run, folder, resume, compare, prepare)
+        part = part or Part()
+        with writing(folder, "make room"), _alone(folder) if part.writes else contextlib.nullcontext():
+            return _train(run, folder, resume, compare, prepare, part)
     except RunError as error:
         raise RunError(f"{error}; {_standing(folder)}") from None
 
@@ -129,23 +132,25 @@ def _train(
     resume: bool,
     compare: Path | None,
     prepare: Callable[[Transformer], None] | None,
+    part: Part,
 ) -> Summary:
     data, held_out = _open_data(run)
     run = run.with_tokens(data.special.bos, data.special.eos)
     with _Signals() as signals:
-        start = _resume(run, folder, data) if resume else _begin(run, folder)
+        start = _resume(run, folder, data, part) if resume else _begin(run, folder, part)
         if prepare is not None:
             prepare(start.trainer.model)
-        with Metrics(folder, run.train.steps, start.step) as metrics:
+        with Metrics(folder, run.train.steps, start.step) if part.writes else Silent() as metrics:
             loop = _Loop(run, folder, start, data, held_out, metrics)
             for step in range(start.step, run.train.steps):
                 loop.step(step)
-                if signals.received:
+                if part.any(signals.received):
                     loop.checkpoint(step + 1)
                     raise Interrupted(f"stopped at step {step + 1}; continue with --resume")
-    from leanseek.training.report import write_report  # matplotlib takes a second to import
+    if part.writes:
+        from leanseek.training.report import write_report  # matplotlib takes a second to import
 
-    write_report(folder, compare)
+        write_report(folder, compare)
     seen, tokens = metrics.last, loop.position.tokens
     return Summary(
         folder, run.train.steps, tokens, seen.get("val_loss"), seen.get("val_bits_per_byte"), metrics.elapsed
@@ -162,19 +167,21 @@ def _open_data(run: RunConfig) -> tuple[TokenDataset, TokenDataset]:
     return data, TokenDataset(path, "validation", length, ahead)
 
 
-def _begin(run: RunConfig, folder: Path) -> _Start:
+def _begin(run: RunConfig, folder: Path, part: Part) -> _Start:
+    if not part.writes:
+        return _Start(Trainer(run, part=part))
     if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at the start
         raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
-    trainer = Trainer(run)
+    trainer = Trainer(run, part=part)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "config.toml", run.to_toml().encode())
     return _Start(trainer)
 
 
-def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
+def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _Start:
     if not (folder / "config.toml").is_file():
         if all(p.name.startswith(".") for p in folder.iterdir()):  # killed before its first file
-            return _begin(run, folder)
+            return _begin(run, folder, part)
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
     before = RunConfig.load(str(folder / "config.toml"), [])
     if before.model != run.model:
@@ -185,16 +192,19 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
     if found is None:  # killed before the first checkpoint
-        replace_file(folder / "config.toml", run.to_toml().encode())
-        return _Start(Trainer(run))
+        if part.writes:
+            replace_file(folder / "config.toml", run.to_toml().encode())
+        return _Start(Trainer(run, part=part))
     if run.train.steps < found.step:
         raise ConfigError(f"train.steps = {run.train.steps}, but {folder} has done {found.step} steps already")
     then = _config_of(found, before)
     check_data(then, run, data, found)
     where, moved = position(then, run, data, found)
-    trainer = _restored(run, found)
-    set_aside(folder, found.step)
-    replace_file(folder / "config.toml", run.to_toml().encode())
+    trainer = _restored(run, found, part)
+    part.gather(None)  # all ranks have read
+    if part.writes:
+        set_aside(folder, found.step)
+        replace_file(folder / "config.toml", run.to_toml().encode())
     lines = (*changes(then, run, found.step), *moved)
     return _Start(trainer, found.step, where, int(found.state.get("skipped", 0)), tuple(broken), lines)
 
@@ -209,8 +219,8 @@ def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
     )
 
 
-def _restored(run: RunConfig, found: Resumed) -> Trainer:
-    trainer = Trainer(run, load(found.folder, dtype="float32"))
+def _restored(run: RunConfig, found: Resumed, part: Part) -> Trainer:
+    trainer = Trainer(run, load(found.folder, dtype="float32"), part)
     trainer.load_state_tensors(found.tensors, found.state.get("without_moments"))
     if "guard" in found.state:  # older checkpoints have no guard
         trainer.guard.load_state(found.state["guard"])
@@ -260,7 +270,7 @@ class _Loop:
         self, run: RunConfig, folder: Path, start: _Start, data: TokenDataset, held_out: TokenDataset, metrics: Metrics
     ):
         self.run, self.folder, self.trainer, self.skipped = run, folder, start.trainer, start.skipped
-        self.data, self.held_out, self.metrics = data, held_out, metrics
+        self.data, self.held_out, self.metrics, self.part = data, held_out, metrics, start.trainer.part
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
         device, dtype = start.trainer.device, start.trainer.dtype
         self.peak = 0.0
@@ -292,7 +302,9 @@ class _Loop:
         t = self.run.train
         size = batch_size(self.run, step)
         started = time.perf_counter()
-        result = self.trainer.step(self.data.batch(self.position.samples, size).tokens, step)
+        own = self.part.share(size)
+        tokens = self.data.batch(self.position.samples + own.start, len(own)).tokens
+        result = self.trainer.step(tokens, step, size)
         self.position = self.position.after(size, self.run.data.seq_len)
         seconds = time.perf_counter() - started
         done = step + 1
@@ -337,7 +349,8 @@ class _Loop:
         device = self.trainer.device
         if device.type == "cpu" or not self.peak:  # later, a GPU may not have the memory for it
             size = 1024 if device.type == "cpu" else None
-            self.peak = max(self.peak, gemm_rate(self.trainer.dtype, device, size, seconds=0.3))
+            rate = gemm_rate(self.trainer.dtype, device, size, seconds=0.3)
+            self.peak = max(self.peak, sum(self.part.gather(rate)))  # of all ranks at the same time
 
     def _log(self, step: int, size: int, seconds: float, result: StepResult) -> None:
         rate = size * self.run.data.seq_len / seconds
@@ -380,14 +393,15 @@ class _Loop:
 
     def _evaluate(self, step: int) -> None:
         """Loss over a fixed part of the held-out split, also in bits per byte, comparable across tokenizers."""
-        nll = mtp = 0.0
-        targets = size = 0
-        length = self.held_out.seq_len
-        micro = self.run.train.micro_batch_size or self.run.train.batch_size
-        for batch in self.held_out.in_order(micro, self.run.train.eval_sequences):
-            found = self.trainer.evaluate(batch.tokens)
-            nll, mtp, targets = nll + found[0], mtp + found[1], targets + found[2]
-            size += int(self.held_out.token_bytes[batch.tokens[:, 1 : length + 1]].sum())
+        sums = torch.zeros(4, dtype=torch.float64)
+        length, micro = self.held_out.seq_len, self.run.train.micro_batch_size or self.run.train.batch_size
+        for batch in self.held_out.in_order(micro * self.part.replicas, self.run.train.eval_sequences):
+            own = self.part.share(len(batch.tokens))
+            tokens = batch.tokens[own.start : own.stop]
+            found = self.trainer.evaluate(tokens if len(own) else batch.tokens[:1])  # with the others, in any case
+            size = int(self.held_out.token_bytes[tokens[:, 1 : length + 1]].sum())
+            sums += torch.tensor([*found, size], dtype=torch.float64) * bool(len(own))
+        nll, mtp, targets, size = self.part.total(sums).tolist()
         loss, bits = nll / targets, nll / math.log(2) / size
         row = {"step": step, "tokens": self.position.tokens, "val_loss": loss, "val_bits_per_byte": bits}
         if self.run.model.num_nextn_predict_layers:

@@ -30,6 +30,7 @@ from leanseek.data.prepare import prepare
 from leanseek.errors import RunError
 from leanseek.training import RunConfig, Summary, loop, pace, train, trainer
 from leanseek.training.metrics import read_rows
+from leanseek.training.part import Part
 from leanseek.training.trainer import Trainer
 
 CONFIG = """
@@ -420,10 +421,10 @@ def test_a_single_bad_step_is_left_out_and_the_run_goes_on(
 ) -> None:
     step = Trainer.step
 
-    def sometimes(self: Trainer, tokens: torch.Tensor, number: int):  # type: ignore[no-untyped-def]
+    def sometimes(self: Trainer, tokens: torch.Tensor, number: int, size: int):  # type: ignore[no-untyped-def]
         weight = self.model.layers[0].mlp.up_proj.weight
         hook = weight.register_hook(lambda g: g * (float("inf") if number == 4 else 1.0))
-        result = step(self, tokens, number)
+        result = step(self, tokens, number, size)
         hook.remove()
         return result
 
@@ -470,7 +471,7 @@ def test_no_step_is_faster_than_the_machine(
 def test_as_many_steps_as_fit(
     minutes: float, steps: int, warmup: int, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "tokens_per_second", lambda run: 100.0)
+    monkeypatch.setattr(pace, "tokens_per_second", lambda run, part: 100.0)
     run, line = pace.fit_steps(config(place), minutes)
     assert (run.train.steps, run.schedule.warmup_steps, line) == (steps, warmup, said)
     assert run.data == config(place).data and run.model == config(place).model
@@ -483,13 +484,13 @@ def test_the_pace_counts_evaluations(place: Path, monkeypatch: pytest.MonkeyPatc
     now = [0.0]
     step = Trainer.step
 
-    def counted(self: Trainer, tokens: torch.Tensor, number: int) -> object:
+    def counted(self: Trainer, tokens: torch.Tensor, number: int, size: int) -> object:
         now[0] += 1.0
-        return step(self, tokens, number)
+        return step(self, tokens, number, size)
 
     monkeypatch.setattr(Trainer, "step", counted)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
-    assert pace.tokens_per_second(config(place)) == pytest.approx(4 * 24 / (1 + 8 / 32 / 3))
+    assert pace.tokens_per_second(config(place), Part()) == pytest.approx(4 * 24 / (1 + 8 / 32 / 3))
 
 
 def test_a_run_that_was_fitted_is_the_shorter_run(
@@ -498,7 +499,7 @@ def test_a_run_that_was_fitted_is_the_shorter_run(
     """`--minutes` times steps before the run and leaves no trace in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        pace, "tokens_per_second", lambda run: (Trainer(run).step(pace.random_tokens(run), 0), 100.0)[1]
+        pace, "tokens_per_second", lambda run, part: (Trainer(run).step(pace.random_tokens(run), 0), 100.0)[1]
     )
     command = ["train", str(place / "run.toml"), f"data.path={place / 'shards'}", "--minutes", "0.128"]
     done = CliRunner().invoke(app, command)

@@ -18,7 +18,7 @@ from leanseek.training import RunConfig, Trainer
 from leanseek.training.balance import add_counts, update_biases
 from leanseek.training.config import BalanceConfig, MTPConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from leanseek.training.objective import losses
-from leanseek.training.reduction import Reduction
+from leanseek.training.part import Norms, Part, Slice
 from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
 
 MODEL = ModelConfig(
@@ -116,13 +116,13 @@ def test_counts_are_summed_over_ranks_before_the_bias_moves() -> None:
     """The global batch decides: a rank that saw another load moves the same bias as the rest."""
     seen: list[torch.Tensor] = []
 
-    class OtherRank(Reduction):
-        def __call__(self, gradients: dict, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    class OtherRank(Part):
+        def reduce(self, slices: dict[str, Slice], sums: torch.Tensor, counts: torch.Tensor) -> Norms:
             seen.append(counts.clone())
             counts[:, 0] += 1000
-            return super().__call__(gradients, losses, counts)
+            return super().reduce(slices, sums, counts)
 
-    trainer = Trainer(but(train={"micro_batch_size": 1}), reduction=OtherRank())
+    trainer = Trainer(but(train={"micro_batch_size": 1}), part=OtherRank())
     result = trainer.step(tokens(), 0)
     assert [(c.dtype, c.shape) for c in seen] == [(torch.int64, (3, 8))]  # once a step; 2 layers and MTP's
     assert all(int(c[0]) >= 1000 for c in result.counts.values())
