@@ -6,6 +6,7 @@ import dataclasses
 import re
 import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,6 +55,9 @@ def plan(
     gpu: Annotated[str, typer.Option(metavar="NAME", help="which: a100, h800, h100, h200, b200")] = "h800",
     tokens: Annotated[str, typer.Option(metavar="T", help="training tokens: 500B, 14.8T")] = "14.8T",
     price: Annotated[float | None, typer.Option(help="dollars per GPU hour, in place of the table's")] = None,
+    schedule: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw the pipeline's timeline into an .svg or .png file")
+    ] = None,
     allow_links: AllowLinks = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
@@ -79,6 +83,8 @@ def plan(
         limit = config.max_position_embeddings
         raise ConfigError(f"data.seq_len = {recipe.seq_len} is beyond model.max_position_embeddings = {limit}")
     plans = search(config, gpus, card, recipe, values)
+    if schedule:
+        _draw(plans[0], schedule)
     found = describe(model, plans, amount)
     if as_json:
         import json
@@ -117,6 +123,18 @@ def read_settings(texts: list[str]) -> dict[str, Any]:
     return found
 
 
+def _draw(best: Plan, out: Path) -> None:
+    """The pipeline's start, a few micro-batches and its end, in the plan's times."""
+    from leanseek.planning.timeline import draw_schedule
+    from leanseek.planning.timing import stage_times
+
+    layout = best.layout
+    if layout.pp == 1:
+        raise ConfigError("--schedule draws a pipeline, and the fastest layout has pp = 1; fix one with parallel.pp=4")
+    batches = min(layout.micro_batches(best.recipe), 2 * layout.pp + 8)
+    draw_schedule(layout.schedule, layout.pp, batches, out, stage_times(best.config, best.recipe, layout, best.gpu))
+
+
 # ---- the answer ----
 
 
@@ -140,13 +158,14 @@ def describe(name: str, plans: list[Plan], tokens: float) -> dict[str, Any]:
         "seq_len": recipe.seq_len,
         "batch_size": recipe.batch_size,
         "layout": {**dataclasses.asdict(layout), "cp": 1, "micro_batches": layout.micro_batches(recipe)},
-        "settings": as_settings(layout),
+        "settings": as_settings(layout, best.gpu.node),
         "memory_per_gpu_bytes": best.memory,
         "memory_total_bytes": sum(best.memory.values()),
         "memory_limit_bytes": best.gpu.memory,
         "memory_as_in_paper_bytes": memory(config, recipe, layout, best.gpu.node, paper=True),
         "step_seconds": {"total": step.seconds, **dataclasses.asdict(step)},
         "bubble_fraction": step.bubble / step.seconds,
+        "exchange_hidden_fraction": max(0.0, 1 - step.exposed / step.exchange) if step.exchange else 1.0,
         "tokens_per_second_per_gpu": best.tokens_per_second_per_gpu,
         "mfu": best.mfu,
         "days": hours / layout.gpus / 24,
@@ -258,8 +277,8 @@ def _memory(found: dict[str, Any]) -> Table:
 
 def _time(found: dict[str, Any]) -> Table:
     step = found["step_seconds"]
-    labels = {"exposed": "exchange of experts' rows, not hidden"}
-    parts = ("compute", "bubble", "exposed", "gradients", "optimizer")
+    labels = {"exposed": "exchange, not hidden", "slowed": "lost to exchanges beside"}
+    parts = ("compute", "bubble", "slowed", "exposed", "gradients", "optimizer")
     rows: Rows = [(labels.get(k, k), f"{step[k]:,.3f} s", f"{step[k] / step['total']:.1%}") for k in parts]
     title = f"A step of {found['batch_size']:,} x {found['seq_len']:,} tokens, slowest rank: {step['total']:,.2f} s"
     return _table(title, ("", "", ""), rows)
@@ -279,7 +298,7 @@ def _beside(found: dict[str, Any]) -> Table:
         sizes = f"{one['parameters'] / 1e9:,.1f} B", f"{one['activated_parameters'] / 1e9:,.1f} B"
         work, cache = f"{one['train_flops_per_token'] / 1e9:,.1f}", f"{one['kv_bytes_per_token']:,}"
         rows.append((shorten(one["name"], 60), *sizes, work, cache, f"{one['gpu_hours'] / 1000:,.1f} K"))
-    columns = ("", "parameters", "activated", "GFLOP/token", "cache bytes", "GPU hours")
+    columns = ("", "params", "activated", "GFLOP/token", "cache bytes", "GPU hours")
     return _table("The same tokens at the same share of the peak", columns, rows)
 
 

@@ -9,8 +9,6 @@ from itertools import pairwise
 from leanseek.config import ModelConfig
 from leanseek.planning import flops
 
-SCHEDULES = ("1f1b", "zb1p", "dualpipev")
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -54,25 +54,23 @@ def rank_memory(
 
 
 def in_flight(layout: Layout, rank: int, micro_batches: int) -> tuple[int, ...]:
-    """Micro-batches whose activations a rank holds at most, for each of its chunks: `pp` on the first rank of 1F1B
-    and ZB1P, 2 · pp + 1 chunks of half the size on every rank of DualPipeV."""
+    """Micro-batches of which a rank keeps activations at most, for each of its chunks (planning/schedules.py)."""
     if layout.pp == 1:
         return (1,)
-    if layout.schedule != "dualpipev":
-        return (min(micro_batches, layout.pp - rank),)
-    # DualPipeV's list of steps: forwards of the first chunk before its first backward, then those of the second
-    return min(micro_batches, 2 * layout.pp - rank), min(micro_batches, rank + 1)
+    if layout.schedule == "dualpipev":  # forwards of either chunk before the first chunk's first backward
+        return min(micro_batches, 2 * layout.pp - rank), min(micro_batches, rank + 1)
+    return (min(micro_batches, layout.pp - (rank if layout.schedule == "1f1b" else 0)),)
 
 
 # ---- weights ----
 
 
 def _casts(has: Held, layout: Layout, flying: tuple[int, ...]) -> float:
-    """FP8: blocks of linears and experts in both orders, made once a step. BF16: autograd keeps a linear's cast
-    weight with each forward; experts are cast again in backward."""
+    """FP8: blocks of linears and experts in both orders, made once a step. BF16: autograd keeps the cast weight of a
+    linear with each forward, except where weight gradients can wait; experts are cast again in backward."""
     if layout.precision == "fp8":
         return 2 * (1 + FLOAT32 / 128**2) * (has.linears + has.experts // layout.ep)
-    return BF16 * has.linears * sum(flying) / len(flying)
+    return BF16 * has.linears * sum(flying) if len(flying) == 1 and layout.schedule == "1f1b" else 0.0
 
 
 def _gathered(config: ModelConfig, layout: Layout) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from typing import Any
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.planning.flops import train_flops_per_token
 from leanseek.planning.hardware import GPUS, GiB, Gpu
-from leanseek.planning.layout import SCHEDULES, Layout, Recipe
+from leanseek.planning.layout import Layout, Recipe
 from leanseek.planning.memory import memory
+from leanseek.planning.schedules import SCHEDULES
 from leanseek.planning.timing import Step, step_time
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # sequences
@@ -61,7 +61,7 @@ def _choices(pp: int, dp: int, gpu: Gpu) -> Iterator[dict[str, Any]]:
     sharding = [(False, False)]  # zero, fsdp
     if dp > 1:
         sharding += [(True, False), (False, True)] if pp == 1 else [(True, False)]
-    schedules, precisions = SCHEDULES if pp > 1 else SCHEDULES[:1], ("fp8", "bf16") if gpu.fp8 else ("bf16",)
+    schedules, precisions = tuple(SCHEDULES) if pp > 1 else ("1f1b",), ("fp8", "bf16") if gpu.fp8 else ("bf16",)
     every = itertools.product(sharding, schedules, precisions, (False, True), MICRO_BATCHES)
     for (zero, fsdp), schedule, precision, recompute, size in every:
         yield {
@@ -149,10 +149,12 @@ def best_by_layout(plans: list[Plan], number: int) -> list[Plan]:
     return list(kinds.values())[:number]
 
 
-def as_settings(layout: Layout) -> list[str]:
+def as_settings(layout: Layout, node: int) -> list[str]:
     """The layout as overrides of `leanseek train`."""
-    parallel = {"pp", "ep", "zero", "fsdp", "schedule"}
-    values = {k: v for k, v in dataclasses.asdict(layout).items() if k != "dp"}
-    return [
-        f"{'parallel' if name in parallel else 'train'}.{name}={str(value).lower()}" for name, value in values.items()
-    ]
+    found = [f"parallel.pp={layout.pp}", f"parallel.ep={layout.ep}", f"parallel.schedule={layout.schedule}"]
+    found += [f"parallel.{name}=true" for name in ("zero", "fsdp") if getattr(layout, name)]
+    if layout.ep > node:
+        found.append(f"parallel.ranks_per_node={node}")
+    found.append(f"train.precision={layout.precision}")
+    found.append(f"train.recompute={str(layout.recompute).lower()}")
+    return [*found, f"train.micro_batch_size={layout.micro_batch_size}"]

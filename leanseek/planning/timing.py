@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,6 +12,7 @@ from leanseek.planning import flops, hardware
 from leanseek.planning.hardware import Gpu
 from leanseek.planning.layout import Chunk, Layout, Recipe, held, split_layers
 from leanseek.planning.memory import BF16, CODES, FLOAT32, reach
+from leanseek.planning.schedules import Times
 
 
 @dataclass(frozen=True)
@@ -161,58 +164,87 @@ class Step:
     compute: float
     bubble: float
     exchange: float  # of experts' rows
-    exposed: float  # of it, not hidden
+    exposed: float  # of it, and of hops between stages, not hidden
+    slowed: float  # what compute loses to the multiprocessors that exchange beside it
     gradients: float  # reduced and weights gathered again, not hidden
     optimizer: float
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.bubble + self.exposed + self.gradients + self.optimizer
+        return self.compute + self.bubble + self.exposed + self.slowed + self.gradients + self.optimizer
 
 
 def step_time(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> Step:
     """The slowest rank's step."""
-    tokens, batches = layout.micro_batch_size * recipe.seq_len, layout.micro_batches(recipe)
-    hop = tokens * BF16 * config.hidden_size / (gpu.network * hardware.NETWORK)  # to the next stage
+    batches = layout.micro_batches(recipe)
     ranks = []
-    for rank, chunks in enumerate(split_layers(config, layout.pp, layout.schedule)):
-        works = [
-            chunk_work(
-                config, chunk, gpu, layout.precision, layout.recompute, recipe.seq_len, layout.ep
-            ) * tokens
-            for chunk in chunks
-        ]  # fmt: skip
-        ranks.append(pipeline(works, rank, layout, batches, hop if layout.pp > 1 else 0.0, gpu))
+    for rank, works in enumerate(_works(config, recipe, layout, gpu)):
+        times = _times(works, config, recipe, layout, gpu)
+        ranks.append(_pipelined(works, times, rank, layout, batches, gpu))
     slowest = max(ranks, key=lambda step: step.seconds)
-    bubble = max(step.bubble for step in ranks)
     reduced, optimizer = _update(config, layout, gpu)
     if layout.fsdp:
         reduced = max(0.0, reduced * batches - slowest.compute)
-    return Step(slowest.compute, bubble, slowest.exchange, slowest.exposed, reduced, optimizer)
+    waiting = max(step.bubble for step in ranks)
+    return dataclasses.replace(slowest, bubble=waiting, gradients=reduced, optimizer=optimizer)
 
 
-def pipeline(works: list[Work], rank: int, layout: Layout, batches: int, hop: float, gpu: Gpu) -> Step:
-    """One rank over all micro-batches. Bubbles by DualPipe's table: F, B, W of a chunk, F&B of an overlapped pair."""
-    total = sum(works[1:], works[0])
-    alone = [(max(0.0, w.exchange - w.shared) + hop, max(0.0, w.exchange - 2 * w.shared) + hop) for w in works]
-    exchanged = 2 * total.exchange * batches
-    compute, stages = (total.forward + total.backward) * batches, layout.pp
-    if len(works) == 1 or stages == 1:
-        exposed = batches * sum(alone[0])
-        forward, backward = total.forward + alone[0][0], total.backward + alone[0][1]
-        saved = 2 * total.weights if layout.schedule == "zb1p" else 0.0
-        return Step(compute, (stages - 1) * max(0.0, forward + backward - saved), exchanged, exposed, 0.0, 0.0)
-    # DualPipeV's own list of steps: pairs of the two chunks, and what runs alone at both ends
-    pairs = max(0, 2 * (batches - 2 * stages + rank + 1) + (stages - rank - 1))
-    single = 2 * batches - pairs  # forwards alone, and as many backwards
-    slower = 1 / (1 - hardware.EXCHANGE_SMS / gpu.sms) if total.exchange else 1.0
-    paired, hidden = (total.forward + total.backward) / 2 * slower, total.exchange  # of one pair, on average
-    left = max(hidden - paired, hardware.UNHIDDEN * hidden)
-    compute += pairs * (total.forward + total.backward) / 2 * (slower - 1)
-    exposed = pairs * left + single * sum(sum(pair) for pair in alone) / 2
-    backward = total.backward / 2 + alone[0][1]
-    bubble = (stages - 1) * max(0.0, paired + left + backward - 3 * total.weights / 2)
-    return Step(compute, bubble, exchanged, exposed, 0.0, 0.0)
+def stage_times(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> Times:
+    """Seconds of a stage on a micro-batch, on the slowest rank: what draws the plan's timeline."""
+    ranks = (_times(works, config, recipe, layout, gpu) for works in _works(config, recipe, layout, gpu))
+    return max(ranks, key=lambda times: times.forward + times.backward)
+
+
+def bubble_seconds(schedule: str, ranks: int, times: Times) -> float:
+    """How long a rank waits in a step (DualPipe's table; PP stages are twice the ranks with dualpipev)."""
+    forward, backward, weight, pair = times
+    each = {
+        "1f1b": forward + backward,
+        "zb1p": forward + backward - 2 * weight,
+        "dualpipev": pair + backward - 3 * weight,
+    }[schedule]
+    return (ranks - 1) * max(0.0, each)
+
+
+def _works(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> Iterator[list[Work]]:
+    """Of each rank, its chunks' work on a micro-batch."""
+    tokens = layout.micro_batch_size * recipe.seq_len
+    how = gpu, layout.precision, layout.recompute, recipe.seq_len, layout.ep
+    for chunks in split_layers(config, layout.pp, layout.schedule):
+        yield [chunk_work(config, chunk, *how) * tokens for chunk in chunks]
+
+
+def _times(works: list[Work], config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> Times:
+    """Of one of a rank's chunks, on average. Alone, an exchange runs beside the shared experts; in a pair beside all
+    compute of the other direction, which then lacks the multiprocessors that exchange."""
+    hop = 0.0
+    if layout.pp > 1:  # to the next stage
+        hop = layout.micro_batch_size * recipe.seq_len * BF16 * config.hidden_size / (gpu.network * hardware.NETWORK)
+    mean = sum(works[1:], works[0]) * (1 / len(works))
+    forward = mean.forward + max(0.0, mean.exchange - mean.shared) + hop
+    backward = mean.backward + max(0.0, mean.exchange - 2 * mean.shared) + hop
+    both = 2 * mean.exchange
+    compute = (mean.forward + mean.backward) * _slower(mean, gpu)
+    return Times(forward, backward, mean.weights, compute + max(both - compute, hardware.UNHIDDEN * both))
+
+
+def _pipelined(works: list[Work], times: Times, rank: int, layout: Layout, batches: int, gpu: Gpu) -> Step:
+    """One rank over all its micro-batches: what it computes, and what of the exchanges it waits for."""
+    total, ranks = sum(works[1:], works[0]), layout.pp
+    chunks = len(works) * batches
+    pairs = 0
+    if layout.schedule == "dualpipev" and ranks > 1:  # planning/schedules.py, steps 4 and 5
+        pairs = 2 * (batches - 2 * ranks + rank + 1) + (ranks - rank - 1) - (rank == ranks - 1)
+    busy = pairs * times.pair + (chunks - pairs) * (times.forward + times.backward)
+    compute = batches * (total.forward + total.backward)
+    slowed = pairs * (total.forward + total.backward) / len(works) * (_slower(total, gpu) - 1)
+    waiting = bubble_seconds(layout.schedule, ranks, times)
+    return Step(compute, waiting, 2 * batches * total.exchange, busy - compute - slowed, slowed, 0.0, 0.0)
+
+
+def _slower(work: Work, gpu: Gpu) -> float:
+    """How much longer compute takes beside an exchange."""
+    return 1 / (1 - hardware.EXCHANGE_SMS / gpu.sms) if work.exchange else 1.0
 
 
 def _update(config: ModelConfig, layout: Layout, gpu: Gpu) -> tuple[float, float]:
