@@ -162,6 +162,13 @@ def describe(name: str, plans: list[Plan], tokens: float) -> dict[str, Any]:
         "memory_per_gpu_bytes": best.memory,
         "memory_total_bytes": sum(best.memory.values()),
         "memory_limit_bytes": best.gpu.memory,
+        "activation_bytes": {
+            f"{precision}{', recomputed' * again}": memory(
+                config, recipe, dataclasses.replace(layout, precision=precision, recompute=again), best.gpu.node
+            )["activations"]
+            for precision in ("bf16", "fp8")
+            for again in (False, True)
+        },
         "memory_as_in_paper_bytes": memory(config, recipe, layout, best.gpu.node, paper=True),
         "step_seconds": {"total": step.seconds, **dataclasses.asdict(step)},
         "bubble_fraction": step.bubble / step.seconds,
@@ -260,7 +267,7 @@ def _answer(found: dict[str, Any]) -> Table:
         ("layout", _shape(found["layout"])),
         ("tokens per second per GPU", f"{speed:,.0f} ({found['mfu']:.1%} of BF16 peak)"),
         ("days", f"{found['days']:,.2f}"),
-        ("GPU hours", f"{found['gpu_hours']:,.{0 if found['gpu_hours'] > 100 else 2}f}"),
+        ("GPU hours", _hours(found["gpu_hours"])),
         ("cost", f"${found['cost_dollars']:,.2f} at ${price:.2f} an hour"),
     ]
     amount = next((f"{found['tokens'] / size:g} {s}" for s, size in _SIZES.items() if found["tokens"] >= size))
@@ -272,6 +279,7 @@ def _memory(found: dict[str, Any]) -> Table:
     rows: Rows = [(k.replace("_", " "), _gib(v)) for k, v in found["memory_per_gpu_bytes"].items() if v]
     rows.append(("sum", f"{_gib(found['memory_total_bytes'])} of {found['memory_limit_bytes'] / 2**30:,.0f}"))
     rows.append(("sum, kept as in the paper", _gib(sum(found["memory_as_in_paper_bytes"].values()))))
+    rows += [(f"activations in {how}", _gib(size)) for how, size in found["activation_bytes"].items()]
     return _table("Memory of the fullest GPU", ("", ""), rows)
 
 
@@ -297,7 +305,7 @@ def _beside(found: dict[str, Any]) -> Table:
     for one in found["compared"]:
         sizes = f"{one['parameters'] / 1e9:,.1f} B", f"{one['activated_parameters'] / 1e9:,.1f} B"
         work, cache = f"{one['train_flops_per_token'] / 1e9:,.1f}", f"{one['kv_bytes_per_token']:,}"
-        rows.append((shorten(one["name"], 60), *sizes, work, cache, f"{one['gpu_hours'] / 1000:,.1f} K"))
+        rows.append((shorten(one["name"], 60), *sizes, work, cache, _hours(one["gpu_hours"])))
     columns = ("", "params", "activated", "GFLOP/token", "cache bytes", "GPU hours")
     return _table("The same tokens at the same share of the peak", columns, rows)
 
@@ -325,6 +333,10 @@ def _shape(layout: dict[str, Any]) -> str:
     schedule = [layout["schedule"]] if layout["pp"] > 1 else []
     batch = [f"micro-batch {layout['micro_batch_size']}"] if layout["micro_batch_size"] > 1 else []
     return ", ".join((*sizes, *flags, *schedule, layout["precision"], *batch))
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.{0 if hours >= 100 else 2}f}"
 
 
 def _gib(size: int) -> str:

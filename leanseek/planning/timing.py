@@ -182,7 +182,7 @@ def step_time(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> 
         times = _times(works, config, recipe, layout, gpu)
         ranks.append(_pipelined(works, times, rank, layout, batches, gpu))
     slowest = max(ranks, key=lambda step: step.seconds)
-    reduced, optimizer = _update(config, layout, gpu)
+    reduced, optimizer = _update(config, layout, gpu, batches)
     if layout.fsdp:
         reduced = max(0.0, reduced * batches - slowest.compute)
     waiting = max(step.bubble for step in ranks)
@@ -247,7 +247,7 @@ def _slower(work: Work, gpu: Gpu) -> float:
     return 1 / (1 - hardware.EXCHANGE_SMS / gpu.sms) if work.exchange else 1.0
 
 
-def _update(config: ModelConfig, layout: Layout, gpu: Gpu) -> tuple[float, float]:
+def _update(config: ModelConfig, layout: Layout, gpu: Gpu, batches: int) -> tuple[float, float]:
     """Seconds to reduce the gradients and gather the weights (ZeRO-1 and all-reduce move the same), and of AdamW with
     its casts, on the fullest rank. With FSDP the first is a micro-batch's: gathered twice in BF16, reduced once."""
     moved = 2 * BF16 + FLOAT32 if layout.fsdp else 2 * FLOAT32
@@ -263,7 +263,9 @@ def _update(config: ModelConfig, layout: Layout, gpu: Gpu) -> tuple[float, float
         updated = shard if layout.zero else own
         moments = 2 * (BF16 if layout.precision == "fp8" else FLOAT32)
         state = updated * (3 * FLOAT32 + 2 * moments)  # read weight, gradient and moments, write all but the gradient
-        casts = own * (FLOAT32 + 2) if layout.precision == "fp8" else 0.0
+        casts = 0.0
+        if layout.precision == "fp8":  # once a step; of what FSDP gathers, each time
+            casts = 2 * batches * has.total(layout.ep) * (BF16 + 2) if layout.fsdp else own * (FLOAT32 + 2)
         clip = own * FLOAT32
         slowest = max(slowest, seconds)
         longest = max(longest, (state + casts + clip) / (gpu.bandwidth * hardware.MEMORY))

@@ -95,17 +95,18 @@ def test_one_gpu_and_a_dense_network() -> None:
 
 
 def test_too_few_gpus_are_told_by_how_much_and_what_would_do() -> None:
+    config, recipe = ModelConfig.preset("moonlight-16b"), Recipe(batch_size=64)
     with pytest.raises(ConfigError) as refused:
-        search(V3, 64, GPUS["h800"], Recipe())
+        search(config, 2, GPUS["h800"], recipe)
     line = str(refused.value)
-    assert "no layout fits 64 x h800: the leanest (pp" in line and "GiB more than there are" in line
-    advice = line.rsplit("it would fit ", 1)[1].split(" or ")
-    for offer in advice:  # and it is true
+    assert "no layout fits 2 x h800: the leanest (pp" in line and "GiB more than there are" in line
+    offers = line.rsplit("it would fit ", 1)[1].split(" or ")
+    assert offers[0].endswith("h800") and len(offers) == 3
+    for offer in offers:  # and it is true
         number, name = offer.split(" x ")
-        gpus = int(number.replace(",", ""))
-        assert search(V3, gpus, GPUS[name], Recipe())
+        assert search(config, int(number), GPUS[name], recipe)
         with pytest.raises(ConfigError):
-            search(V3, gpus // 2, GPUS[name], Recipe())
+            search(config, int(number) // 2, GPUS[name], recipe)
 
 
 def test_a_network_that_nothing_holds() -> None:
@@ -186,6 +187,8 @@ def test_the_command_answers_in_json() -> None:
     assert {"weights", "gradients", "moments", "activations", "exchange_buffers", "logits", "ema"} <= set(
         found["memory_per_gpu_bytes"]
     )
+    kept = found["activation_bytes"]
+    assert kept["fp8, recomputed"] < kept["fp8"] < kept["bf16, recomputed"] < kept["bf16"]
     assert 0 < found["bubble_fraction"] < 0.1 and 0 < found["exchange_hidden_fraction"] <= 1
     assert found["layout"]["pp"] * found["layout"]["dp"] == 2048 and found["layout"]["cp"] == 1
     step = found["step_seconds"]
