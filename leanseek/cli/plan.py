@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -11,15 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leanseek import planning
 from leanseek.cli.generate import AllowLinks
 from leanseek.cli.info import find_config
 from leanseek.config import ConfigError, ModelConfig
+from leanseek.planning import published
+from leanseek.planning.hardware import GPUS, find_gpu
+from leanseek.planning.layout import Recipe
+from leanseek.planning.memory import memory
+from leanseek.planning.schedules import SCHEDULES
+from leanseek.planning.search import Plan, as_settings, best_by_layout, search
 from leanseek.reading import shorten
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from leanseek.planning.search import Plan
 
 _SIZES = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3, "": 1.0}  # of token counts
 
@@ -32,7 +39,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "parallel.ep": ("ep", *_WHOLE),
     "parallel.zero": ("zero", *_FLAG),
     "parallel.fsdp": ("fsdp", *_FLAG),
-    "parallel.schedule": ("schedule", lambda v: v in ("1f1b", "zb1p", "dualpipev"), "one of 1f1b, zb1p, dualpipev"),
+    "parallel.schedule": ("schedule", lambda v: v in tuple(SCHEDULES), f"one of {', '.join(SCHEDULES)}"),
     "parallel.ranks_per_node": ("node", *_WHOLE),
     "train.precision": ("precision", lambda v: v in ("bf16", "fp8"), "one of bf16, fp8"),
     "train.recompute": ("recompute", *_FLAG),
@@ -52,7 +59,7 @@ def plan(
         ),
     ] = None,
     gpus: Annotated[int, typer.Option(help="how many GPUs")] = 2048,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="which: a100, h800, h100, h200, b200")] = "h800",
+    gpu: Annotated[str, typer.Option(metavar="NAME", help=f"which: {', '.join(GPUS)}")] = "h800",
     tokens: Annotated[str, typer.Option(metavar="T", help="training tokens: 500B, 14.8T")] = "14.8T",
     price: Annotated[float | None, typer.Option(help="dollars per GPU hour, in place of the table's")] = None,
     schedule: Annotated[
@@ -62,10 +69,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """What training takes on a cluster: the fastest layout that fits, memory, time, GPU hours and dollars."""
-    from leanseek.planning.hardware import find_gpu
-    from leanseek.planning.layout import Recipe
-    from leanseek.planning.search import search
-
     config, card, amount = find_config(model, allow_links), find_gpu(gpu), count_tokens(tokens)
     if not 1 <= gpus <= 2**20:
         raise ConfigError(f"--gpus {gpus} is not a number of GPUs from 1 to 1,048,576")
@@ -87,8 +90,6 @@ def plan(
         _draw(plans[0], schedule)
     found = describe(model, plans, amount)
     if as_json:
-        import json
-
         print(json.dumps(found))
     else:
         _show(found)
@@ -140,11 +141,6 @@ def _draw(best: Plan, out: Path) -> None:
 
 def describe(name: str, plans: list[Plan], tokens: float) -> dict[str, Any]:
     """The figures of the fastest plan, the next best layouts, and what others published."""
-    from leanseek import planning
-    from leanseek.planning import published
-    from leanseek.planning.memory import memory
-    from leanseek.planning.search import as_settings, best_by_layout
-
     best = plans[0]
     config, recipe, layout, step = best.config, best.recipe, best.layout, best.step
     hours = best.gpu_hours(tokens)
@@ -197,11 +193,8 @@ def describe(name: str, plans: list[Plan], tokens: float) -> dict[str, Any]:
 
 def _compared(name: str, best: Plan, tokens: float) -> list[dict[str, Any]]:
     """The network beside the baselines. Their hours are those of the same share of the peak."""
-    from leanseek import planning
-    from leanseek.planning.published import baselines
-
     rows = []
-    for label, other in {name: best.config, **baselines()}.items():
+    for label, other in {name: best.config, **published.baselines()}.items():
         flops = planning.train_flops_per_token(other, best.recipe.seq_len)
         rows.append(
             {
@@ -218,8 +211,6 @@ def _compared(name: str, best: Plan, tokens: float) -> list[dict[str, Any]]:
 
 def _published(config: ModelConfig) -> dict[str, Any]:
     """Table 1 from its rates, and our estimate of every published speed with its error."""
-    from leanseek.planning import published
-
     table = published.table_1()
     speeds = []
     for reference in published.REFERENCES:

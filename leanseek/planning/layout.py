@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate
 
 from leanseek.config import ModelConfig
 from leanseek.planning import flops
@@ -64,25 +65,27 @@ def split_layers(config: ModelConfig, pp: int, schedule: str) -> tuple[tuple[Chu
     Each rank gets as many layers as brings it nearest to the others' FLOPs; head and MTP modules count for the rank
     that holds the end.
     """
-    folded, depth = schedule == "dualpipev" and pp > 1, config.num_hidden_layers
-    load, end = [0.0] * pp, 0 if folded else pp - 1
-    load[end] = float(flops.matrices_after_layers(config))
-    each = flops.matrices(config, depth - 1)
+    folded = schedule == "dualpipev" and pp > 1
+    each, end = flops.matrices(config, config.num_hidden_layers - 1), 0 if folded else pp - 1
+    loads = [(each + flops.matrices_after_layers(config) * (rank == end), -rank) for rank in range(pp)]
+    heapq.heapify(loads)
     counts = [1] * pp  # no rank without a layer
-    load = [value + each for value in load]
-    for _ in range(depth - pp):
-        rank = min(range(pp), key=lambda r: (load[r], -r))
-        counts[rank] += 1
-        load[rank] += each
+    for _ in range(config.num_hidden_layers - pp):
+        load, rank = heapq.heappop(loads)  # the least loaded; of equals the last
+        counts[-rank] += 1
+        heapq.heappush(loads, (load + each, rank))
     if not folded:
         return tuple((chunk,) for chunk in _chunks(counts))
-    down = _chunks([*(-(-n // 2) for n in counts), *(n // 2 for n in reversed(counts))])
-    return tuple((down[r], down[-1 - r]) for r in range(pp))
+    chunks = _chunks([*(-(-n // 2) for n in counts), *(n // 2 for n in reversed(counts))])
+    return tuple((chunks[rank], chunks[-1 - rank]) for rank in range(pp))
 
 
 def _chunks(counts: list[int]) -> list[Chunk]:
-    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    return [Chunk(range(a, b), first=i == 0, last=i == len(counts) - 1) for i, (a, b) in enumerate(pairwise(starts))]
+    ends = list(accumulate(counts))
+    return [
+        Chunk(range(end - n, end), first=i == 0, last=i == len(counts) - 1)
+        for i, (n, end) in enumerate(zip(counts, ends, strict=True))
+    ]
 
 
 @dataclass(frozen=True)

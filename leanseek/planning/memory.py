@@ -91,16 +91,16 @@ def _block_activations(config: ModelConfig, layer: int, precision: str, recomput
     d, norms = c.hidden_size, 2
     if c.attention == "mla":
         latents = (c.q_lora_rank or 0) + c.kv_lora_rank
-        norms += 2 if c.q_lora_rank else 1
         kept = BF16 * (latents + c.qk_rope_head_dim)
-        kept += 0 if recompute else value * latents  # after their norms
+        if not recompute:  # the latents after their norms
+            kept += value * latents
+            norms += 2 if c.q_lora_rank else 1
         heads = c.qk_head_dim + c.qk_nope_head_dim + c.v_head_dim
         if not fp8:  # FP8 computes queries, keys and values again
             kept += BF16 * c.num_attention_heads * heads
         elif c.q_lora_rank is None:
-            kept += BF16 * d  # the queries are made again from it
+            kept += BF16 * d  # the queries are made again from what came out of the norm
         out = c.num_attention_heads * c.v_head_dim
-        norms -= 1 if recompute and not c.q_lora_rank else 0
     else:
         kept = BF16 * c.gqa_head_dim * (c.num_attention_heads + 2 * c.kv_heads)
         out = c.num_attention_heads * c.gqa_head_dim

@@ -136,7 +136,7 @@ def test_activations_are_the_allocators(config: ModelConfig, precision: str, rec
     tokens = torch.randint(2, 512, (2, 128 + config.lookahead))
     found = measured(Trainer(run(config, precision, recompute)), tokens)
     whole = Chunk(range(2), first=True, last=True)
-    assert activation_bytes_per_token(config, whole, precision, recompute) == pytest.approx(found, rel=2e-3)
+    assert activation_bytes_per_token(config, whole, precision, recompute) == pytest.approx(found, abs=1)
 
 
 @pytest.mark.parametrize(("side", "precision"), [("leanseek", "bf16"), ("leanseek fp8", "fp8")])
