@@ -85,8 +85,9 @@ class Trainer:
             culprit, statistics = find_nonfinite(self.model, self.part, lambda: self._accumulate(batches, step))
             reason = f"{culprit} is not finite ({statistics})"
         elif spike := self.guard.spike(loss):
-            culprit = f"gradient of {norms.largest}"
-            reason = f"{spike}; the largest gradient is the {culprit}, norm {float(norms.values.max()):.4g}"
+            name, largest = norms.largest
+            culprit = f"gradient of {name}"
+            reason = f"{spike}; the largest gradient is the {culprit}, of norm {largest:.4g}"
         else:
             scale = run.optimizer.clip / (grad_norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
             gradients = [g for s in self.slices.values() if (g := s.parameter.grad) is not None]
@@ -95,6 +96,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.part.stepped()
             update_biases(self.model, dict(zip(self.layers, counts, strict=True)), bias_update_speed(run, step))
             if self.ema:
                 self.ema.update()
