@@ -189,7 +189,9 @@ def _combine(rows, place, out, D, stride, K: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(place + token * K + k)
-        total += tl.load(rows + row * stride + columns, mask=(columns < D) & (row >= 0), other=0.0).to(tl.float32)
+        total += tl.load(rows + row * stride + columns, mask=columns < tl.where(row >= 0, D, 0), other=0.0).to(
+            tl.float32
+        )
     tl.store(out + token * D + columns, narrow(total, out.dtype.element_ty), mask=columns < D)
 
 
