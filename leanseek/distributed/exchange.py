@@ -219,7 +219,11 @@ class _ArriveBack(torch.autograd.Function):
 
 
 class Dispatching:
-    """Tokens under way to their experts."""
+    """Tokens under way to their experts.
+
+    `ticket` joins leaving and arriving in the graph. Who runs backward in segments, with other work between them, cuts
+    the graph there: a leaf takes the ticket's place, and the ticket's backward waits for what the leaf's has sent.
+    """
 
     def __init__(self, hops: Sequence[Peers], x: Tensor, indices: Tensor, weights: Tensor, fp8: bool):
         self.width, self.fp8 = x.shape[1], fp8
@@ -229,13 +233,13 @@ class Dispatching:
     def _leave(self, x: Tensor, indices: Tensor, weights: Tensor) -> None:
         trip = Trip(self._further.pop(0), indices, self.fp8)
         self._trips.append(trip)
-        self._ticket = _Leave.apply(x, weights, indices, trip)
+        self.ticket = _Leave.apply(x, weights, indices, trip)
 
     def wait(self) -> Dispatched:
         """The rows of this rank's experts, in their order; an expert's by source rank, then token."""
         while True:
             trip = self._trips[-1]
-            x, weights, indices = _Arrive.apply(self._ticket, trip, self.width)
+            x, weights, indices = _Arrive.apply(self.ticket, trip, self.width)
             indices = indices - trip.peers.rank * trip.peers.experts
             indices = indices.where((indices >= 0) & (indices < trip.peers.experts), trip.peers.experts)
             if not self._further:
@@ -252,7 +256,7 @@ class Dispatching:
 
 
 class Combining(NamedTuple):
-    """Results under way to their tokens."""
+    """Results under way to their tokens; `ticket` as in `Dispatching`."""
 
     ticket: Tensor
     trip: Trip

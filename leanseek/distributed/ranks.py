@@ -59,7 +59,7 @@ class RankPart(Part):
                 trace=self.run.parallel.trace,
             )
         if self.mesh.experts.size > 1:
-            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision != "bf16")
+            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision == "fp8")
 
     @property
     def copied(self) -> bool:
