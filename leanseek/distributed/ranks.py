@@ -61,7 +61,7 @@ class RankPart(Part):
                 trace=self.run.parallel.trace,
             )
         if self.mesh.experts.size > 1:
-            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision != "bf16")
+            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision == "fp8")
         if self.run.parallel.fsdp:
             self.shards = FullySharded(model, *self.mesh.shards)  # moves each module to the device by itself
         model.to(device)
