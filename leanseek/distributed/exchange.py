@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanseek.distributed.turns import give_way, started
 from leanseek.ops import Dispatched, expert_combine, expert_dispatch
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.operands import FP8, Kept
@@ -133,6 +134,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):  # type: ignore[no-untyped-def]
+        give_way()
         # only the row that carried a gate value has a gradient for it
         return *map(ctx.trip.summed, ctx.trip.land()), None
 
@@ -147,6 +149,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx, rows, weights):  # type: ignore[no-untyped-def]
         ctx.trip.back(rows, weights)
+        started()
         return rows.new_empty(0), None, None
 
 
@@ -159,6 +162,7 @@ class _LeaveBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ticket):  # type: ignore[no-untyped-def]
+        give_way()
         (rows,) = ctx.trip.land()
         return unpack(rows, ctx.width, ticket.dtype, ctx.trip.fp8), None
 
@@ -167,12 +171,14 @@ class _ArriveBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ticket, trip):  # type: ignore[no-untyped-def]
         ctx.trip = trip
+        give_way()
         (rows,) = trip.land()
         return trip.summed(rows)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         ctx.trip.there(pack(grad, ctx.trip.fp8))
+        started()
         return grad.new_empty(0), None
 
 
@@ -210,6 +216,7 @@ class Dispatching:
     def wait(self) -> Dispatched:
         """The rows of this rank's experts, in their order; an expert's by source rank, then token."""
         while True:
+            give_way()
             trip = self.trips[-1]
             indices = self.numbers.land()
             x, weights = _Arrive.apply(self.ticket, trip, self.width)
