@@ -58,13 +58,13 @@ class Turns:
             found = thread.submit(self._forward, forward, torch.get_num_threads(), _stream())
             try:
                 back = backward()
+                self.later.compute()
             except BaseException:
                 self._failed = True
                 raise
             finally:
                 self._end(BACKWARD)
                 found.exception()  # wait for it
-            self.later.compute()
             return found.result(), back
         finally:
             _RUNNING.pop()
