@@ -56,6 +56,7 @@ class RankPart(Part):
                 dtype=compute_dtype(self.run, device),
                 device=device,
                 copied=model.embed_tokens.weight if self.copied and rank in (0, size - 1) else None,
+                overlap=self.mesh.experts.size > 1,
                 trace=self.run.parallel.trace,
             )
         if self.mesh.experts.size > 1:
