@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,18 @@ from leanseek.config import ConfigError
 from leanseek.distributed.links import Form, Groups, Links
 from leanseek.distributed.turns import Turns
 from leanseek.ops import WeightGradients
-from leanseek.planning.schedules import Action, Message, Schedule, Span, Step, Timeline, build, forwards
+from leanseek.planning.schedules import (
+    Action,
+    Message,
+    Schedule,
+    Span,
+    Step,
+    Timeline,
+    build,
+    forwards,
+    measured,
+    simulate,
+)
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses
 from leanseek.training.part import Forward, MicroBatch
@@ -61,7 +73,8 @@ class Pipeline:
         self.place, self.copied, self.trace = place, copied, trace
         self.thread = ThreadPoolExecutor(max_workers=1) if overlap else None
         self.lookahead, self.width, self.dtype, self.device = lookahead, width, dtype, device
-        self.recorded: list[Span] = []  # with `trace`, actions of the latest `accumulate`, in seconds since the epoch
+        self.recorded: list[Span] = []  # with `trace`, steps of the latest `accumulate`, in seconds since the epoch
+        self.micro_batches = 0  # of the latest `accumulate`
         self._schedule = functools.cache(functools.partial(build, schedule, place.ranks))
         self._forwards = functools.cache(functools.partial(forwards, place.ranks, two=schedule == "dualpipev"))
 
@@ -78,7 +91,7 @@ class Pipeline:
             assert self.copied.grad is not None, "both stages read the embedding"
             other = self.place.ranks - 1 - self.place.rank
             self.copied.grad += batch.links.exchange(other, self.copied.grad)
-        self.recorded = batch.recorded
+        self.recorded, self.micro_batches = batch.recorded, len(batches)
         return batch.sums, batch.counts
 
     @torch.no_grad()
@@ -110,14 +123,27 @@ class Pipeline:
         """
         found: Timeline = []
         times = torch.tensor([span[1:] for span in self.recorded], dtype=torch.float64, device=self.device)
-        micro_batches = 1 + max(span.step[0].micro for span in self.recorded)
-        for rank, steps in enumerate(self._schedule(micro_batches).steps):
+        for rank, steps in enumerate(self._schedule(self.micro_batches).steps):
             ran = steps if self.thread else [(action,) for step in steps for action in step]
             theirs = times if rank == self.place.rank else times.new_empty(len(ran), 2)
             dist.broadcast(theirs, group=self.place.groups[0], group_src=rank)
             found.append([Span(step, *pair) for step, pair in zip(ran, theirs.tolist(), strict=True)])
         begin = min(own[0].start for own in found)
         return [[Span(step, start - begin, end - begin) for step, start, end in own] for own in found]
+
+    def draw(self, out: Path) -> None:
+        """Draw the timeline of the latest `accumulate` into `out`, if it was recorded: as planned from its steps' mean
+        times, and as run. Every rank calls it, and the first one draws."""
+        if not self.recorded:
+            return
+        ran = self.timeline()
+        if self.place.rank == 0:
+            schedule = self._schedule(self.micro_batches)
+            title = f"{schedule.name}, {schedule.ranks} ranks, {schedule.micro_batches} micro-batches, seconds"
+            plan = simulate(schedule, measured(ran))
+            from leanseek.planning.timeline import draw  # matplotlib takes a second to import
+
+            draw({f"{title}, as planned": plan, f"{title}, as run": ran}, out)
 
 
 class _Chunk(NamedTuple):

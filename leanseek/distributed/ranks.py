@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,6 +140,10 @@ class RankPart(Part):
         sums = self.pipeline.evaluate([MicroBatch(tokens, 1.0)], forward)
         dist.all_reduce(sums, group=self.mesh.pipeline.group)
         return sums[:2]
+
+    def draw(self, out: Path) -> None:
+        if self.pipeline is not None and self.mesh.data.rank == 0:
+            self.pipeline.draw(out)
 
     # ---- where ranks meet ----
 

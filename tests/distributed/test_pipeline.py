@@ -22,8 +22,7 @@ from leanseek.distributed.pipeline import Pipeline, Place
 from leanseek.distributed.turns import Turns
 from leanseek.model import Stage
 from leanseek.ops import WeightGradients
-from leanseek.planning.schedules import SCHEDULES, Action, Span, build, simulate
-from leanseek.planning.timeline import draw
+from leanseek.planning.schedules import SCHEDULES, Action, Span, bubble, build, measured, simulate
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses, losses
 from leanseek.training.part import MicroBatch
@@ -340,11 +339,14 @@ def test_halves_of_a_pair_take_turns_and_a_failure_ends_both(half: str, said: st
 # ---- order ----
 
 
-def traced(rank: int, case: Case) -> tuple[list[Span], list[list[Span]]]:
+def traced(rank: int, case: Case, out: Path) -> tuple[list[Span], list[list[Span]]]:
     here = place(rank, 4)
     model = case.model(*case.stages(4, here.rank))
     own = pipeline(case, here, model, trace=True)
+    own.draw(out)  # nothing yet
+    assert not out.exists()
     own.accumulate(case.parts(), case.forward(model))
+    own.draw(out)
     return own.recorded, own.timeline()
 
 
@@ -352,7 +354,8 @@ def traced(rank: int, case: Case) -> tuple[list[Span], list[list[Span]]]:
 def test_the_recorded_order_is_the_plans(run_ranks: Run, schedule: str, tmp_path: Path) -> None:
     """Every rank has the whole timeline afterwards, which is drawn beside the plan's."""
     case, plan = Case(schedule, micro_batches=8), build(schedule, 4, 8)
-    found = run_ranks(4, traced, case, timeout=120)
+    out = tmp_path / "timeline.svg"
+    found = run_ranks(4, traced, case, out, timeout=120)
     for (recorded, timeline), steps in zip(found, plan.steps, strict=True):
         assert [span.step for span in recorded] == [(action,) for step in steps for action in step]
         times = [time for span in recorded for time in span[1:]]
@@ -363,8 +366,9 @@ def test_the_recorded_order_is_the_plans(run_ranks: Run, schedule: str, tmp_path
     made = {span.step[0]: span for span in (span for own in timeline for span in own)}
     after = [made[Action("F", s + 1, m)].start - made[Action("F", s, m)].end for s in range(3) for m in range(8)]
     assert min(after) >= 0  # one clock: none starts before the one that it waits for has ended
-    picture = draw({"plan": simulate(plan), "run": timeline}, tmp_path / "both.svg").read_text(encoding="utf-8")
-    assert "plan: " in picture and "run: " in picture
+    picture, times = out.read_text(encoding="utf-8"), measured(timeline)
+    assert f"as planned: {bubble(simulate(plan, times)):.1%}" in picture
+    assert f"as run: {bubble(timeline):.1%}" in picture
 
 
 def posted(rank: int, case: Case) -> dict[tuple[int, int], list[int]]:
