@@ -6,15 +6,17 @@ whatever is not mentioned. Weights are cast once per optimizer step (recipe.py).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from leanseek.fp8.recipe import Cast
+from leanseek.fp8.recipe import Cast, Tilewise
 from leanseek.gpu import device
-from leanseek.ops import Dispatched, Groups, grouped_gradient, grouped_product
+from leanseek.ops import Dispatched, Groups, grouped_gradient, grouped_product, weight_gradients
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.formats import TILE
-from leanseek.ops.operands import Coded, Kept, Weight
+from leanseek.ops.operands import Activation, Coded, Kept, Weight
 
 
 def linear(x: Tensor, weight: Tensor, cast: Cast) -> Tensor:
@@ -53,8 +55,16 @@ class _Linear(torch.autograd.Function):
         groups = Groups(grad.shape[0], grad.device)
         g = cast.recipe.both(grad, groups)
         dx = grouped_product(g.rows, cast.weight(0, dtype, weight).transpose(1, 2), groups, dtype)
-        turned = cast.recipe.turn(kept[0] if cast.wide_input else Kept(*kept), groups, dtype)
-        return dx, grouped_gradient(g.turned, turned, groups, weight.dtype)[0], None, None, None
+        x = kept[0] if cast.wide_input else Kept(*kept)
+        products = partial(_linear_gradient, cast.recipe, g.turned, x, groups, dtype, weight.dtype)
+        return dx, *weight_gradients((weight,), products), None, None, None
+
+
+def _linear_gradient(
+    recipe: Tilewise, grad: Activation, x: Tensor | Kept, groups: Groups, dtype: torch.dtype, own: torch.dtype
+) -> tuple[Tensor]:
+    """Of a weight of dtype `own`: grad turned, x still to be turned, from activations in `dtype`."""
+    return (grouped_gradient(grad, recipe.turn(x, groups, dtype), groups, own)[0],)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -75,20 +85,37 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         codes, scales, hidden_codes, hidden_scales, weights, token, place, down, *ups = ctx.saved_tensors
         cast, recipe, groups, dtype, grad = ctx.cast, ctx.cast.recipe, ctx.groups, grad.dtype, grad.contiguous()
-        (d, i), inner = down.shape[-2:], _inner(down)
         cast.note("gradient", grad)
         w_up, w_down = _weights(cast, dtype, down, ups)
         g = recipe.both(grad, groups)
         dact = grouped_product(g.rows, w_down.transpose(1, 2), groups, dtype)
         found = recipe.swiglu_backward(dact, Kept(hidden_codes, hidden_scales), weights, groups)
-        ddown = grouped_gradient(g.turned, found.act, groups, down.dtype)[..., :i]
-        x_turned = recipe.turn(Kept(codes, scales), groups, dtype, token)
-        dups = grouped_gradient(found.hidden.turned, x_turned, groups, down.dtype)
-        dups = dups.view(-1, 2, inner, d)[:, :, :i].reshape(-1, 2 * i, d)
+        turned, x = (g.turned, found.act, found.hidden.turned), Kept(codes, scales)
+        products = partial(_feed_forward_gradients, recipe, turned, x, token, groups, dtype, down, len(ups) == 2)
+        gradients = weight_gradients((down, *ups), products)
         dx = grouped_product(found.hidden.rows, w_up.transpose(1, 2), groups, dtype)
         dx = dx if token is None else combine_rows(dx, place, ctx.tokens)
-        split = dups[0].chunk(2) if len(ups) == 2 else [dups]
-        return dx, None, None, found.weight, None, None, None, None, ddown.reshape(down.shape), *split
+        return dx, None, None, found.weight, None, None, None, None, *gradients
+
+
+def _feed_forward_gradients(
+    recipe: Tilewise,
+    turned: tuple[Activation, Activation, Activation],
+    x: Kept,
+    token: Tensor | None,
+    groups: Groups,
+    dtype: torch.dtype,
+    down: Tensor,
+    apart: bool,
+) -> tuple[Tensor, ...]:
+    """Of down, and of gate_up or, `apart`, of gate and up. turned: the gradient, the activation and the gradient
+    before it; x is still to be turned, from activations in `dtype`."""
+    (d, i), inner = down.shape[-2:], _inner(down)
+    grad, act, grad_hidden = turned
+    ddown = grouped_gradient(grad, act, groups, down.dtype)[..., :i]
+    dups = grouped_gradient(grad_hidden, recipe.turn(x, groups, dtype, token), groups, down.dtype)
+    dups = dups.view(-1, 2, inner, d)[:, :, :i].reshape(-1, 2 * i, d)
+    return ddown.reshape(down.shape), *(dups[0].chunk(2) if apart else [dups])
 
 
 def _inner(down: Tensor) -> int:

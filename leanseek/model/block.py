@@ -13,14 +13,21 @@ from leanseek.model.moe import MoE, Route
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        experts: range | None = None,
+    ):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.self_attn = (MLA if config.attention == "mla" else GQA)(config, device, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.mlp: MoE | MLP
         if config.is_moe_layer(layer):
-            self.mlp = MoE(config, layer, device, dtype)
+            self.mlp = MoE(config, layer, device, dtype, experts)
         else:
             self.mlp = MLP(config, config.intermediate_size, device, dtype)
 

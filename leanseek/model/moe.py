@@ -36,7 +36,8 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
+        (found,) = ops.weight_gradients((weight,), lambda: ((grad.t() @ x.float()).to(weight.dtype),))
+        return (grad @ weight.float()).to(x.dtype), found
 
 
 def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -85,11 +86,15 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked. Quantised ones may take the parameters' place, for inference."""
+    """The weights of the routed experts `numbers`, stacked. Quantised ones may take the parameters' place, for
+    inference."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | str | None, dtype: torch.dtype):
+    def __init__(
+        self, config: ModelConfig, device: torch.device | str | None, dtype: torch.dtype, numbers: range | None = None
+    ):
         super().__init__()
-        e, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.numbers = range(config.n_routed_experts) if numbers is None else numbers
+        e, d, i = len(self.numbers), config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj: nn.Parameter | ops.QuantizedWeight
         self.down_proj: nn.Parameter | ops.QuantizedWeight
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, d, device=device, dtype=dtype))
@@ -108,10 +113,17 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """eq. 12: shared experts on every token, plus the routed experts the gate chose."""
 
-    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        experts: range | None = None,
+    ):
         super().__init__()
         self.gate = Gate(config, layer, device, dtype)
-        self.experts = Experts(config, device, dtype)
+        self.experts = Experts(config, device, dtype, experts)
         self.shared_experts = None
         if config.n_shared_experts:
             size = config.n_shared_experts * config.moe_intermediate_size

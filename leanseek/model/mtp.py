@@ -19,13 +19,20 @@ class MTPModule(nn.Module):
     depth k - 1 is taken after its last norm, the main model's `norm` for depth 0.
     """
 
-    def __init__(self, config: ModelConfig, depth: int, device: torch.device | str | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        depth: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        experts: range | None = None,
+    ):
         super().__init__()
         d, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(d, eps, device, dtype)
         self.hnorm = RMSNorm(d, eps, device, dtype)
         self.eh_proj = Linear(2 * d, d, device, dtype, high_precision=True)
-        self.block = Block(config, config.num_hidden_layers + depth, device, dtype)
+        self.block = Block(config, config.num_hidden_layers + depth, device, dtype, experts)
         self.norm = RMSNorm(d, eps, device, dtype)
 
     def _join(self, embedded: Tensor, hidden: Tensor) -> Tensor:

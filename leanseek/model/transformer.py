@@ -7,7 +7,7 @@ Two ways through: `forward` over whole sequences (training, evaluation), `step` 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -17,14 +17,14 @@ from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.block import Block
 from leanseek.model.layers import Embedding, Head, RMSNorm, next_token_loss
-from leanseek.model.moe import Route
+from leanseek.model.moe import Experts, Route
 from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import Rotary
 
 
 class Stage(NamedTuple):
-    """The part of a network that one Transformer holds: some layers, with the embedding before them where it is the
-    first part, and the final norm, the head and the MTP modules after them where it is the last."""
+    """A part of a network: some layers, with the embedding before them where it is the first part, and the final norm,
+    the head and the MTP modules after them where it is the last."""
 
     layers: range
     first: bool
@@ -52,11 +52,12 @@ class Layers(nn.ModuleList):
 
 
 class Transformer(nn.Module):
-    """A network of the DeepSeek-V3 family, or the `stage` of one. Weights are uninitialised until `init_weights` or a
+    """A network of the DeepSeek-V3 family, or some `stages` of one. Weights are uninitialised until `init_weights` or a
     checkpoint.
 
     The last stage holds the embedding too where MTP modules or a tied head read it: its gradient is then the sum of
-    both stages', unless they share the parameter.
+    both stages', unless one Transformer holds both, the first and the last, as in a V-shaped pipeline (3.2.2).
+    experts: the numbers of the routed experts that every MoE layer holds here, of all of them by default.
     """
 
     def __init__(
@@ -64,19 +65,22 @@ class Transformer(nn.Module):
         config: ModelConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
-        stage: Stage | None = None,
+        stages: Sequence[Stage] = (),
+        experts: range | None = None,
     ):
         super().__init__()
         self.config = config
-        self.stage = stage = stage or Stage(range(config.num_hidden_layers), first=True, last=True)
-        tied, depths = config.tie_word_embeddings, config.num_nextn_predict_layers if stage.last else 0
-        if stage.first or depths or (stage.last and tied):
+        self.stages = tuple(stages) or (Stage(range(config.num_hidden_layers), first=True, last=True),)
+        first, last = any(s.first for s in self.stages), any(s.last for s in self.stages)
+        tied, depths = config.tie_word_embeddings, config.num_nextn_predict_layers if last else 0
+        if first or depths or (last and tied):
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device, dtype)
-        self.layers = Layers({i: Block(config, i, device, dtype) for i in stage.layers})
-        if stage.last:
+        held = [i for stage in self.stages for i in stage.layers]
+        self.layers = Layers({i: Block(config, i, device, dtype, experts) for i in held})
+        if last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
             self.lm_head = None if tied else Head(config.hidden_size, config.vocab_size, device, dtype)
-        self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype) for k in range(depths))
+        self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype, experts) for k in range(depths))
         self.rotary = Rotary(config, device)
 
     @torch.no_grad()
@@ -86,12 +90,14 @@ class Transformer(nn.Module):
         Each tensor, and each expert of a stack, is drawn by itself from (seed, name): a part of the network, or a rank
         that holds some of the experts, draws what the whole would.
         """
+        stacks = {p: m.numbers for m in self.modules() if isinstance(m, Experts) for p in m.parameters()}
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
                 continue
-            stacked = parameter.ndim == 3  # experts
-            for number, matrix in enumerate(parameter if stacked else [parameter]):
+            numbers = stacks.get(parameter)
+            matrices = [(0, parameter)] if numbers is None else zip(numbers, parameter, strict=True)
+            for number, matrix in matrices:
                 key = hashlib.blake2b(f"{seed}/{name}/{number}".encode(), digest_size=8).digest()
                 generator = torch.Generator(matrix.device).manual_seed(int.from_bytes(key))
                 matrix.normal_(0.0, self.config.initializer_range, generator=generator)
@@ -121,17 +127,20 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         recompute: bool = False,
         replay: Mapping[int, Tensor] | None = None,
+        stage: int = 0,
     ) -> Tensor | Output:
         """tokens [B, T] int64 -> logits [B, T, vocab_size]; with `targets`, for training, an Output.
 
         targets [B, T + D] int64: the tokens after each position, D more than there are positions for the MTP modules.
-        A stage that is not the first takes the hidden state [B, T, D] of the one before in place of tokens, and one
-        that is not the last gives its hidden state in place of logits. Options as in `hidden`.
+        `stage` says which of the stages held here runs. One that is not the first takes the hidden state [B, T, D] of
+        the one before in place of tokens, and one that is not the last gives its hidden state in place of logits.
+        Options as in `hidden`.
         """
-        hidden, routes = self.hidden(tokens, dtype=dtype, recompute=recompute, replay=replay)
+        hidden, routes = self.hidden(tokens, dtype=dtype, recompute=recompute, replay=replay, stage=stage)
+        last = self.stages[stage].last
         if targets is None:
-            return self.head(hidden) if self.stage.last else hidden
-        if not self.stage.last:
+            return self.head(hidden) if last else hidden
+        if not last:
             return Output(hidden, [], routes)
         length = hidden.shape[1]
         losses = [self.head(hidden, targets[:, :length])]
@@ -151,6 +160,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         recompute: bool = False,
         replay: Mapping[int, Tensor] | None = None,
+        stage: int = 0,
     ) -> tuple[Tensor, list[Route]]:
         """Whole sequences from position 0: tokens [B, T] -> (hidden [B, T, D] after the final norm, routes).
 
@@ -158,14 +168,15 @@ class Transformer(nn.Module):
         dtype: of the activations (BF16 compute over float32 weights). recompute: do not keep norms and MLA
         up-projections for backward. replay: per layer, the experts [N, K] to use instead of the gate's choice.
         """
-        x = self.embed(tokens, dtype) if self.stage.first else tokens
+        layers, first, last = self.stages[stage]
+        x = self.embed(tokens, dtype) if first else tokens
         cos, sin = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
         routes = []
-        for layer, block in zip(self.stage.layers, self.layers, strict=True):
-            x, route = block(x, cos, sin, recompute, (replay or {}).get(layer))
+        for layer in layers:
+            x, route = self.layers[layer](x, cos, sin, recompute, (replay or {}).get(layer))
             if route is not None:
                 routes.append(route)
-        return self.norm(x) if self.stage.last else x, routes
+        return self.norm(x) if last else x, routes
 
     def predict_ahead(
         self,

@@ -3,6 +3,7 @@
 from leanseek.ops.adamw import AdamW, adamw
 from leanseek.ops.attention import causal_attention, mla_attention
 from leanseek.ops.cross_entropy import linear_cross_entropy
+from leanseek.ops.deferred import WeightGradients, weight_gradients
 from leanseek.ops.dispatch import ordinary, row_invariant, use
 from leanseek.ops.experts import Dispatched, expert_combine, expert_dispatch, expert_products, experts, route_order
 from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
@@ -34,6 +35,7 @@ __all__ = [
     "Groups",
     "QuantizedWeight",
     "StoredWeight",
+    "WeightGradients",
     "adamw",
     "causal_attention",
     "dense",
@@ -61,4 +63,5 @@ __all__ = [
     "select_experts",
     "swiglu",
     "use",
+    "weight_gradients",
 ]

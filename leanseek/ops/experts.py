@@ -7,12 +7,14 @@ All three are differentiable. Expert parallelism exchanges rows between them: wh
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.ops.deferred import weight_gradients
 from leanseek.ops.dispatch import op, ordinary, transformed
 from leanseek.ops.grouped import Groups, grouped_gradient, grouped_product
 from leanseek.ops.linear import linear
@@ -149,12 +151,17 @@ class _Products(torch.autograd.Function):
         act, grad_hidden, grad_weights = weighted_swiglu_backward(
             hidden, weights, grouped_product(grad, down.transpose(1, 2), groups, x.dtype)
         )
-        grad_down = grouped_gradient(grad, act, groups, down.dtype)  # [E, D, I]
+        (grad_down,) = weight_gradients((down,), partial(_gradient, grad, act, None, groups, down.dtype))  # [E, D, I]
         del act, grad
-        grad_gate_up = grouped_gradient(grad_hidden, rows_of(x, token), groups, gate_up.dtype)  # [E, 2I, D]
+        products = partial(_gradient, grad_hidden, x, token, groups, gate_up.dtype)  # [E, 2I, D]
+        (grad_gate_up,) = weight_gradients((gate_up,), products)
         grad_x = grouped_product(grad_hidden, gate_up.transpose(1, 2), groups, x.dtype)
         grad_x = grad_x if token is None else combine_rows(grad_x, place, x.shape[0])
         return grad_x, None, grad_weights, None, None, grad_gate_up, grad_down
+
+
+def _gradient(grad: Tensor, x: Tensor, token: Tensor | None, groups: Groups, dtype: torch.dtype) -> tuple[Tensor]:
+    return (grouped_gradient(grad, rows_of(x, token), groups, dtype),)
 
 
 def rows_of(x: Tensor, token: Tensor | None) -> Tensor:

@@ -92,6 +92,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks of a run divide its work (docs/scale-out.md). The batch is divided over ranks / (pp · cp)."""
+
+    pp: int = 1  # pipeline stages, or pairs of them in a V
+    ep: int = 1  # ranks over which each layer's routed experts are spread
+    cp: int = 1  # ranks that share a sequence
+    zero: bool = False  # ZeRO-1: each rank keeps the moments of its share of the weights (3.2.3)
+    fsdp: bool = False  # FSDP2: each rank keeps its share of weights, gradients and moments
+    schedule: str = "dualpipev"  # of the pipeline: 1f1b, zb1p or dualpipev
+    ranks_per_node: int = 0  # rows for experts go between nodes once, then within a node; 0: all ranks are one node
+    trace: bool = False  # record the pipeline's timeline and draw it beside the plan's
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything about a run. Raises ConfigError on contradictions."""
 
@@ -104,6 +118,7 @@ class RunConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     notes: tuple[str, ...] = field(default=(), compare=False)  # settings chosen for the user, to be printed
 
     def __post_init__(self) -> None:
@@ -242,6 +257,9 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("optimizer.moments", lambda v: v in ("auto", "float32", "bfloat16"), "is not one of auto, float32, bfloat16"),
     ("train.precision", lambda v: v in PRECISIONS, f"is not one of {', '.join(PRECISIONS)}"),
+    ("parallel.pp parallel.ep parallel.cp", lambda v: 1 <= v <= 2**16, "must be 1 to 65,536 ranks"),
+    ("parallel.ranks_per_node", lambda v: 0 <= v <= 2**16, "must be 0 to 65,536 ranks"),
+    ("parallel.schedule", lambda v: v in ("1f1b", "zb1p", "dualpipev"), "is not one of 1f1b, zb1p, dualpipev"),
     ("train.dtype", lambda v: v in ("auto", "float32", "bfloat16"), "is not one of auto, float32, bfloat16"),
 )
 
@@ -323,6 +341,7 @@ _SECTIONS: dict[str, type] = {
     "balance": BalanceConfig,
     "mtp": MTPConfig,
     "checkpoint": CheckpointConfig,
+    "parallel": ParallelConfig,
 }
 
 

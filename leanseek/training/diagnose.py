@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from leanseek.model import Transformer
+from leanseek.training.part import Part
 
 
 class Finding(NamedTuple):
@@ -18,38 +18,34 @@ class Finding(NamedTuple):
     statistics: str  # of its values, in words
 
 
-@torch.no_grad()
-def find_nonfinite(model: Transformer, forward: Callable[[], object]) -> Finding:
-    """The first thing that is not finite: a weight, the output of a module when `forward` runs, or a gradient.
+def find_nonfinite(model: Transformer, part: Part, run: Callable[[], object]) -> Finding:
+    """The first thing that is not finite on any rank: a weight, else the output of a module, else a gradient, when
+    `run` goes through the forwards and backwards of the step again.
 
-    Gradients are those in `.grad`, in the order in which backward reached them: what came after inherits the fault.
+    Gradients are looked at in the order in which backward reaches them: what came after inherits the fault.
     """
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            return Finding(f"weight {name}", describe(parameter))
-    found: list[Finding] = []
-    hooks = [module.register_forward_hook(_note(name, found)) for name, module in model.named_modules() if name]
+    whole = Transformer(model.config, "meta")
+    parameters, modules = ([name for name, _ in named] for named in (whole.named_parameters(), whole.named_modules()))
+    outputs: list[tuple[str, Tensor]] = []
+    hooks = [module.register_forward_hook(_note(name, outputs)) for name, module in model.named_modules() if name]
+    model.zero_grad(set_to_none=True)
     try:
-        forward()
+        run()
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
-    for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not _finite(parameter.grad):
-            return Finding(f"gradient of {name}", describe(parameter.grad))
-    return Finding("loss", "no tensor that it came from is")
-
-
-@torch.no_grad()
-def largest_gradient(model: nn.Module) -> Finding:
-    """The gradient with the largest norm: where a spike of the loss would have moved the weights most."""
-    norms = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
-    name = max(norms, key=norms.__getitem__)
-    grad = model.get_parameter(name).grad
-    assert grad is not None
-    return Finding(f"gradient of {name}", describe(grad))
+    weights = [(name, p.detach()) for name, p in model.named_parameters()]
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    found = []  # (kind, place in the order in which a step computes, name, in words)
+    for kind, tensors, order in ((0, weights, parameters), (1, outputs, modules), (2, gradients, parameters[::-1])):
+        found += [(kind, order.index(name), name, describe(t)) for name, t in tensors if not _finite(t)]
+    each = part.gather(min(found, default=None))
+    first = min(((finding, rank) for rank, finding in enumerate(each) if finding), default=None)
+    if first is None:
+        return Finding("loss", "no tensor that it came from is")
+    (kind, _, name, statistics), rank = first
+    what = ("weight", "output of", "gradient of")[kind]
+    return Finding(f"{what} {name}{f' on rank {rank}' if part.ranks > 1 else ''}", statistics)
 
 
 def describe(tensor: Tensor) -> str:
@@ -62,15 +58,18 @@ def describe(tensor: Tensor) -> str:
     )
 
 
-def _note(name: str, found: list[Finding]) -> Callable[[nn.Module, object, object], None]:
+def _note(name: str, found: list[tuple[str, Tensor]]) -> Callable[[nn.Module, object, object], None]:
     def hook(module: nn.Module, inputs: object, outputs: object) -> None:
-        for t in outputs if isinstance(outputs, tuple) else (outputs,):
-            if isinstance(t, Tensor) and not _finite(t):
-                found.append(Finding(f"output of {name}", describe(t)))
-                return
+        if found and found[-1][0] != name:
+            return  # what ran later inherits the fault
+        found.extend((name, t.detach()) for t in _tensors(outputs) if not _finite(t))
 
     return hook
 
 
+def _tensors(outputs: object) -> list[Tensor]:
+    return [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(t, Tensor)]
+
+
 def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+    return bool(tensor.detach().isfinite().all())

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 from leanseek import planning
-from leanseek.checkpoint import CheckpointError, load
-from leanseek.checkpoint.pieces import pieces_of
+from leanseek.checkpoint import CheckpointError
+from leanseek.checkpoint.hf import load_pieces
+from leanseek.checkpoint.pieces import held
 from leanseek.checkpoint.training import (
     STATE,
     Resumed,
@@ -37,7 +39,8 @@ from leanseek.machine.probes import gemm_rate
 from leanseek.model import Transformer
 from leanseek.reading import parse_toml
 from leanseek.training.config import RunConfig
-from leanseek.training.metrics import Metrics
+from leanseek.training.metrics import Metrics, Silent
+from leanseek.training.part import Part
 from leanseek.training.resume import Position, changes, check_data, position, size
 from leanseek.training.schedules import batch_size
 from leanseek.training.trainer import StepResult, Trainer
@@ -73,11 +76,12 @@ def train(
     runs: Path = Path("runs"),
     compare: Path | None = None,
     prepare: Callable[[Transformer], None] | None = None,
+    part: Part | None = None,
 ) -> Summary:
     """Train to the last step; `resume` continues from the newest good checkpoint of the run of that name in `runs`.
 
     `compare` is another run's folder, whose curves the report also draws. `prepare` is called with the model before the
-    first step, for experiments that change how it runs.
+    first step, for experiments that change how it runs. `part` is what of the run this process does; all by default.
 
     Raises:
         ConfigError: the run exists and `resume` is not set, there is nothing to resume or to compare with, another
@@ -92,8 +96,9 @@ def train(
     if resume and not folder.is_dir():
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
     try:
-        with writing(folder, "make room"), _alone(folder):
-            return _train(run, folder, resume, compare, prepare)
+        part = part or Part()
+        with writing(folder, "make room"), _alone(folder) if part.writes else contextlib.nullcontext():
+            return _train(run, folder, resume, compare, prepare, part)
     except RunError as error:
         raise RunError(f"{error}; {_standing(folder)}") from None
 
@@ -129,24 +134,27 @@ def _train(
     resume: bool,
     compare: Path | None,
     prepare: Callable[[Transformer], None] | None,
+    part: Part,
 ) -> Summary:
     data, held_out = _open_data(run)
     run = run.with_tokens(data.special.bos, data.special.eos)
     with _Signals() as signals:
-        start = _resume(run, folder, data) if resume else _begin(run, folder)
+        start = _resume(run, folder, data, part) if resume else _begin(run, folder, part)
         if prepare is not None:
             prepare(start.trainer.model)
+        rows = Metrics(folder, run.train.steps, start.step) if part.writes else Silent()
         keep = run.checkpoint.keep_last, run.checkpoint.keep_every
-        with Metrics(folder, run.train.steps, start.step) as metrics, Writer(folder, *keep) as writer:
-            loop = _Loop(run, folder, start, data, held_out, metrics, writer)
+        with rows as metrics, Writer(folder, *keep, part) as writer:
+            loop = _Loop(run, start, data, held_out, metrics, writer)
             for step in range(start.step, run.train.steps):
                 loop.step(step)
-                if signals.received:
+                if part.any(signals.received):
                     loop.checkpoint(step + 1)
                     raise Interrupted(f"stopped at step {step + 1}; continue with --resume")
-    from leanseek.training.report import write_report  # matplotlib takes a second to import
+    if part.writes:
+        from leanseek.training.report import write_report  # matplotlib takes a second to import
 
-    write_report(folder, compare)
+        write_report(folder, compare)
     seen, tokens = metrics.last, loop.position.tokens
     return Summary(
         folder, run.train.steps, tokens, seen.get("val_loss"), seen.get("val_bits_per_byte"), metrics.elapsed
@@ -163,39 +171,44 @@ def _open_data(run: RunConfig) -> tuple[TokenDataset, TokenDataset]:
     return data, TokenDataset(path, "validation", length, ahead)
 
 
-def _begin(run: RunConfig, folder: Path) -> _Start:
+def _begin(run: RunConfig, folder: Path, part: Part) -> _Start:
+    if not part.writes:
+        return _Start(Trainer(run, part=part))
     if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at the start
         raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
-    trainer = Trainer(run)
+    trainer = Trainer(run, part=part)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "config.toml", run.to_toml().encode())
     return _Start(trainer)
 
 
-def _resume(run: RunConfig, folder: Path, data: TokenDataset) -> _Start:
+def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _Start:
     if not (folder / "config.toml").is_file():
         if all(p.name.startswith(".") for p in folder.iterdir()):  # killed before its first file
-            return _begin(run, folder)
+            return _begin(run, folder, part)
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
     before = RunConfig.load(str(folder / "config.toml"), [])
     if before.model != run.model:
         pairs = ((f.name, getattr(before.model, f.name), getattr(run.model, f.name)) for f in fields(before.model))
         key, was, now = next((key, was, now) for key, was, now in pairs if was != now)
         raise ConfigError(f"model.{key} = {now!r}, but {folder} has {was!r}; a run keeps its network")
-    found, broken = newest_checkpoint(folder)
+    found, broken = newest_checkpoint(folder, part)
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
     if found is None:  # killed before the first checkpoint
-        replace_file(folder / "config.toml", run.to_toml().encode())
-        return _Start(Trainer(run))
+        if part.writes:
+            replace_file(folder / "config.toml", run.to_toml().encode())
+        return _Start(Trainer(run, part=part))
     if run.train.steps < found.step:
         raise ConfigError(f"train.steps = {run.train.steps}, but {folder} has done {found.step} steps already")
     then = _config_of(found, before)
     check_data(then, run, data, found)
     where, moved = position(then, run, data, found)
-    trainer = _restored(run, found)
-    set_aside(folder, found.step)
-    replace_file(folder / "config.toml", run.to_toml().encode())
+    trainer = _restored(run, found, part)
+    part.gather(None)  # all ranks have read
+    if part.writes:
+        set_aside(folder, found.step)
+        replace_file(folder / "config.toml", run.to_toml().encode())
     lines = (*changes(then, run, found.step), *moved)
     return _Start(trainer, found.step, where, int(found.state.get("skipped", 0)), tuple(broken), lines)
 
@@ -210,8 +223,10 @@ def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
     )
 
 
-def _restored(run: RunConfig, found: Resumed) -> Trainer:
-    trainer = Trainer(run, load(found.folder, dtype="float32"))
+def _restored(run: RunConfig, found: Resumed, part: Part) -> Trainer:
+    model = part.model(run.model)
+    load_pieces(found.folder, held(model))
+    trainer = Trainer(run, model, part)
     trainer.load_state_tensors(found.tensors, found.state.get("without_moments"))
     if "guard" in found.state:  # older checkpoints have no guard
         trainer.guard.load_state(found.state["guard"])
@@ -260,7 +275,6 @@ class _Loop:
     def __init__(
         self,
         run: RunConfig,
-        folder: Path,
         start: _Start,
         data: TokenDataset,
         held_out: TokenDataset,
@@ -268,7 +282,7 @@ class _Loop:
         writer: Writer,
     ):
         self.run, self.trainer, self.skipped, self.writer = run, start.trainer, start.skipped, writer
-        self.data, self.held_out, self.metrics = data, held_out, metrics
+        self.data, self.held_out, self.metrics, self.part = data, held_out, metrics, start.trainer.part
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
         device, dtype = start.trainer.device, start.trainer.dtype
         self.peak = 0.0
@@ -281,7 +295,7 @@ class _Loop:
         metrics.event(
             start.step,
             what,
-            f"{folder} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
+            f"{writer.run} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
             f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
             f"{_held_out(held_out, run)}",
         )
@@ -301,7 +315,9 @@ class _Loop:
         size = batch_size(self.run, step)
         self.writer.poll()
         started = time.perf_counter()
-        result = self.trainer.step(self.data.batch(self.position.samples, size).tokens, step)
+        own = self.part.share(size)
+        tokens = self.data.batch(self.position.samples + own.start, len(own)).tokens
+        result = self.trainer.step(tokens, step, size)
         self.position = self.position.after(size, self.run.data.seq_len)
         seconds = time.perf_counter() - started
         done = step + 1
@@ -330,13 +346,13 @@ class _Loop:
             "tokens": self.position.tokens,
             "data": size(self.data),
             "config": self.run.to_toml(),
-            "without_moments": self.trainer.without_moments(),
+            "without_moments": list(dict.fromkeys(chain(*self.part.gather(self.trainer.without_moments())))),
             "skipped": self.skipped,
             "guard": self.trainer.guard.state(),
         }
-        weights, moments = pieces_of(self.trainer.model.state_dict()), pieces_of(self.trainer.state_tensors())
+        weights = [piece for piece in held(self.trainer.model) if self.part.writes_weight(piece.name)]
         self.metrics.sync()  # rows must be on disk before the checkpoint
-        self.writer.save(step, self.run.model, weights, moments, state, self.data.folder)
+        self.writer.save(step, self.run.model, weights, self.trainer.state(), state, self.data.folder)
         self.saved = step
 
     def _probe(self) -> None:
@@ -344,7 +360,8 @@ class _Loop:
         device = self.trainer.device
         if device.type == "cpu" or not self.peak:  # later, a GPU may not have the memory for it
             size = 1024 if device.type == "cpu" else None
-            self.peak = max(self.peak, gemm_rate(self.trainer.dtype, device, size, seconds=0.3))
+            rate = gemm_rate(self.trainer.dtype, device, size, seconds=0.3)
+            self.peak = max(self.peak, sum(self.part.gather(rate)))  # of all ranks at the same time
 
     def _log(self, step: int, size: int, seconds: float, result: StepResult) -> None:
         rate = size * self.run.data.seq_len / seconds
@@ -387,14 +404,15 @@ class _Loop:
 
     def _evaluate(self, step: int) -> None:
         """Loss over a fixed part of the held-out split, also in bits per byte, comparable across tokenizers."""
-        nll = mtp = 0.0
-        targets = size = 0
-        length = self.held_out.seq_len
-        micro = self.run.train.micro_batch_size or self.run.train.batch_size
-        for batch in self.held_out.in_order(micro, self.run.train.eval_sequences):
-            found = self.trainer.evaluate(batch.tokens)
-            nll, mtp, targets = nll + found[0], mtp + found[1], targets + found[2]
-            size += int(self.held_out.token_bytes[batch.tokens[:, 1 : length + 1]].sum())
+        sums = torch.zeros(4, dtype=torch.float64)
+        length, micro = self.held_out.seq_len, self.run.train.micro_batch_size or self.run.train.batch_size
+        for batch in self.held_out.in_order(micro * self.part.replicas, self.run.train.eval_sequences):
+            own = self.part.share(len(batch.tokens))
+            tokens = batch.tokens[own.start : own.stop]
+            found = self.trainer.evaluate(tokens if len(own) else batch.tokens[:1])  # with the others, in any case
+            size = int(self.held_out.token_bytes[tokens[:, 1 : length + 1]].sum())
+            sums += torch.tensor([*found, size], dtype=torch.float64) * bool(len(own))
+        nll, mtp, targets, size = self.part.total(sums).tolist()
         loss, bits = nll / targets, nll / math.log(2) / size
         row = {"step": step, "tokens": self.position.tokens, "val_loss": loss, "val_bits_per_byte": bits}
         if self.run.model.num_nextn_predict_layers:

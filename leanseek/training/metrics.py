@@ -130,3 +130,29 @@ class Metrics:
 
     def say(self, line: str) -> None:
         self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Silent(Metrics):
+    """The output of a rank that has none: the first one's is the run's."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
+        self.began = time.monotonic()
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, row: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def show(self, step: int, figures: str) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass

@@ -44,11 +44,12 @@ def losses(
     switch_alpha: float = 0.0,
     dtype: torch.dtype | None = None,
     recompute: bool = False,
+    stage: int = 0,
 ) -> Losses:
     """tokens [B, T + lookahead] int64: inputs, and the targets behind them; hidden of the stage before, if any."""
     config = model.config
     inputs = tokens[:, : -config.lookahead] if hidden is None else hidden
-    found: Output = model(inputs, tokens[:, 1:], dtype=dtype, recompute=recompute)
+    found: Output = model(inputs, tokens[:, 1:], dtype=dtype, recompute=recompute, stage=stage)
     nothing = torch.zeros((), device=tokens.device)
     main, *ahead = found.losses or [nothing]
     mtp = torch.stack(ahead).mean() if ahead else nothing  # eq. 25: 1/D Σ

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanseek import ops
 from leanseek.training.config import OptimizerConfig
+from leanseek.training.part import Slice
 
 
 class BF16AdamW(torch.optim.Optimizer):
@@ -34,7 +35,7 @@ class BF16AdamW(torch.optim.Optimizer):
                 ops.adamw(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], rule)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, moments: str) -> torch.optim.Optimizer:
+def build_optimizer(slices: Mapping[str, Slice], config: OptimizerConfig, moments: str) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices alone, the head's and the gate's among them.
 
     Norms scale and do not multiply into each other, so nothing is to be shrunk; the embedding (also when it is the head
@@ -43,8 +44,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, moments: str) -> 
     """
     decay: list[Tensor] = []
     keep: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        (keep if parameter.ndim < 2 or name == "embed_tokens.weight" else decay).append(parameter)
+    for name, (parameter, shape, _) in slices.items():
+        (keep if len(shape) < 2 or name == "embed_tokens.weight" else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
     optimizer: torch.optim.Optimizer
     if moments == "bfloat16":
@@ -63,11 +64,11 @@ def _changed(optimizer: torch.optim.Optimizer, *_: object) -> None:
 class EMA:
     """Exponential moving average of the weights, float32 (3.2.3: kept aside for an early look at the decayed model)."""
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    def __init__(self, slices: Mapping[str, Slice], decay: float):
+        self.decay, self.slices = decay, slices
+        self.weights = {name: s.parameter.detach().float().clone() for name, s in slices.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        torch._foreach_lerp_([self.weights[n] for n in names], [p.float() for p in parameters], 1 - self.decay)
+    def update(self) -> None:
+        current = [self.slices[name].parameter.float() for name in self.weights]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - self.decay)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leanseek.config import ConfigError
 from leanseek.training.config import RunConfig
+from leanseek.training.part import Part
 from leanseek.training.trainer import Trainer
 
 TIMED = 3  # timed steps, after a warm-up step
@@ -21,26 +22,28 @@ def random_tokens(run: RunConfig) -> Tensor:
     return torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def tokens_per_second(run: RunConfig) -> float:
+def tokens_per_second(run: RunConfig, part: Part) -> float:
     """Measures a few steps of a temporary network. Includes evaluations, at a third of the cost per sequence."""
-    trainer, tokens = Trainer(run), random_tokens(run)
-    trainer.step(tokens, 0)
+    trainer, own = Trainer(run, part=part), part.share(run.train.batch_size)
+    tokens = random_tokens(run)[own.start : own.stop]
+    trainer.step(tokens, 0, run.train.batch_size)
     start = time.perf_counter()
     for _ in range(TIMED):
-        trainer.step(tokens, 0)
+        trainer.step(tokens, 0, run.train.batch_size)
     t = run.train
     evaluated = t.eval_sequences / (t.eval_every * t.batch_size)  # evaluated sequences per trained sequence
     return TIMED * t.batch_size * run.data.seq_len / (time.perf_counter() - start) / (1 + evaluated / 3)
 
 
-def fit_steps(run: RunConfig, minutes: float) -> tuple[RunConfig, str]:
+def fit_steps(run: RunConfig, minutes: float, part: Part | None = None) -> tuple[RunConfig, str]:
     """`run` with at most as many steps as this machine can do in `minutes`, its warm-up shortened in proportion, and a
     line that says so.
 
     Raises:
         ConfigError: not even one step fits.
     """
-    rate = tokens_per_second(run)
+    part = part or Part()
+    rate = min(part.gather(tokens_per_second(run, part)))
     size = run.train.batch_size * run.data.seq_len  # a batch size ramp only makes it shorter
     fitting = int(minutes * 60 * rate / size)
     if fitting < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,18 +12,20 @@ from torch import Tensor
 
 from leanseek import fp8
 from leanseek.checkpoint import CheckpointError
-from leanseek.checkpoint.pieces import Spread
+from leanseek.checkpoint.pieces import Piece, Spread
 from leanseek.config import ConfigError
 from leanseek.machine.device import default_device, preferred_dtype
 from leanseek.model import Transformer, max_violation
-from leanseek.training.balance import add_counts, update_biases
+from leanseek.training.balance import update_biases
 from leanseek.training.config import RunConfig
-from leanseek.training.diagnose import Finding, find_nonfinite, largest_gradient
+from leanseek.training.diagnose import find_nonfinite
 from leanseek.training.guard import SpikeGuard
 from leanseek.training.objective import Losses, losses
 from leanseek.training.optimizer import EMA, build_optimizer
-from leanseek.training.reduction import Reduction
+from leanseek.training.part import MicroBatch, Part, Slice
 from leanseek.training.schedules import bias_update_speed, learning_rate, mtp_weight
+
+KINDS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 class StepResult(NamedTuple):
@@ -44,114 +47,128 @@ class StepResult(NamedTuple):
 class Trainer:
     """Owns the model while it trains. Data, files and time are the loop's business.
 
-    `reduction` makes the step's figures of this rank's (reduction.py); by default this process is the only one.
+    `part` says what of it is this process's (part.py), by default everything.
 
     Raises:
         ConfigError: `train.device` is not there.
     """
 
-    def __init__(self, run: RunConfig, model: Transformer | None = None, reduction: Reduction | None = None):
-        self.run, self.reduction = run, reduction or Reduction()
+    def __init__(self, run: RunConfig, model: Transformer | None = None, part: Part | None = None):
+        self.run, self.part = run, part or Part()
         self.device = default_device() if run.train.device == "auto" else _device(run.train.device)
         self.dtype = preferred_dtype(self.device) if run.train.dtype == "auto" else getattr(torch, run.train.dtype)
         if model is None:
-            model = Transformer(run.model).init_weights(run.train.seed)
+            model = self.part.model(run.model).init_weights(run.train.seed)
         self.model = model.to(self.device)
         fp8.apply(self.model, run.train.precision)
-        self.optimizer = build_optimizer(self.model, run.optimizer, run.moments)
+        self.part.attach(self.model)
+        self.slices = self.part.slices(self.model)
+        self.optimizer = build_optimizer(self.slices, run.optimizer, run.moments)
+        c = run.model
+        layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
+        self.layers = [layer for layer in layers if c.is_moe_layer(layer)]  # of the whole network
         self.guard = SpikeGuard(run.train.spike_limit)
-        self.ema = EMA(self.model, run.optimizer.ema) if run.optimizer.ema else None
+        self.ema = EMA(self.slices, run.optimizer.ema) if run.optimizer.ema else None
 
     def step(self, tokens: Tensor, step: int, sequences: int | None = None) -> StepResult:
         """Train on tokens [B, T + lookahead]; `step` counts from 0 and sets the schedules. Waits for the device.
 
         sequences: of the whole step, where other ranks train on some of them.
         """
-        run, sequences = self.run, sequences or tokens.shape[0]
-        tokens = tokens.to(self.device)
-        counts: dict[int, Tensor] = {}
-        sums = torch.zeros(3, device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = tokens.split(run.train.micro_batch_size or tokens.shape[0])
-        for part in parts:
-            found = self.forward(part, step)
-            share = part.shape[0] / sequences  # the mean over micro-batches and ranks, whatever their sizes
-            found.backward(share)
-            add_counts(counts, found.routes)
-            sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
-        loads = torch.stack(list(counts.values())) if counts else torch.zeros(0, 1, dtype=torch.int64)
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        norm = self.reduction(gradients, sums, loads)
-        loss, mtp_loss, balance_loss, grad_norm = torch.cat((sums, norm.detach().float().view(1))).tolist()
+        run = self.run
+        size, sequences = run.train.micro_batch_size, sequences or tokens.shape[0]
+        batches = self.part.micro_batches(tokens.to(self.device), size, sequences)
+        self.model.zero_grad(set_to_none=True)
+        sums, counts = self._accumulate(batches, step)
+        norms = self.part.reduce(self.slices, sums, counts)
+        loss, mtp_loss, balance_loss, grad_norm = torch.cat((sums.double(), norms.total.view(1))).tolist()
         lr = learning_rate(run, step)
-        wrong, reason = Finding("", ""), ""
+        culprit = reason = ""
         if not math.isfinite(loss + mtp_loss + balance_loss + grad_norm):
-            wrong = find_nonfinite(self.model, lambda: [self.forward(part, step) for part in parts])
-            reason = f"{wrong.culprit} is not finite ({wrong.statistics})"
+            culprit, statistics = find_nonfinite(self.model, self.part, lambda: self._accumulate(batches, step))
+            reason = f"{culprit} is not finite ({statistics})"
         elif spike := self.guard.spike(loss):
-            wrong = largest_gradient(self.model)
-            reason = f"{spike}; the largest gradient is the {wrong.culprit} ({wrong.statistics})"
+            culprit = f"gradient of {norms.largest}"
+            reason = f"{spike}; the largest gradient is the {culprit}, norm {float(norms.values.max()):.4g}"
         else:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), run.optimizer.clip, norm)
+            scale = run.optimizer.clip / (grad_norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+            gradients = [g for s in self.slices.values() if (g := s.parameter.grad) is not None]
+            if scale < 1 and gradients:
+                torch._foreach_mul_(gradients, scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            update_biases(self.model, dict(zip(counts, loads, strict=True)), bias_update_speed(run, step))
+            update_biases(self.model, dict(zip(self.layers, counts, strict=True)), bias_update_speed(run, step))
             if self.ema:
-                self.ema.update(self.model)
+                self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
-        loads = loads.cpu()
-        violation = dict(zip(counts, max_violation(loads).tolist(), strict=True))
-        by_layer = dict(zip(counts, loads, strict=True))
-        return StepResult(
-            loss, mtp_loss, balance_loss, grad_norm, lr, not reason, wrong.culprit, reason, by_layer, violation
-        )
+        loads = counts.cpu()
+        by_layer = dict(zip(self.layers, loads, strict=True))
+        violation = dict(zip(self.layers, max_violation(loads).tolist(), strict=True))
+        return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, not reason, culprit, reason, by_layer, violation)
 
-    def forward(self, tokens: Tensor, step: int = 0) -> Losses:
-        """The losses that step `step` would differentiate, of tokens [B, T + lookahead] on the device."""
+    def _accumulate(self, batches: list[MicroBatch], step: int) -> tuple[Tensor, Tensor]:
+        """Losses [3] and counts [layers, E] of this part; gradients add up in `.grad`."""
+        sums, found = self.part.accumulate(self.model, batches, partial(self.forward, step=step))
+        counts = torch.zeros(len(self.layers), self.run.model.n_routed_experts, dtype=torch.int64, device=self.device)
+        for row, layer in enumerate(self.layers):
+            if layer in found:
+                counts[row] = found[layer]
+        return sums, counts
+
+    def forward(self, tokens: Tensor, hidden: Tensor | None = None, stage: int = 0, *, step: int = 0) -> Losses:
+        """The losses that step `step` would differentiate, of tokens [B, T + lookahead] on the device; of one `stage`
+        of the model, which takes the `hidden` state [B, T, D] of the stage before."""
         return losses(
             self.model,
             tokens,
+            hidden,
             mtp_weight=mtp_weight(self.run, step),
             sequence_alpha=self.run.balance.sequence_alpha,
             switch_alpha=self.run.balance.switch_alpha,
             dtype=self.dtype,
             recompute=self.run.train.recompute,
+            stage=stage,
         )
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor) -> tuple[float, float, int]:
-        """Sums over tokens [B, T + lookahead]: negative log-likelihood, MTP's, and the number of targets."""
-        found = losses(self.model, tokens.to(self.device), dtype=self.dtype)
+        """Sums over tokens [B, T + lookahead], of this part's sequences: negative log-likelihood, MTP's, and the
+        number of targets."""
+        main, mtp = self.part.evaluate(self.model, tokens.to(self.device), self.forward).tolist()
         targets = tokens.shape[0] * (tokens.shape[1] - self.run.model.lookahead)
-        return float(found.main) * targets, float(found.mtp) * targets, targets
+        return main * targets, mtp * targets, targets
 
     def nonfinite_weight(self) -> str | None:
         """The first weight that holds NaN or infinity, which no checkpoint may."""
-        if bool(torch.nn.utils.get_total_norm(self.model.parameters()).isfinite()):
-            return None
-        return next((n for n, p in self.model.named_parameters() if not bool(p.isfinite().all())), None)
+        norm = torch.nn.utils.get_total_norm(self.model.parameters())
+        named = self.model.named_parameters()
+        own = None if norm.isfinite() else next((n for n, p in named if not bool(p.isfinite().all())), None)
+        return next((name for name in self.part.gather(own) if name), None)
 
     # ---- state besides the model's own weights, by name ----
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Moments, step counts and EMA, named `exp_avg.NAME` and so on; references, not copies."""
-        state = self.optimizer.state
-        found = {
-            f"{kind}.{name}": value
-            for name, parameter in self.model.named_parameters()
-            for kind, value in state[parameter].items()
-        }
-        if self.ema:
-            found |= {f"ema.{name}": value for name, value in self.ema.weights.items()}
+    def state(self) -> list[Piece]:
+        """What this rank writes of moments, step counts and EMA, named `exp_avg.NAME` and so on; not copies."""
+        found = []
+        for name, (parameter, shape, start) in self.slices.items():
+            if not self.part.writes_slice(name):
+                continue
+            kinds = dict(self.optimizer.state[parameter])
+            if self.ema:
+                kinds["ema"] = self.ema.weights[name]
+            step = kinds.pop("step", None)
+            if step is not None and start == 0:  # one count for the whole parameter
+                found.append(Piece(f"step.{name}", (), 0, step))
+            found += [Piece(f"{kind}.{name}", shape, start, tensor) for kind, tensor in kinds.items()]
         return found
 
     def without_moments(self) -> list[str]:
         """Parameters that no step has moved: nothing differentiated them."""
-        return [name for name, p in self.model.named_parameters() if not self.optimizer.state[p]]
+        return [name for name, s in self.slices.items() if not self.optimizer.state[s.parameter]]
 
     def load_state_tensors(self, stored: Mapping[str, Spread], without: Collection[str] | None = None) -> None:
-        """The inverse of `state_tensors`. A moment stored in another dtype is converted.
+        """The inverse of `state`, of this rank's slices. A moment stored in another dtype is converted.
 
         `without` names the parameters that have no moments; None where that was not stored. An average of the weights
         begins anew where none was kept, and goes where none is wanted.
@@ -162,22 +179,32 @@ class Trainer:
         left = {name: found for name, found in stored.items() if self.ema or not name.startswith("ema.")}
         moments = torch.bfloat16 if self.run.moments == "bfloat16" else torch.float32
         averaged = any(name.startswith("ema.") for name in left)
-        kept = {name for name in left if name.startswith(("step.", "exp_avg.", "exp_avg_sq."))}
-        for name, parameter in self.model.named_parameters():
-            own = {kind: f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq")}
-            if kept.intersection(own.values()) or (without is not None and name not in without):
+        for name, one in self.slices.items():
+            own = {kind: f"{kind}.{name}" for kind in KINDS}
+            if left.keys() & own.values() or (without is not None and name not in without):
                 step = _taken(left, own["step"], ()).read()
                 if not (bool(step.isfinite()) and step >= 0):
                     raise CheckpointError(f"the checkpoint's {own['step']} is {step.item()}, not a number of steps")
-                self.optimizer.state[parameter] = {"step": step.to(self.device)} | {
-                    kind: _taken(left, own[kind], parameter.shape).read().to(self.device, moments)
-                    for kind in ("exp_avg", "exp_avg_sq")
+                self.optimizer.state[one.parameter] = {"step": step.to(self.device)} | {
+                    kind: self._read(left, own[kind], one, moments) for kind in KINDS[1:]
                 }
             if self.ema and averaged:
-                average = _taken(left, f"ema.{name}", parameter.shape)
-                self.ema.weights[name] = average.read().to(self.device, torch.float32)
-        if left:
-            raise CheckpointError(f"the checkpoint's {min(left)} belongs to no parameter{_and_more(len(left))}")
+                self.ema.weights[name] = self._read(left, f"ema.{name}", one, torch.float32)
+        everywhere = {name for name, _ in Transformer(self.run.model, device="meta").named_parameters()}
+        foreign = sorted(name for name in left if not _belongs(name, everywhere))
+        if foreign:
+            raise CheckpointError(f"the checkpoint's {foreign[0]} belongs to no parameter{_and_more(len(foreign))}")
+
+    def _read(self, left: dict[str, Spread], name: str, one: Slice, dtype: torch.dtype) -> Tensor:
+        size = one.parameter.numel()
+        found = _taken(left, name, one.shape).read(one.start, one.start + size)
+        return found.view(one.parameter.shape).to(self.device, dtype)
+
+
+def _belongs(name: str, parameters: Collection[str]) -> bool:
+    """Whether it is the state of a parameter of the network, here or on another rank."""
+    kind, _, parameter = name.partition(".")
+    return kind in (*KINDS, "ema") and parameter in parameters
 
 
 def _taken(left: dict[str, Spread], name: str, shape: tuple[int, ...]) -> Spread:

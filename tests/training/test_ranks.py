@@ -1,4 +1,4 @@
-"""Two processes that meet in `Reduction` alone train as one process does with the whole batch."""
+"""Two processes that meet in `Part` alone train as one process does with the whole batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from leanseek import ModelConfig
 from leanseek.model.moe import Gate
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.config import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from leanseek.training.reduction import Reduction
+from leanseek.training.part import Norms, Part, Slice
 
 MODEL = ModelConfig(
     vocab_size=67, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
@@ -39,18 +39,18 @@ STEPS, BATCH, SPOILT = 40, 5, (2, 36)
 SPIKE = 38
 
 
-class Summed(Reduction):
+class Summed(Part):
     """Plain data parallelism: each rank has all weights and some of the sequences."""
 
-    def __call__(self, gradients: dict[str, Tensor], losses: Tensor, counts: Tensor) -> Tensor:
-        for tensor in (*gradients.values(), losses, counts):
+    def reduce(self, slices: dict[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
+        for tensor in (*(s.parameter.grad for s in slices.values()), sums, counts):
             dist.all_reduce(tensor)
-        return super().__call__(gradients, losses, counts)
+        return super().reduce(slices, sums, counts)
 
 
-def run(rows: slice, spoils: bool, reduction: Reduction | None = None) -> tuple[list[dict], dict[str, Tensor]]:
+def run(rows: slice, spoils: bool, part: Part | None = None) -> tuple[list[dict], dict[str, Tensor]]:
     """Each step's results and the last weights. Train on `rows` of each batch; who `spoils` makes a gradient NaN, or the loss huge, in some steps."""
-    trainer = Trainer(RUN, reduction=reduction)
+    trainer = Trainer(RUN, part=part)
     gates = [m for m in trainer.model.modules() if isinstance(m, Gate)]
     weight, found = trainer.model.layers[1].self_attn.o_proj.weight, []
     for step in range(STEPS):

@@ -32,6 +32,7 @@ from leanseek.data.prepare import prepare
 from leanseek.errors import RunError
 from leanseek.training import RunConfig, Summary, loop, pace, train, trainer
 from leanseek.training.metrics import read_rows
+from leanseek.training.part import Part
 from leanseek.training.trainer import Trainer
 
 CONFIG = """
@@ -422,10 +423,10 @@ def test_a_single_bad_step_is_left_out_and_the_run_goes_on(
 ) -> None:
     step = Trainer.step
 
-    def sometimes(self: Trainer, tokens: torch.Tensor, number: int):  # type: ignore[no-untyped-def]
+    def sometimes(self: Trainer, tokens: torch.Tensor, number: int, size: int):  # type: ignore[no-untyped-def]
         weight = self.model.layers[0].mlp.up_proj.weight
         hook = weight.register_hook(lambda g: g * (float("inf") if number == 4 else 1.0))
-        result = step(self, tokens, number)
+        result = step(self, tokens, number, size)
         hook.remove()
         return result
 
@@ -472,7 +473,7 @@ def test_no_step_is_faster_than_the_machine(
 def test_as_many_steps_as_fit(
     minutes: float, steps: int, warmup: int, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "tokens_per_second", lambda run: 100.0)
+    monkeypatch.setattr(pace, "tokens_per_second", lambda run, part: 100.0)
     run, line = pace.fit_steps(config(place), minutes)
     assert (run.train.steps, run.schedule.warmup_steps, line) == (steps, warmup, said)
     assert run.data == config(place).data and run.model == config(place).model
@@ -485,13 +486,13 @@ def test_the_pace_counts_evaluations(place: Path, monkeypatch: pytest.MonkeyPatc
     now = [0.0]
     step = Trainer.step
 
-    def counted(self: Trainer, tokens: torch.Tensor, number: int) -> object:
+    def counted(self: Trainer, tokens: torch.Tensor, number: int, size: int) -> object:
         now[0] += 1.0
-        return step(self, tokens, number)
+        return step(self, tokens, number, size)
 
     monkeypatch.setattr(Trainer, "step", counted)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
-    assert pace.tokens_per_second(config(place)) == pytest.approx(4 * 24 / (1 + 8 / 32 / 3))
+    assert pace.tokens_per_second(config(place), Part()) == pytest.approx(4 * 24 / (1 + 8 / 32 / 3))
 
 
 def test_a_run_that_was_fitted_is_the_shorter_run(
@@ -500,7 +501,7 @@ def test_a_run_that_was_fitted_is_the_shorter_run(
     """`--minutes` times steps before the run and leaves no trace in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        pace, "tokens_per_second", lambda run: (Trainer(run).step(pace.random_tokens(run), 0), 100.0)[1]
+        pace, "tokens_per_second", lambda run, part: (Trainer(run).step(pace.random_tokens(run), 0), 100.0)[1]
     )
     command = ["train", str(place / "run.toml"), f"data.path={place / 'shards'}", "--minutes", "0.128"]
     done = CliRunner().invoke(app, command)
@@ -653,6 +654,10 @@ def test_shards_of_another_tokenizer_are_refused_and_other_text_is_said_aloud(
 # ---- a state of another shape ----
 
 
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {piece.name: piece.tensor for piece in trainer.state()}
+
+
 def stored(state: dict[str, torch.Tensor], folder: Path) -> dict[str, Spread]:
     save_file({name: t.contiguous() for name, t in state.items()}, folder / "state.safetensors")
     return open_state(folder)
@@ -682,7 +687,7 @@ def test_a_state_that_does_not_fit_is_named_before_anything_is_written(place: Pa
     run = config(place)
     trainer = Trainer(run)
     trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
-    state = {name: t.clone() for name, t in trainer.state_tensors().items()}
+    state = {name: t.clone() for name, t in state_of(trainer).items()}
     Trainer(run).load_state_tensors(stored(state, tmp_path), [])
     name = spoil(state, how)
     with pytest.raises(ValueError, match=rf"the checkpoint's {name} (has shape|is int64|is missing)"):
@@ -693,7 +698,7 @@ def test_missing_and_foreign_tensors_are_named(place: Path, tmp_path: Path) -> N
     run = config(place)
     trainer = Trainer(run)
     trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
-    state = trainer.state_tensors()
+    state = state_of(trainer)
 
     def loaded(state: dict[str, torch.Tensor], without: list[str]) -> None:
         Trainer(run).load_state_tensors(stored(state, tmp_path), without)

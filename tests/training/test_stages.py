@@ -46,7 +46,7 @@ def test_stages_one_after_the_other_are_the_whole(config: ModelConfig, cuts: tup
     expected, gradients = whole(config, recompute)
     ends = [0, *cuts, config.num_hidden_layers]
     parts = [Stage(range(a, b), i == 0, i == len(cuts)) for i, (a, b) in enumerate(pairwise(ends))]
-    stages = [Transformer(config, stage=part).init_weights(5) for part in parts]
+    stages = [Transformer(config, stages=[part]).init_weights(5) for part in parts]
     found: list[Losses] = []
     handed = []  # what each stage but the first received
     for stage in stages:
@@ -68,10 +68,40 @@ def test_stages_one_after_the_other_are_the_whole(config: ModelConfig, cuts: tup
     assert [r.layer for f in found for r in f.routes] == [r.layer for r in expected.routes] == [1, 2, 3, 4, 5]
 
 
+def test_one_module_runs_the_first_and_the_last_stage(config: ModelConfig) -> None:
+    """The V layout: one rank holds both ends and so one embedding, whose gradient is the whole network's."""
+    expected, gradients = whole(config)
+    outer = Transformer(config, stages=[Stage(range(1), True, False), Stage(range(3, 4), False, True)]).init_weights(5)
+    inner = Transformer(config, stages=[Stage(range(1, 2), False, False), Stage(range(2, 3), False, False)])
+    inner.init_weights(5)
+    route = [(outer, 0), (inner, 0), (inner, 1), (outer, 1)]
+    found: list[Losses] = []
+    handed: list[torch.Tensor | None] = [None]
+    for model, stage in route:
+        found.append(losses(model, TOKENS, handed[-1], stage=stage, **LOSS))
+        if found[-1].hidden is not None:
+            handed.append(found[-1].hidden.detach().requires_grad_())
+    for place in reversed(range(4)):
+        found[place].backward(0.5, handed[place + 1].grad if place < 3 else None)
+    got = {name: p.grad for model in (outer, inner) for name, p in model.named_parameters()}
+    assert got.keys() == gradients.keys()
+    assert torch.equal(found[-1].main, expected.main) and torch.equal(found[-1].mtp, expected.mtp)
+    assert not [name for name, gradient in gradients.items() if not torch.allclose(got[name], gradient, atol=1e-6)]
+
+
+def test_a_part_of_the_experts_is_drawn_as_the_whole_would_be(config: ModelConfig) -> None:
+    state = Transformer(config).init_weights(5).state_dict()
+    part = Transformer(config, experts=range(2, 5)).init_weights(5).state_dict()
+    assert part.keys() == state.keys()
+    for name, value in part.items():
+        expected = state[name][2:5] if ".experts." in name else state[name]
+        assert torch.equal(value, expected), name
+
+
 def test_a_stage_holds_what_it_says(config: ModelConfig) -> None:
     """Names and values are the whole network's; a middle stage has neither end, and gives its hidden state."""
     state = Transformer(config).init_weights(5).state_dict()
-    middle = Transformer(config, stage=Stage(range(1, 3), False, False)).init_weights(5)
+    middle = Transformer(config, stages=[Stage(range(1, 3), False, False)]).init_weights(5)
     names = [name for name in state if name.startswith(("layers.1.", "layers.2."))]
     assert sorted(middle.state_dict()) == sorted(names)
     assert all(torch.equal(middle.state_dict()[name], state[name]) for name in names)
@@ -82,11 +112,11 @@ def test_a_stage_holds_what_it_says(config: ModelConfig) -> None:
 
 def test_the_balance_loss_reaches_a_stage_without_a_head() -> None:
     """Its gradients come from the stage's own losses, whatever the next stage sends."""
-    first = Transformer(MODEL, stage=Stage(range(3), True, False)).init_weights(5)
+    first = Transformer(MODEL, stages=[Stage(range(3), True, False)]).init_weights(5)
     found = losses(first, TOKENS, sequence_alpha=0.5)
     found.backward(0.5, torch.zeros_like(found.hidden))
     assert all(first.layers[i].mlp.gate.weight.grad.abs().max() > 0 for i in (1, 2))
-    quiet = Transformer(MODEL, stage=Stage(range(3), True, False)).init_weights(5)
+    quiet = Transformer(MODEL, stages=[Stage(range(3), True, False)]).init_weights(5)
     found = losses(quiet, TOKENS)
     found.backward(0.5, torch.zeros_like(found.hidden))
     assert all(quiet.layers[i].mlp.gate.weight.grad.abs().max() == 0 for i in (1, 2))

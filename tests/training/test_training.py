@@ -18,7 +18,7 @@ from leanseek.training import RunConfig, Trainer
 from leanseek.training.balance import add_counts, update_biases
 from leanseek.training.config import BalanceConfig, MTPConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from leanseek.training.objective import losses
-from leanseek.training.reduction import Reduction
+from leanseek.training.part import Norms, Part, Slice
 from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
 
 MODEL = ModelConfig(
@@ -35,6 +35,10 @@ RUN = RunConfig(
     schedule=ScheduleConfig(warmup_steps=0),
     balance=BalanceConfig(bias_update_speed=0.01),
 )
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {piece.name: piece.tensor for piece in trainer.state()}
 
 
 def tokens(batch: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:
@@ -116,13 +120,13 @@ def test_counts_are_summed_over_ranks_before_the_bias_moves() -> None:
     """The global batch decides: a rank that saw another load moves the same bias as the rest."""
     seen: list[torch.Tensor] = []
 
-    class OtherRank(Reduction):
-        def __call__(self, gradients: dict, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    class OtherRank(Part):
+        def reduce(self, slices: dict[str, Slice], sums: torch.Tensor, counts: torch.Tensor) -> Norms:
             seen.append(counts.clone())
             counts[:, 0] += 1000
-            return super().__call__(gradients, losses, counts)
+            return super().reduce(slices, sums, counts)
 
-    trainer = Trainer(but(train={"micro_batch_size": 1}), reduction=OtherRank())
+    trainer = Trainer(but(train={"micro_batch_size": 1}), part=OtherRank())
     result = trainer.step(tokens(), 0)
     assert [(c.dtype, c.shape) for c in seen] == [(torch.int64, (3, 8))]  # once a step; 2 layers and MTP's
     assert all(int(c[0]) >= 1000 for c in result.counts.values())
@@ -207,7 +211,7 @@ def test_bf16_moments_follow_float32_moments() -> None:
     for step in range(5):
         exact.step(tokens(seed=step), step)
         rough.step(tokens(seed=step), step)
-    assert {t.dtype for n, t in rough.state_tensors().items() if n.startswith("exp_avg")} == {torch.bfloat16}
+    assert {t.dtype for n, t in state_of(rough).items() if n.startswith("exp_avg")} == {torch.bfloat16}
     for (name, a), b in zip(exact.model.named_parameters(), rough.model.parameters(), strict=True):
         assert (a - b).abs().max() < 6e-3, name
 
@@ -224,14 +228,14 @@ def test_decay_spares_norms_and_the_embedding() -> None:
 def test_a_nonfinite_gradient_changes_nothing_and_is_named() -> None:
     trainer = Trainer(RUN)
     trainer.step(tokens(), 0)
-    before = {n: t.clone() for n, t in (trainer.model.state_dict() | trainer.state_tensors()).items()}
+    before = {n: t.clone() for n, t in (trainer.model.state_dict() | state_of(trainer)).items()}
     weight = trainer.model.layers[1].self_attn.o_proj.weight
     hook = weight.register_hook(lambda g: g * math.nan)
     result = trainer.step(tokens(seed=1), 1)
     hook.remove()
     assert not result.applied
     assert result.culprit == "gradient of layers.1.self_attn.o_proj.weight"
-    after = trainer.model.state_dict() | trainer.state_tensors()
+    after = trainer.model.state_dict() | state_of(trainer)
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert trainer.step(tokens(seed=1), 1).applied
 

@@ -1,0 +1,137 @@
+"""What of a run this process does: everything, unless `distributed` gives it a rank's part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from leanseek.checkpoint.ranks import Ranks
+from leanseek.config import ModelConfig
+from leanseek.model import Transformer
+from leanseek.training.balance import add_counts
+from leanseek.training.objective import Losses
+
+
+class MicroBatch(NamedTuple):
+    tokens: Tensor  # [b, T + lookahead] int64
+    share: float  # of the step's sequences; 0: others have one more micro-batch, and this one only keeps pace
+
+
+class Slice(NamedTuple):
+    """What a rank updates of a parameter: a contiguous range of its elements."""
+
+    parameter: nn.Parameter  # the range; the optimizer reads its .grad
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int = 0  # the range's first element in the flattened whole
+
+
+class Norms(NamedTuple):
+    """The norm of each parameter's gradient over all its elements, wherever they are."""
+
+    names: list[str]  # of the whole network
+    values: Tensor  # [names] float64
+
+    @property
+    def total(self) -> Tensor:
+        """The norm of all gradients. Summed in float64 in the network's order: the layout does not decide it."""
+        return self.values.square().sum().sqrt()
+
+    @property
+    def largest(self) -> str:
+        return self.names[int(self.values.argmax())]
+
+
+class Forward(Protocol):
+    def __call__(self, tokens: Tensor, hidden: Tensor | None = None, stage: int = 0) -> Losses: ...
+
+
+class Part(Ranks):
+    """One process: the whole network, the whole batch. A rank's part is a subclass, and all ranks call its methods in
+    the same order: what follows from them is the same on all."""
+
+    replicas = 1  # ranks, or groups of them, with sequences of their own
+
+    # ---- what it holds ----
+
+    def model(self, config: ModelConfig) -> Transformer:
+        """The part's stages and experts, uninitialised."""
+        return Transformer(config)
+
+    def attach(self, model: Transformer) -> None:
+        """Called once the modules are those that train (FP8 replaces some): exchanges and shards come in here."""
+
+    def slices(self, model: Transformer) -> dict[str, Slice]:
+        """What this rank updates, by the parameter's name, in the network's order."""
+        return {name: Slice(p, tuple(p.shape)) for name, p in model.named_parameters()}
+
+    def writes_weight(self, name: str) -> bool:
+        """Whether this rank writes what it holds of a weight into a checkpoint: one of those that hold the same."""
+        return True
+
+    def writes_slice(self, name: str) -> bool:
+        """The same of the moments and the average of what it updates of a parameter."""
+        return True
+
+    # ---- what it does in a step ----
+
+    def share(self, sequences: int) -> range:
+        """Which of a batch's sequences are this part's."""
+        return range(sequences)
+
+    def micro_batches(self, tokens: Tensor, size: int, sequences: int) -> list[MicroBatch]:
+        """This part's tokens [b, T + lookahead] of a step of `sequences`, `size` at a time (0: all)."""
+        return [MicroBatch(part, part.shape[0] / sequences) for part in tokens.split(size or tokens.shape[0])]
+
+    def accumulate(
+        self, model: Transformer, batches: Sequence[MicroBatch], forward: Forward
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Forward and backward of every micro-batch; gradients add up in `.grad`.
+
+        Returns the losses [3] float32 (main, MTP and balance, weighted by the shares) and the tokens of each expert [E]
+        int64 by layer: this part's, of the stages and sequences that it has.
+        """
+        sums, counts = torch.zeros(3, device=batches[0].tokens.device), dict[int, Tensor]()
+        for tokens, share in batches:
+            found = forward(tokens)
+            found.backward(share)
+            sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
+            if share:
+                add_counts(counts, found.routes)
+        return sums, counts
+
+    def evaluate(self, model: Transformer, tokens: Tensor, forward: Forward) -> Tensor:
+        """Losses [2] float32, main and MTP, of tokens [b, T + lookahead] without a gradient; the same on all stages."""
+        found = forward(tokens)
+        return torch.stack((found.main, found.mtp))
+
+    # ---- where ranks meet ----
+
+    def reduce(self, slices: Mapping[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
+        """Turn the parts of a step into the whole step's, in place: the gradients of `slices`, the losses [3] float32
+        and the counts [layers, E] int64. A loss or gradient that is not finite on one rank makes the norms of all ranks
+        not finite, so that all clip, skip and move the biases alike."""
+        return Norms(list(slices), gradient_norms([s.parameter.grad for s in slices.values()]))
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the ranks with other sequences."""
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return flag
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files and speaks to its user."""
+        return self.rank == 0
+
+
+def gradient_norms(gradients: list[Tensor | None]) -> Tensor:
+    """The norm of each, 0 where there is none: [n] float64, so that a sum of squares does not depend on its order."""
+    found = [g for g in gradients if g is not None]
+    norms = iter(torch._foreach_norm(found)) if found else iter(())
+    zero = torch.zeros((), device=found[0].device if found else None)
+    return torch.stack([zero if g is None else next(norms) for g in gradients]).double() if gradients else zero[None]
