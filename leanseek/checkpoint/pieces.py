@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from leanseek.checkpoint.files import CheckpointError, Stored
-from leanseek.model import Transformer
-from leanseek.model.moe import Experts
 from leanseek.reading import shorten
 
 
@@ -51,18 +49,6 @@ class Spread(NamedTuple):
             if first < last:
                 stored.flat(first - at, last - at).copy_to(flat[first - start : last - start])
         return out
-
-
-def held(model: Transformer) -> list[Piece]:
-    """All weights that `model` holds, of its stages and experts, as ranges of the whole network's."""
-    experts = {id(p): m.numbers for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-    found = []
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        shape, start = tuple(tensor.shape), 0
-        if (numbers := experts.get(id(tensor))) is not None:
-            shape, start = (model.config.n_routed_experts, *shape[1:]), numbers.start * tensor[0].numel()
-        found.append(Piece(name, shape, start, tensor.detach()))
-    return found
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> list[Piece]:

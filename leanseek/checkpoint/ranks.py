@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from leanseek.errors import InputError, RunError
 
@@ -17,18 +15,14 @@ class Ranks:
     rank, ranks = 0, 1
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks; a small object of JSON's types."""
+        """Every rank's value, in the order of the ranks: plain data, or a tensor on the CPU."""
         return [value]
-
-    def join(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Every rank's `values` [sizes[rank]] end to end, on the CPU; all of one dtype."""
-        return values.cpu()
 
 
 class Outcome(NamedTuple):
     """What a rank's work came to."""
 
-    value: Any = None  # of JSON's types
+    value: Any = None
     error: Exception | None = None
 
 

@@ -172,12 +172,9 @@ def weights_to_write(pieces: Sequence[Piece], plan: Plan, ranks: Ranks, copy: Co
 
 def _joined(cuts: list[Cut], start: int, flat: Tensor, ranks: Ranks) -> Tensor:
     """A tensor of which several ranks hold parts; ours begin at value `start` of the whole."""
-    sizes, places = [0] * ranks.ranks, {}
-    for rank, first, length in cuts:
-        sizes[rank], places[rank] = length, first
-    first = places.get(ranks.rank, start)
-    parts = ranks.join(flat[first - start :][: sizes[ranks.rank]], sizes).split(sizes)
-    return torch.cat([parts[rank] for rank in sorted(places, key=places.__getitem__)])
+    own = next((cut for cut in cuts if cut.rank == ranks.rank), None)
+    found = ranks.gather(own and flat[own.start - start :][: own.length].cpu())
+    return torch.cat([found[cut.rank] for cut in cuts])  # in the order of their values
 
 
 def state_to_write(pieces: Sequence[Piece], copy: Copy) -> tuple[list[Lazy], dict[str, dict[str, Any]]]:

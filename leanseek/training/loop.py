@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ import torch
 from leanseek import planning
 from leanseek.checkpoint import CheckpointError
 from leanseek.checkpoint.hf import load_pieces
-from leanseek.checkpoint.pieces import held
 from leanseek.checkpoint.training import (
     STATE,
     Resumed,
@@ -142,10 +140,10 @@ def _train(
         start = _resume(run, folder, data, part) if resume else _begin(run, folder, part)
         if prepare is not None:
             prepare(start.trainer.model)
-        rows = Metrics(folder, run.train.steps, start.step) if part.writes else Silent()
         keep = run.checkpoint.keep_last, run.checkpoint.keep_every
-        with rows as metrics, Writer(folder, *keep, part) as writer:
-            loop = _Loop(run, start, data, held_out, metrics, writer)
+        output = Metrics(folder, run.train.steps, start.step) if part.writes else Silent()
+        with output as metrics, Writer(folder, *keep, part) as writer:
+            loop = _Loop(run, folder, start, data, held_out, metrics, writer)
             for step in range(start.step, run.train.steps):
                 loop.step(step)
                 if part.any(signals.received):
@@ -225,7 +223,7 @@ def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
 
 def _restored(run: RunConfig, found: Resumed, part: Part) -> Trainer:
     model = part.model(run.model)
-    load_pieces(found.folder, held(model))
+    load_pieces(found.folder, part.pieces(model))
     trainer = Trainer(run, model, part)
     trainer.load_state_tensors(found.tensors, found.state.get("without_moments"))
     if "guard" in found.state:  # older checkpoints have no guard
@@ -275,6 +273,7 @@ class _Loop:
     def __init__(
         self,
         run: RunConfig,
+        folder: Path,
         start: _Start,
         data: TokenDataset,
         held_out: TokenDataset,
@@ -295,7 +294,7 @@ class _Loop:
         metrics.event(
             start.step,
             what,
-            f"{writer.run} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
+            f"{folder} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
             f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
             f"{_held_out(held_out, run)}",
         )
@@ -346,13 +345,13 @@ class _Loop:
             "tokens": self.position.tokens,
             "data": size(self.data),
             "config": self.run.to_toml(),
-            "without_moments": list(dict.fromkeys(chain(*self.part.gather(self.trainer.without_moments())))),
+            "without_moments": self.trainer.without_moments(),
             "skipped": self.skipped,
             "guard": self.trainer.guard.state(),
         }
-        weights = [piece for piece in held(self.trainer.model) if self.part.writes_weight(piece.name)]
+        weights, moments = self.trainer.pieces()
         self.metrics.sync()  # rows must be on disk before the checkpoint
-        self.writer.save(step, self.run.model, weights, self.trainer.state(), state, self.data.folder)
+        self.writer.save(step, self.run.model, weights, moments, state, self.data.folder)
         self.saved = step
 
     def _probe(self) -> None:

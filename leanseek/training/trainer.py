@@ -22,10 +22,8 @@ from leanseek.training.diagnose import find_nonfinite
 from leanseek.training.guard import SpikeGuard
 from leanseek.training.objective import Losses, losses
 from leanseek.training.optimizer import EMA, build_optimizer
-from leanseek.training.part import MicroBatch, Part, Slice
+from leanseek.training.part import MicroBatch, Part
 from leanseek.training.schedules import bias_update_speed, learning_rate, mtp_weight
-
-KINDS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 class StepResult(NamedTuple):
@@ -88,8 +86,9 @@ class Trainer:
             culprit, statistics = find_nonfinite(self.model, self.part, lambda: self._accumulate(batches, step))
             reason = f"{culprit} is not finite ({statistics})"
         elif spike := self.guard.spike(loss):
-            culprit = f"gradient of {norms.largest}"
-            reason = f"{spike}; the largest gradient is the {culprit}, norm {float(norms.values.max()):.4g}"
+            name, largest = norms.largest
+            culprit = f"gradient of {name}"
+            reason = f"{spike}; the largest gradient is the {culprit}, of norm {largest:.4g}"
         else:
             scale = run.optimizer.clip / (grad_norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
             gradients = [g for s in self.slices.values() if (g := s.parameter.grad) is not None]
@@ -98,6 +97,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.part.stepped()
             update_biases(self.model, dict(zip(self.layers, counts, strict=True)), bias_update_speed(run, step))
             if self.ema:
                 self.ema.update()
@@ -148,27 +148,34 @@ class Trainer:
 
     # ---- state besides the model's own weights, by name ----
 
-    def state(self) -> list[Piece]:
-        """What this rank writes of moments, step counts and EMA, named `exp_avg.NAME` and so on; not copies."""
-        found = []
-        for name, (parameter, shape, start) in self.slices.items():
-            if not self.part.writes_slice(name):
-                continue
-            kinds = dict(self.optimizer.state[parameter])
-            if self.ema:
-                kinds["ema"] = self.ema.weights[name]
-            step = kinds.pop("step", None)
-            if step is not None and start == 0:  # one count for the whole parameter
-                found.append(Piece(f"step.{name}", (), 0, step))
-            found += [Piece(f"{kind}.{name}", shape, start, tensor) for kind, tensor in kinds.items()]
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments, step counts and EMA of the slices, named `exp_avg.NAME` and so on; references, not copies."""
+        state = self.optimizer.state
+        found = {f"{kind}.{n}": t for n, s in self.slices.items() for kind, t in state[s.parameter].items()}
+        if self.ema:
+            found |= {f"ema.{name}": value for name, value in self.ema.weights.items()}
         return found
 
+    def pieces(self) -> tuple[list[Piece], list[Piece]]:
+        """What this rank writes into a checkpoint: of the network's state dict, and of the state beside it."""
+        weights = [piece for piece in self.part.pieces(self.model) if self.part.keeps(piece.name)]
+        state = []
+        for full, tensor in self.state_tensors().items():
+            kind, _, name = full.partition(".")
+            _, shape, start, first = self.slices[name]
+            if kind == "step" and first and start == 0:
+                state.append(Piece(full, (), 0, tensor))
+            elif kind != "step" and first:
+                state.append(Piece(full, shape, start, tensor))
+        return weights, state
+
     def without_moments(self) -> list[str]:
-        """Parameters that no step has moved: nothing differentiated them."""
-        return [name for name, s in self.slices.items() if not self.optimizer.state[s.parameter]]
+        """Parameters of the network that no step has moved: nothing differentiated them."""
+        moved = self.part.gather([name for name, s in self.slices.items() if self.optimizer.state[s.parameter]])
+        return sorted(set(self.part.names(self.model)) - set().union(*moved))
 
     def load_state_tensors(self, stored: Mapping[str, Spread], without: Collection[str] | None = None) -> None:
-        """The inverse of `state`, of this rank's slices. A moment stored in another dtype is converted.
+        """The inverse of `state_tensors`. A moment stored in another dtype is converted.
 
         `without` names the parameters that have no moments; None where that was not stored. An average of the weights
         begins anew where none was kept, and goes where none is wanted.
@@ -179,32 +186,23 @@ class Trainer:
         left = {name: found for name, found in stored.items() if self.ema or not name.startswith("ema.")}
         moments = torch.bfloat16 if self.run.moments == "bfloat16" else torch.float32
         averaged = any(name.startswith("ema.") for name in left)
-        for name, one in self.slices.items():
-            own = {kind: f"{kind}.{name}" for kind in KINDS}
-            if left.keys() & own.values() or (without is not None and name not in without):
+        kept = {name for name in left if name.startswith(("step.", "exp_avg.", "exp_avg_sq."))}
+        for name, (parameter, shape, start, _) in self.slices.items():
+            own = {kind: f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq")}
+            if kept.intersection(own.values()) or (without is not None and name not in without):
                 step = _taken(left, own["step"], ()).read()
                 if not (bool(step.isfinite()) and step >= 0):
                     raise CheckpointError(f"the checkpoint's {own['step']} is {step.item()}, not a number of steps")
-                self.optimizer.state[one.parameter] = {"step": step.to(self.device)} | {
-                    kind: self._read(left, own[kind], one, moments) for kind in KINDS[1:]
+                self.optimizer.state[parameter] = {"step": step.to(self.device)} | {
+                    kind: _read(_taken(left, own[kind], shape), parameter, start).to(self.device, moments)
+                    for kind in ("exp_avg", "exp_avg_sq")
                 }
             if self.ema and averaged:
-                self.ema.weights[name] = self._read(left, f"ema.{name}", one, torch.float32)
-        everywhere = {name for name, _ in Transformer(self.run.model, device="meta").named_parameters()}
-        foreign = sorted(name for name in left if not _belongs(name, everywhere))
-        if foreign:
-            raise CheckpointError(f"the checkpoint's {foreign[0]} belongs to no parameter{_and_more(len(foreign))}")
-
-    def _read(self, left: dict[str, Spread], name: str, one: Slice, dtype: torch.dtype) -> Tensor:
-        size = one.parameter.numel()
-        found = _taken(left, name, one.shape).read(one.start, one.start + size)
-        return found.view(one.parameter.shape).to(self.device, dtype)
-
-
-def _belongs(name: str, parameters: Collection[str]) -> bool:
-    """Whether it is the state of a parameter of the network, here or on another rank."""
-    kind, _, parameter = name.partition(".")
-    return kind in (*KINDS, "ema") and parameter in parameters
+                average = _read(_taken(left, f"ema.{name}", shape), parameter, start)
+                self.ema.weights[name] = average.to(self.device, torch.float32)
+        known = set(self.part.names(self.model)) - self.slices.keys()  # of other ranks
+        if foreign := [name for name in left if name.partition(".")[2] not in known]:
+            raise CheckpointError(f"the checkpoint's {min(foreign)} belongs to no parameter{_and_more(len(foreign))}")
 
 
 def _taken(left: dict[str, Spread], name: str, shape: tuple[int, ...]) -> Spread:
@@ -218,6 +216,11 @@ def _taken(left: dict[str, Spread], name: str, shape: tuple[int, ...]) -> Spread
         kind = str(found.dtype).removeprefix("torch.")
         raise CheckpointError(f"the checkpoint's {name} is {kind}, not float32 or bfloat16")
     return found
+
+
+def _read(stored: Spread, parameter: Tensor, start: int) -> Tensor:
+    """The values of a slice, in its shape."""
+    return stored.read(start, start + parameter.numel()).view(parameter.shape)
 
 
 def _and_more(count: int) -> str:

@@ -654,10 +654,6 @@ def test_shards_of_another_tokenizer_are_refused_and_other_text_is_said_aloud(
 # ---- a state of another shape ----
 
 
-def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {piece.name: piece.tensor for piece in trainer.state()}
-
-
 def stored(state: dict[str, torch.Tensor], folder: Path) -> dict[str, Spread]:
     save_file({name: t.contiguous() for name, t in state.items()}, folder / "state.safetensors")
     return open_state(folder)
@@ -687,7 +683,7 @@ def test_a_state_that_does_not_fit_is_named_before_anything_is_written(place: Pa
     run = config(place)
     trainer = Trainer(run)
     trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
-    state = {name: t.clone() for name, t in state_of(trainer).items()}
+    state = {name: t.clone() for name, t in trainer.state_tensors().items()}
     Trainer(run).load_state_tensors(stored(state, tmp_path), [])
     name = spoil(state, how)
     with pytest.raises(ValueError, match=rf"the checkpoint's {name} (has shape|is int64|is missing)"):
@@ -698,7 +694,7 @@ def test_missing_and_foreign_tensors_are_named(place: Path, tmp_path: Path) -> N
     run = config(place)
     trainer = Trainer(run)
     trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
-    state = state_of(trainer)
+    state = trainer.state_tensors()
 
     def loaded(state: dict[str, torch.Tensor], without: list[str]) -> None:
         Trainer(run).load_state_tensors(stored(state, tmp_path), without)

@@ -37,10 +37,6 @@ RUN = RunConfig(
 )
 
 
-def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {piece.name: piece.tensor for piece in trainer.state()}
-
-
 def tokens(batch: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 67, (batch, length + 2), generator=torch.Generator().manual_seed(seed))
 
@@ -211,7 +207,7 @@ def test_bf16_moments_follow_float32_moments() -> None:
     for step in range(5):
         exact.step(tokens(seed=step), step)
         rough.step(tokens(seed=step), step)
-    assert {t.dtype for n, t in state_of(rough).items() if n.startswith("exp_avg")} == {torch.bfloat16}
+    assert {t.dtype for n, t in rough.state_tensors().items() if n.startswith("exp_avg")} == {torch.bfloat16}
     for (name, a), b in zip(exact.model.named_parameters(), rough.model.parameters(), strict=True):
         assert (a - b).abs().max() < 6e-3, name
 
@@ -228,14 +224,14 @@ def test_decay_spares_norms_and_the_embedding() -> None:
 def test_a_nonfinite_gradient_changes_nothing_and_is_named() -> None:
     trainer = Trainer(RUN)
     trainer.step(tokens(), 0)
-    before = {n: t.clone() for n, t in (trainer.model.state_dict() | state_of(trainer)).items()}
+    before = {n: t.clone() for n, t in (trainer.model.state_dict() | trainer.state_tensors()).items()}
     weight = trainer.model.layers[1].self_attn.o_proj.weight
     hook = weight.register_hook(lambda g: g * math.nan)
     result = trainer.step(tokens(seed=1), 1)
     hook.remove()
     assert not result.applied
     assert result.culprit == "gradient of layers.1.self_attn.o_proj.weight"
-    after = trainer.model.state_dict() | state_of(trainer)
+    after = trainer.model.state_dict() | trainer.state_tensors()
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert trainer.step(tokens(seed=1), 1).applied
 
