@@ -111,7 +111,8 @@ class Writer:
                 files[name] = write_file(self.partial / name, model)
             if self.ranks.rank in plan.state_writers:
                 name = _file("state", self.ranks.rank, plan.state_writers)
-                files[name] = write_file(self.partial / name, moments, {PIECES: json.dumps(ranges)})
+                about = {PIECES: json.dumps(ranges)} if ranges else None
+                files[name] = write_file(self.partial / name, moments, about)
             return files
 
         self.finish = functools.partial(self._finish, step, config, plan, values, tokenizer_from)
