@@ -42,6 +42,11 @@ class StepResult(NamedTuple):
     max_violation: dict[int, float]  # of each MoE layer
 
 
+def compute_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of activations: `train.dtype` with auto resolved."""
+    return preferred_dtype(device) if run.train.dtype == "auto" else getattr(torch, run.train.dtype)
+
+
 class Trainer:
     """Owns the model while it trains. Data, files and time are the loop's business.
 
@@ -54,7 +59,7 @@ class Trainer:
     def __init__(self, run: RunConfig, model: Transformer | None = None, part: Part | None = None):
         self.run, self.part = run, part or Part()
         self.device = default_device() if run.train.device == "auto" else _device(run.train.device)
-        self.dtype = preferred_dtype(self.device) if run.train.dtype == "auto" else getattr(torch, run.train.dtype)
+        self.dtype = compute_dtype(run, self.device)
         if model is None:
             model = self.part.model(run.model).init_weights(run.train.seed)
         self.model = model.to(self.device)
