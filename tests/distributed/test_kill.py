@@ -31,7 +31,7 @@ vocab_size = 300
 hidden_size = 32
 intermediate_size = 48
 moe_intermediate_size = 16
-num_hidden_layers = 2
+num_hidden_layers = 4
 num_attention_heads = 2
 q_lora_rank = 16
 kv_lora_rank = 16
@@ -48,9 +48,10 @@ initializer_range = 0.05
 [data]
 seq_len = 24
 [train]
-steps = 40
+steps = 24
 batch_size = 4
-eval_every = 20
+micro_batch_size = 1
+eval_every = 12
 eval_sequences = 8
 dtype = "float32"
 device = "cpu"
@@ -62,11 +63,16 @@ warmup_steps = 3
 [checkpoint]
 every = 5
 """
-LAYOUTS: dict[str, tuple[int, str]] = {
-    "one": (1, ""),
-    "dp2": (2, ""),
-    "zero2": (2, "parallel.zero=true"),
-    "zero3": (3, "parallel.zero=true"),
+LAYOUTS = {
+    "one": (1, []),
+    "dp2": (2, []),
+    "zero2": (2, ["parallel.zero=true"]),
+    "zero3": (3, ["parallel.zero=true"]),
+    "ep2": (2, ["parallel.ep=2"]),
+    "ep4zero": (4, ["parallel.ep=4", "parallel.zero=true"]),
+    "pp2": (2, ["parallel.pp=2", "parallel.schedule=1f1b"]),
+    "pp2v": (2, ["parallel.pp=2", "parallel.schedule=dualpipev"]),
+    "pp2ep2": (4, ["parallel.pp=2", "parallel.ep=2", "parallel.zero=true", "parallel.schedule=zb1p"]),
 }
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("without_report")]
 
@@ -95,7 +101,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(place: Path, folder: Path, layout: str, *flags: str) -> list[BaseProcess]:
     """The command on every rank, each a fork of this process; what rank 1 says is in folder/said-1."""
-    ranks, setting = LAYOUTS[layout]
+    ranks, settings = LAYOUTS[layout]
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -106,12 +112,12 @@ def start(place: Path, folder: Path, layout: str, *flags: str) -> list[BaseProce
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
         sys.stdout = sys.stderr = open(f"said-{rank}", "w", encoding="utf-8")  # noqa: SIM115
-        settings = [f"data.path={place / 'shards'}", *([str(setting)] if setting else [])]
-        sys.argv = ["leanseek", "train", str(place / "run.toml"), *settings, *flags]
+        data = f"data.path={place / 'shards'}"
+        sys.argv = ["leanseek", "train", str(place / "run.toml"), data, *settings, *flags]
         cli.main()
 
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(int(ranks))]
+    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
     for process in processes:
         process.start()
     return processes
@@ -162,14 +168,20 @@ def same_run(run: Path, whole: Path) -> None:
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("layouts", [("zero2", "one", "zero3"), ("one", "zero3", "dp2"), ("dp2", "zero2", "one")])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("pp2", "ep2", "one"),
+        pytest.param(("one", "ep4zero", "pp2v"), marks=pytest.mark.slow),
+        pytest.param(("pp2ep2", "dp2", "zero3"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_goes_on_in_other_layouts(layouts: tuple[str, ...], place: Path, whole: Path, tmp_path: Path) -> None:
     """And each layout's checkpoints are those of one process."""
     for number, layout in enumerate(layouts):
-        flags = ["train.steps=40", "checkpoint.every=5"] + ["--resume"] * (number > 0)
-        processes = start(place, tmp_path, layout, *flags)
+        processes = start(place, tmp_path, layout, *["--resume"] * (number > 0))
         if number < 2:
-            wait_for(processes, lambda at=6 + 12 * number: rows(tmp_path / "runs/run", at), tmp_path)
+            wait_for(processes, lambda at=6 + 9 * number: rows(tmp_path / "runs/run", at), tmp_path)
             os.kill(int(str(processes[-1].pid)), signal.SIGTERM)
             assert set(end(processes)) == {130}, said(tmp_path, len(processes))
         else:
@@ -184,14 +196,13 @@ def test_a_killed_rank_stops_all_and_the_run_goes_on_in_a_smaller_layout(
 ) -> None:
     """Killed while a checkpoint is written, and at any other instant; a rank that writes and one that does not."""
     rng, run = random.Random(seed), tmp_path / "runs/run"
-    layouts = ["zero3", "zero3", "zero2", "zero2", "one"]
+    layouts = [["zero3", "zero3", "zero2", "zero2", "one"], ["ep4zero", "ep4zero", "pp2", "pp2v", "ep2"]][seed % 2]
     for number, layout in enumerate(layouts):
         processes = start(place, tmp_path, layout, *["--resume"] * (number > 0))
         if number == len(layouts) - 1:
             assert set(end(processes)) == {0}, said(tmp_path, len(processes))
             break
-        before = len(losses(run)) if number else 0
-        at = before + rng.randrange(1, 9)
+        at = (len(losses(run)) if number else 0) + rng.randrange(1, 6)
         moment = (lambda: partial(run)) if number % 2 else (lambda at=at: rows(run, at))
         wait_for(processes, moment, tmp_path)
         time.sleep(rng.random() * 0.02)
