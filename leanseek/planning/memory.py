@@ -11,6 +11,7 @@ from leanseek.planning.layout import Chunk, Held, Layout, Recipe, held, split_la
 
 BF16, FLOAT32 = 2, 4
 CODES = 1 + 4 / 128  # bytes a value of a 1×128 tile: E4M3 and a float32 scale
+WIRE = 1 + 1 / 128  # between ranks a scale is the exponent alone (distributed/exchange.py)
 LOGITS = 2**27 * (BF16 + FLOAT32)  # of one piece of the head's loss on a GPU (ops/cross_entropy.py)
 RESERVE = 4 * GiB  # CUDA context, NCCL's channels, gaps of the allocator: a guess
 

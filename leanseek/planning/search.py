@@ -53,7 +53,9 @@ def layouts(config: ModelConfig, gpus: int, gpu: Gpu, recipe: Recipe, fixed: dic
                 continue
             for values in _choices(pp, dp, gpu):
                 layout = Layout(pp=pp, dp=dp, ep=ep, **values)
-                if all(getattr(layout, name) == value for name, value in fixed.items()) and _divides(layout, recipe):
+                if all(getattr(layout, name) == value for name, value in fixed.items()) and _divides(
+                    config, layout, recipe
+                ):
                     yield layout
 
 
@@ -70,12 +72,12 @@ def _choices(pp: int, dp: int, gpu: Gpu) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def _divides(layout: Layout, recipe: Recipe) -> bool:
+def _divides(config: ModelConfig, layout: Layout, recipe: Recipe) -> bool:
     """Whether the step is whole micro-batches, and enough of them for the schedule."""
     if recipe.batch_size % (layout.dp * layout.micro_batch_size):
         return False
     stages = layout.pp * (2 if layout.schedule == "dualpipev" else 1)
-    return layout.micro_batches(recipe) >= stages
+    return stages <= config.num_hidden_layers and layout.micro_batches(recipe) >= stages
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -109,8 +111,8 @@ def search(config: ModelConfig, gpus: int, gpu: Gpu, recipe: Recipe, fixed: dict
 def _indivisible(config: ModelConfig, gpus: int, recipe: Recipe, fixed: dict[str, Any]) -> str:
     given = ", ".join(f"{name} = {str(value).lower()}" for name, value in fixed.items())
     return (
-        f"no layout divides {gpus:,} GPUs{' with ' + given if given else ''}: pp must divide the GPUs and be at most "
-        f"the {config.num_hidden_layers} layers, ep divide dp = GPUs / pp and the {config.n_routed_experts} experts, "
+        f"no layout divides {gpus:,} GPUs{' with ' + given if given else ''}: pp must divide the GPUs, "
+        f"stages be at most the {config.num_hidden_layers} layers, ep divide dp = GPUs / pp and the {config.n_routed_experts} experts, "
         f"dp times train.micro_batch_size divide train.batch_size = {recipe.batch_size:,} into a micro-batch for each "
         "stage at least; fsdp needs pp = 1"
     )

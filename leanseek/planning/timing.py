@@ -11,7 +11,7 @@ from leanseek.config import ModelConfig
 from leanseek.planning import flops, hardware
 from leanseek.planning.hardware import Gpu
 from leanseek.planning.layout import Chunk, Layout, Recipe, held, split_layers
-from leanseek.planning.memory import BF16, CODES, FLOAT32, reach
+from leanseek.planning.memory import BF16, CODES, FLOAT32, WIRE, reach
 from leanseek.planning.schedules import Times
 
 
@@ -150,7 +150,7 @@ def exchange(config: ModelConfig, gpu: Gpu, ep: int, precision: str) -> float:
     """Seconds a token of one dispatch and one combine: the slower of the network, which a row crosses once a node,
     and NVLink, once a rank. FP8 goes out in codes; what comes back is BF16 (3.3.3)."""
     to = reach(config, ep, gpu.node)
-    sent = config.hidden_size * ((CODES if precision == "fp8" else BF16) + BF16)
+    sent = config.hidden_size * ((WIRE if precision == "fp8" else BF16) + BF16)
     return max(to.ranks * sent / gpu.nvlink, to.away * sent / (gpu.network * hardware.NETWORK))
 
 
