@@ -110,11 +110,11 @@ def search(config: ModelConfig, gpus: int, gpu: Gpu, recipe: Recipe, fixed: dict
 
 def _indivisible(config: ModelConfig, gpus: int, recipe: Recipe, fixed: dict[str, Any]) -> str:
     given = ", ".join(f"{name} = {str(value).lower()}" for name, value in fixed.items())
+    depth, experts = config.num_hidden_layers, config.n_routed_experts
     return (
-        f"no layout divides {gpus:,} GPUs{' with ' + given if given else ''}: pp must divide the GPUs, "
-        f"stages be at most the {config.num_hidden_layers} layers, ep divide dp = GPUs / pp and the {config.n_routed_experts} experts, "
-        f"dp times train.micro_batch_size divide train.batch_size = {recipe.batch_size:,} into a micro-batch for each "
-        "stage at least; fsdp needs pp = 1"
+        f"no layout divides {gpus:,} GPUs{' with ' * bool(given)}{given}: pp must divide the GPUs, the stages be at "
+        f"most the {depth} layers, ep divide dp = GPUs / pp and the {experts} experts, dp times train.micro_batch_size "
+        f"divide train.batch_size = {recipe.batch_size:,} into a micro-batch for each stage at least; fsdp needs pp = 1"
     )
 
 

@@ -168,6 +168,7 @@ class Step:
     slowed: float  # what compute loses to the multiprocessors that exchange beside it
     gradients: float  # reduced and weights gathered again, not hidden
     optimizer: float
+    hidden: float  # share of all ranks' exchanges that is
 
     @property
     def seconds(self) -> float:
@@ -185,8 +186,14 @@ def step_time(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> 
     reduced, optimizer = _update(config, layout, gpu, batches)
     if layout.fsdp:
         reduced = max(0.0, reduced * batches - slowest.compute)
-    waiting = max(step.bubble for step in ranks)
-    return dataclasses.replace(slowest, bubble=waiting, gradients=reduced, optimizer=optimizer)
+    moved, seen = sum(step.exchange for step in ranks), sum(step.exposed for step in ranks)
+    return dataclasses.replace(
+        slowest,
+        bubble=max(step.bubble for step in ranks),
+        gradients=reduced,
+        optimizer=optimizer,
+        hidden=max(0.0, 1 - seen / moved) if moved else 1.0,
+    )
 
 
 def stage_times(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> Times:
@@ -239,7 +246,7 @@ def _pipelined(works: list[Work], times: Times, rank: int, layout: Layout, batch
     compute = batches * (total.forward + total.backward)
     slowed = pairs * (total.forward + total.backward) / len(works) * (_slower(total, gpu) - 1)
     waiting = bubble_seconds(layout.schedule, ranks, times)
-    return Step(compute, waiting, 2 * batches * total.exchange, busy - compute - slowed, slowed, 0.0, 0.0)
+    return Step(compute, waiting, 2 * batches * total.exchange, busy - compute - slowed, slowed, 0.0, 0.0, 0.0)
 
 
 def _slower(work: Work, gpu: Gpu) -> float:
