@@ -19,10 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanseek.ops import Dispatched, expert_combine, expert_dispatch
+from leanseek.ops import Dispatched, expert_combine, expert_dispatch, quantize
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.operands import FP8, Kept
-from leanseek.ops.quantize import rows as quantize_rows
 
 
 class Peers:
@@ -180,7 +179,7 @@ def pack(x: Tensor, fp8: bool) -> Tensor:
     """x [N, D] as it travels: itself, or [N, D + ceil(D / 128)] bytes: codes, then the exponents of their scales."""
     if not fp8:
         return x
-    _, kept = quantize_rows(x.contiguous(), True)
+    _, kept = quantize.rows(x.contiguous(), True)
     exponents = (kept.scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
     return torch.cat((kept.codes.view(torch.uint8), exponents), dim=1)
 
@@ -190,7 +189,7 @@ def unpack(rows: Tensor, width: int, dtype: torch.dtype, fp8: bool) -> Tensor:
     if not fp8:
         return rows
     scales = (rows[:, width:].int() << 23).view(torch.float32)
-    return Kept(rows[:, :width].view(FP8), scales).wide().to(dtype)
+    return quantize.wide(Kept(rows[:, :width].view(FP8), scales), dtype)
 
 
 class Dispatching:

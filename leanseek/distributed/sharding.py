@@ -25,6 +25,7 @@ class Held(NamedTuple):
     parameter: nn.Parameter
     shape: tuple[int, ...]  # of the network's tensor, of which it is a range
     start: int  # the range's first element
+    first: bool  # as in Slice
 
 
 class Bucket:
@@ -40,7 +41,7 @@ class Bucket:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.share = -(-sum(self.sizes) // self.ranks)  # elements; the last rank's may end in padding
         self.flat: Tensor | None = None  # the weights, with `zero`
-        self.pieces: list[tuple[str, Slice]] = [(h.name, Slice(h.parameter, h.shape, h.start)) for h in held]
+        self.pieces: list[tuple[str, Slice]] = [(h.name, Slice(*h[1:])) for h in held]
         if zero:
             self.flat = held[0].parameter.detach().new_zeros(self.share * self.ranks)
             self.pieces = list(self._move(self.flat))
@@ -51,11 +52,11 @@ class Bucket:
     def _move(self, flat: Tensor) -> Iterator[tuple[str, Slice]]:
         """Make the parameters views of `flat`; what this rank's share holds of each."""
         begin, at = self.rank * self.share, 0
-        for (name, parameter, shape, start), size in zip(self.held, self.sizes, strict=True):
+        for (name, parameter, shape, start, first), size in zip(self.held, self.sizes, strict=True):
             parameter.data = flat[at : at + size].view(parameter.shape).copy_(parameter.detach())
             low, high = max(at, begin), min(at + size, begin + self.share)
             if low < high:
-                yield name, Slice(nn.Parameter(flat[low:high]), shape, start + low - at)
+                yield name, Slice(nn.Parameter(flat[low:high]), shape, start + low - at, first)
             at += size
 
     @torch.no_grad()
