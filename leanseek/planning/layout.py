@@ -38,6 +38,11 @@ class Layout:
     def gpus(self) -> int:
         return self.pp * self.dp
 
+    @property
+    def folded(self) -> bool:
+        """Whether each rank holds two stages, the pipeline's way down and up again."""
+        return self.schedule == "dualpipev" and self.pp > 1
+
     def micro_batches(self, recipe: Recipe) -> int:
         """Of each rank, in a step."""
         return recipe.batch_size // (self.dp * self.micro_batch_size)

@@ -240,7 +240,7 @@ def _pipelined(works: list[Work], times: Times, rank: int, layout: Layout, batch
     total, ranks = sum(works[1:], works[0]), layout.pp
     chunks = len(works) * batches
     pairs = 0
-    if layout.schedule == "dualpipev" and ranks > 1:  # planning/schedules.py, steps 4 and 5
+    if layout.folded:  # planning/schedules.py, steps 4 and 5
         pairs = 2 * (batches - 2 * ranks + rank + 1) + (ranks - rank - 1) - (rank == ranks - 1)
     busy = pairs * times.pair + (chunks - pairs) * (times.forward + times.backward)
     compute = batches * (total.forward + total.backward)
