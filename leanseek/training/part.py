@@ -64,8 +64,10 @@ class Part(Ranks):
         """The part's stages and experts, uninitialised."""
         return Transformer(config)
 
-    def attach(self, model: Transformer) -> None:
-        """Called once the modules are those that train (FP8 replaces some): exchanges and shards come in here."""
+    def attach(self, model: Transformer, device: torch.device) -> None:
+        """Called once the modules are those that train (FP8 replaces some): the model moves to the device, and
+        exchanges and shards come in here."""
+        model.to(device)
 
     def names(self, model: Transformer) -> list[str]:
         """The parameters of the whole network."""
