@@ -1,10 +1,12 @@
-"""leanseek doctor: what runs here, which path each op takes, and why."""
+"""leanseek doctor: what runs here, which path each op takes, and why; or what a group of processes can do."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +20,9 @@ LEGEND = """
 An entry holds for any number of rows unless it names one.
 avx...: native kernels; gpu: GPU kernels; torch: the references.
 -: never called this way   *: the faster path does not take these operands   +: widened to float32"""
+
+GLOO = """gloo sends by TCP and adds on CPUs: its figures show that the group works and who is slow, not what GPUs reach
+with NCCL. Its reduce_scatter is an all_reduce of which a part is kept."""
 
 
 def examine() -> dict[str, Any]:
@@ -75,15 +80,74 @@ def examine_weights(model: str, allow_links: bool) -> dict[str, Any]:
     return {"model": model, "tensors": len(stored), "nonfinite": Census().count(stored)}
 
 
+def examine_group(timeout: float) -> dict[str, Any] | None:
+    """What this process's group can do, measured; None on ranks other than the first.
+
+    Raises:
+        RunError: a rank does not come, or is lost; the line names it. One that hangs ends the process (`watch`).
+    """
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from leanseek.distributed import probes, watch
+    from leanseek.distributed.rendezvous import holder, hosts, meet
+
+    store = meet(timeout)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
+    with watch.watching(store, rank, ranks, timeout, holder()):
+        if device is not None:
+            torch.cuda.set_device(device)
+        with watch.phase("the start of the group"):
+            backend = "gloo" if device is None else "nccl"
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=4 * timeout)
+            )
+        found = probes.measure(device or torch.device("cpu"))
+        places = hosts(store, ranks)
+        with watch.phase("the end of the group"):
+            dist.barrier()
+        dist.destroy_process_group()
+    if rank:
+        return None
+    return {
+        "backend": backend,
+        "ranks": ranks,
+        "hosts": places,
+        "collectives": [figure._asdict() for figure in found.figures],
+        "product_seconds": found.products,
+        "link_seconds": found.links,
+        "slow": probes.slow(found),
+    }
+
+
 def doctor(
     model: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="a Hugging Face folder or a run, to look at its weights"),
     ] = None,
     allow_links: AllowLinks = False,
+    nproc: Annotated[int, typer.Option(min=1, help="processes on this machine, to measure their group")] = 1,
+    timeout: Annotated[float, typer.Option(min=1.0, help="seconds after which a rank of a group is missing")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """What this machine has, which path each op takes, and why; or which of a model's weights are NaN or infinity."""
+    """What this machine has, which path each op takes, and why; or which of a model's weights are NaN or infinity.
+
+    With --nproc, or under torchrun: latency and bandwidth of the group's collectives, and which rank is slow.
+    """
+    group = int(os.environ.get("WORLD_SIZE", "1")) > 1  # a launcher has started this process
+    if model is not None and (group or nproc > 1):
+        raise InputError("a model's weights are looked at by one process: leave out --nproc, or MODEL")
+    if nproc > 1 and not group:
+        from leanseek.distributed import launch
+
+        raise typer.Exit(launch(nproc, sys.argv[1:]))
+    if group:
+        if (found := examine_group(timeout)) is not None:
+            print(json.dumps(found) if as_json else group_text(found))
+        return
     if model is not None:
         weights = examine_weights(model, allow_links)
         if as_json:
@@ -120,6 +184,30 @@ def doctor(
     print(LEGEND)
     for what, why in found["why_not_faster"].items():
         print(f"no {what}: {why}")
+
+
+def group_text(found: dict[str, Any]) -> str:
+    """The group's figures as a table."""
+    rows = found["collectives"]
+    small, *sizes = sorted({row["size"] for row in rows})
+    machines = len(set(found["hosts"]))
+    lines = [
+        f"{found['ranks']} ranks on {machines} machine{'s' * (machines > 1)}, {found['backend']}",
+        f"{'':14}{_size(small):>12}" + "".join(f"{_size(size):>25}" for size in sizes),
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = {row["size"]: row for row in rows if row["name"] == name}
+        cells = (f"{own[size]['seconds'] * 1e3:12.3f} ms{own[size]['rate'] / 1e9:5.2f} GB/s" for size in sizes)
+        lines.append(f"{name:14}{own[small]['seconds'] * 1e3:9.3f} ms" + "".join(cells))
+    lines.append("by the size of a rank's largest buffer; GB/s: what a rank must send at least, over the time")
+    lines += found["slow"] or ["no rank is slow: products and links of all are within twice the median"]
+    if found["backend"] == "gloo":
+        lines.append(GLOO)
+    return "\n".join(lines)
+
+
+def _size(size: int) -> str:
+    return f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 2**10} KiB"
 
 
 def _cell(path: dict[str, Any], variant: str | None) -> str:

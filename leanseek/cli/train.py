@@ -23,6 +23,7 @@ def train(
         float | None, typer.Option(min=0.0, help="reduce the steps if this machine would take longer")
     ] = None,
     compare: Annotated[Path | None, typer.Option(help="another run to plot with this one in the report")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="processes on this machine (torchrun for several machines)")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
 ) -> None:
     """Train; writes runs/NAME/ with config.toml, metrics.jsonl, checkpoints/, tensorboard/ and report.html."""
@@ -34,10 +35,19 @@ def train(
     named = [] if name is None else [f"name={json.dumps(given_text(name, '--name'))}"]
     given = [given_text(override, shorten(override)) for override in overrides or []]
     settings = RunConfig.load(config, [*given, *named])
-    if minutes is not None:
-        settings, line = fit_steps(settings, minutes)
-        print(line, file=sys.stderr)
-    done = run(settings, resume=resume, compare=compare)
+    from leanseek.distributed import check_layout, join, launch, launched
+
+    if nproc > 1 and not launched():
+        check_layout(settings, nproc)
+        raise typer.Exit(launch(nproc, sys.argv[1:]))
+    with join(settings) as part:
+        if minutes is not None:
+            settings, line = fit_steps(settings, minutes, part)
+            if part.writes:
+                print(line, file=sys.stderr)
+        done = run(settings, resume=resume, compare=compare, part=part)
+    if not part.writes:
+        return
     if as_json:
         print(json.dumps(done._asdict() | {"folder": str(done.folder)}))
         return

@@ -175,7 +175,7 @@ def _swiglu(
 
 
 def combine(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
-    """For each token, sums the K rows of [M, D] that its K entries of `place` [tokens · K] name: [tokens, D]."""
+    """For each token, sums the rows of [M, D] that its K entries of `place` name (-1: none): [tokens, D]."""
     d = rows.shape[1]
     out = torch.empty(tokens, d, dtype=rows.dtype, device=rows.device)
     if tokens:
@@ -189,7 +189,7 @@ def _combine(rows, place, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(place + token * K + k)
-        total += tl.load(rows + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+        total += tl.load(rows + row * D + columns, mask=(columns < D) & (row >= 0), other=0.0).to(tl.float32)
     tl.store(out + token * D + columns, narrow(total, out.dtype.element_ty), mask=columns < D)
 
 

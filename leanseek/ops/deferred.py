@@ -66,8 +66,11 @@ def weight_gradients(weights: tuple[Tensor, ...], products: Products) -> tuple[T
 
 
 def _parameter(weight: Tensor) -> Tensor | None:
-    """The leaf that a saved tensor is, if it is one. Where hooks have packed it (recomputation does), it is another
-    object, which autograd ties to the node that collects the leaf's gradient."""
+    """The leaf that a saved tensor is, if it is one.
+
+    Where hooks have packed it (recomputation does), it is another object, which autograd ties to the node that collects
+    the leaf's gradient.
+    """
     if not weight.requires_grad:
         return None
     node: Any = torch.autograd.graph.get_gradient_edge(weight).node

@@ -29,7 +29,7 @@ class Dispatched(NamedTuple):
     ends: Tensor  # [E] int32, where each expert's rows end
     weights: Tensor  # [M] float32, each row's gate value
     token: Tensor | None = None  # [M] int64; None: row r is x[r]
-    place: Tensor | None = None  # [N·K] int64, the row of each (token, choice)
+    place: Tensor | None = None  # [N·K] int64, the row of each (token, choice); -1: it has none here
 
     def gathered(self) -> Dispatched:
         """The same rows with x [M, D]."""
@@ -48,9 +48,14 @@ def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: StoredWeight, 
     return expert_combine(expert_products(sent, gate_up, down), sent)
 
 
-def expert_dispatch(x: Tensor, indices: Tensor, weights: Tensor, n_experts: int) -> Dispatched:
-    """x [N, D], the experts of each token [N, K] and their gate values [N, K] -> rows in the order of the experts."""
+def expert_dispatch(x: Tensor, indices: Tensor, weights: Tensor, n_experts: int, rows: int | None = None) -> Dispatched:
+    """x [N, D], the experts of each token [N, K] and their gate values [N, K] -> rows in the order of the experts.
+
+    rows: how many of the choices have an expert here; the index of the others is `n_experts`. None: all of them.
+    """
     order, place, ends = route_order(indices, n_experts)
+    if rows is not None:
+        order, place = order[:rows], place.masked_fill(place >= rows, -1)
     return Dispatched(x, ends, weights.flatten().index_select(0, order), order // indices.shape[1], place)
 
 
@@ -76,8 +81,8 @@ def expert_combine(rows: Tensor, sent: Dispatched) -> Tensor:
 def route_order(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the N·K (token, choice) pairs by expert.
 
-    indices [N, K]. Returns order [N·K] (pair at each sorted place), place [N·K] (its inverse), and the int32 end
-    offsets [E] of each expert's pairs.
+    indices [N, K]; pairs of experts beyond the last come after all others. Returns order [N·K] (pair at each sorted
+    place), place [N·K] (its inverse), and the int32 end offsets [E] of each expert's pairs.
     """
     flat = indices.flatten()
     order = flat.argsort(stable=True)
@@ -89,8 +94,9 @@ def route_order(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor
 
 @op("combine_rows")
 def combine_rows(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
-    """The sum of each token's rows: rows [M, D], place [N·K] the rows of each token -> [N, D]."""
-    return rows.index_select(0, place).view(tokens, place.numel() // max(1, tokens), rows.shape[1]).sum(1)
+    """The sum of each token's rows: rows [M, D], place [N·K] the rows of each token, -1 for none -> [N, D]."""
+    rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))  # row -1
+    return rows[place].view(tokens, place.numel() // max(1, tokens), rows.shape[1]).sum(1)
 
 
 class _Gather(torch.autograd.Function):

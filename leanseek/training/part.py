@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from leanseek.checkpoint.pieces import Piece, pieces_of
+from leanseek.checkpoint.ranks import Ranks
 from leanseek.config import ModelConfig
 from leanseek.model import Transformer
 from leanseek.training.balance import add_counts
@@ -25,33 +27,35 @@ class Slice(NamedTuple):
     parameter: nn.Parameter  # the range; the optimizer reads its .grad
     shape: tuple[int, ...]  # of the whole tensor
     start: int = 0  # the range's first element in the flattened whole
+    first: bool = True  # of the ranks with this range, this one adds up its norm and writes its state
 
 
 class Norms(NamedTuple):
-    """The norm of each parameter's gradient over all its elements, wherever they are."""
+    """The size of each parameter's gradient over all its elements, wherever they are."""
 
     names: list[str]  # of the whole network
-    values: Tensor  # [names] float64
+    squares: Tensor  # [names] float64, sums of squares
 
     @property
     def total(self) -> Tensor:
         """The norm of all gradients. Summed in float64 in the network's order: the layout does not decide it."""
-        return self.values.square().sum().sqrt()
+        return self.squares.sum().sqrt()
 
     @property
-    def largest(self) -> str:
-        return self.names[int(self.values.argmax())]
+    def largest(self) -> tuple[str, float]:
+        """The parameter with the largest gradient, and its norm."""
+        square, place = self.squares.max(0)
+        return self.names[int(place)], float(square) ** 0.5
 
 
 class Forward(Protocol):
     def __call__(self, tokens: Tensor, hidden: Tensor | None = None, stage: int = 0) -> Losses: ...
 
 
-class Part:
+class Part(Ranks):
     """One process: the whole network, the whole batch. A rank's part is a subclass, and all ranks call its methods in
     the same order: what follows from them is the same on all."""
 
-    rank, ranks = 0, 1
     replicas = 1  # ranks, or groups of them, with sequences of their own
 
     # ---- what it holds ----
@@ -63,9 +67,24 @@ class Part:
     def attach(self, model: Transformer) -> None:
         """Called once the modules are those that train (FP8 replaces some): exchanges and shards come in here."""
 
+    def names(self, model: Transformer) -> list[str]:
+        """The parameters of the whole network."""
+        return [name for name, _ in model.named_parameters()]
+
     def slices(self, model: Transformer) -> dict[str, Slice]:
         """What this rank updates, by the parameter's name, in the network's order."""
         return {name: Slice(p, tuple(p.shape)) for name, p in model.named_parameters()}
+
+    def pieces(self, model: Transformer) -> list[Piece]:
+        """What this rank holds of the network's state dict."""
+        return pieces_of(model.state_dict())
+
+    def keeps(self, name: str) -> bool:
+        """Whether this rank writes its piece of that name into checkpoints: the first of those that hold it does."""
+        return True
+
+    def stepped(self) -> None:
+        """Called after the optimizer has moved the slices: the weights that others have moved come back."""
 
     # ---- what it does in a step ----
 
@@ -105,7 +124,7 @@ class Part:
         """Turn the parts of a step into the whole step's, in place: the gradients of `slices`, the losses [3] float32
         and the counts [layers, E] int64. A loss or gradient that is not finite on one rank makes the norms of all ranks
         not finite, so that all clip, skip and move the biases alike."""
-        return Norms(list(slices), gradient_norms([s.parameter.grad for s in slices.values()]))
+        return Norms(list(slices), squares([s.parameter.grad for s in slices.values()]))
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over the ranks with other sequences."""
@@ -115,19 +134,15 @@ class Part:
         """Whether it is so on any rank."""
         return flag
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks; a small object of JSON's types."""
-        return [value]
-
     @property
     def writes(self) -> bool:
         """Whether this process writes the run's files and speaks to its user."""
         return self.rank == 0
 
 
-def gradient_norms(gradients: list[Tensor | None]) -> Tensor:
-    """The norm of each, 0 where there is none: [n] float64, so that a sum of squares does not depend on its order."""
+def squares(gradients: list[Tensor | None]) -> Tensor:
+    """The sum of squares of each, 0 where there is none: [n] float64, in which the order of a sum hardly matters."""
     found = [g for g in gradients if g is not None]
     norms = iter(torch._foreach_norm(found)) if found else iter(())
     zero = torch.zeros((), device=found[0].device if found else None)
-    return torch.stack([zero if g is None else next(norms) for g in gradients]).double() if gradients else zero[None]
+    return torch.stack([zero, *(zero if g is None else next(norms) for g in gradients)])[1:].double().square()

@@ -46,13 +46,13 @@ class Ranks:
         for process, other in zip(self.processes, others, strict=True):
             process.start()
             other.close()
-        self.run(_here, (), timeout=120)
+        self.run((_here, (), {}), timeout=120)
 
-    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
-        """function(rank, *arguments) of each rank. What cannot run in time or raises is an AssertionError."""
-        call = pickle.dumps((function, arguments))
+    def run(self, call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], timeout: float) -> list[Any]:
+        """What a function, called with the rank, arguments and options, returns on each rank. What cannot run in time
+        or raises is an AssertionError."""
         for end in self.ends:
-            end.send_bytes(call)
+            end.send_bytes(pickle.dumps(call))
         found: dict[int, Any] = {}
         failed: dict[int, str] = {}
         deadline = time.monotonic() + timeout
@@ -110,9 +110,9 @@ def _serve(rank: int, n: int, folder: str, end: Connection) -> None:
         except EOFError:  # the test's process has gone
             return
         try:
-            function, arguments = pickle.loads(call)
+            function, arguments, options = pickle.loads(call)
             torch.manual_seed(0)
-            answer = True, function(rank, *arguments)
+            answer = True, function(rank, *arguments, **options)
         except BaseException:
             answer = False, traceback.format_exc()
         end.send_bytes(pickle.dumps(answer))
@@ -120,16 +120,16 @@ def _serve(rank: int, n: int, folder: str, end: Connection) -> None:
 
 @pytest.fixture(scope="module")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
-    """run_ranks(n, fn, *arguments, timeout=60): what fn(rank, *arguments) returned on each of n ranks.
+    """run_ranks(n, fn, *arguments, timeout=60, **options): what fn(rank, *arguments, **options) returned on each rank.
 
     fn is a function of the test module (it is sent by name); arguments and results are tensors and plain data.
     """
     groups: dict[int, Ranks] = {}
 
-    def run(n: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
+    def run(n: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60, **options: Any) -> list[Any]:
         if n not in groups or not all(process.is_alive() for process in groups[n].processes):
             groups[n] = Ranks(n, tmp_path_factory.mktemp("ranks"))
-        return groups[n].run(function, arguments, timeout)
+        return groups[n].run((function, arguments, options), timeout)
 
     yield run
     for group in groups.values():

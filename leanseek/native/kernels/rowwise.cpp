@@ -108,7 +108,7 @@ KERNEL swiglu_backward(int64_t dtype, const void* gate_, const void* up_, int64_
     });
 }
 
-// out [tokens, D]: the sum of rows [.., D] at the K places of each token, in their order.
+// out [tokens, D]: the sum of rows [.., D] at the K places of each token, in their order; -1 is no row.
 KERNEL combine_rows(int64_t dtype, const void* rows_, const int64_t* place, int64_t tokens, int64_t K, int64_t D, void* out_) {
     with_type(dtype, [&](auto* type) {
         using T = ELEMENT(type);
@@ -116,7 +116,10 @@ KERNEL combine_rows(int64_t dtype, const void* rows_, const int64_t* place, int6
         parallel_rows(tokens, K * D, [&](int64_t token) {
             lanes_of(D, [&](int64_t d, int lanes) {
                 vec sum = zero();
-                for (int64_t k = 0; k < K; k++) sum = sum + load(rows + place[token * K + k] * D + d, lanes);
+                for (int64_t k = 0; k < K; k++) {
+                    const int64_t row = place[token * K + k];
+                    if (row >= 0) sum = sum + load(rows + row * D + d, lanes);
+                }
                 store((T*)out_ + token * D + d, sum, lanes);
             });
         });

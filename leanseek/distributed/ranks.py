@@ -1,0 +1,183 @@
+"""A rank's part of a run: its stages, experts and sequences, and the one point of a step at which all ranks meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from leanseek.checkpoint.pieces import Piece
+from leanseek.config import ModelConfig
+from leanseek.distributed import experts
+from leanseek.distributed.mesh import Mesh, stages
+from leanseek.distributed.pipeline import Pipeline, Place
+from leanseek.distributed.sharding import Bucket, Held, buckets
+from leanseek.model import Transformer
+from leanseek.model.moe import Experts
+from leanseek.training.config import RunConfig
+from leanseek.training.part import Forward, MicroBatch, Norms, Part, Slice, squares
+from leanseek.training.trainer import compute_dtype
+
+
+class RankPart(Part):
+    """What of `run` this process does, at its place in `mesh`. `device`: "cpu" or "cuda", of the messages."""
+
+    def __init__(self, run: RunConfig, mesh: Mesh, device: str):
+        self.run, self.mesh, self.device = run, mesh, device
+        self.rank, self.ranks, self.replicas = mesh.rank, mesh.ranks, mesh.data.size
+        whole = Transformer(run.model, "meta")
+        self.order = {name: i for i, (name, _) in enumerate(whole.named_parameters())}
+        self.routed = _routed(whole).keys()
+        self.buckets: list[Bucket] = []
+        self.pipeline: Pipeline | None = None
+        self.objects = dist.new_group(backend="gloo")  # for what is no tensor
+
+    # ---- what it holds ----
+
+    def model(self, config: ModelConfig) -> Transformer:
+        share = config.n_routed_experts // self.mesh.experts.size
+        first = self.mesh.experts.rank * share
+        held = stages(config, self.run.parallel, self.mesh.pipeline.rank)
+        return Transformer(config, stages=held, experts=range(first, first + share))
+
+    def attach(self, model: Transformer) -> None:
+        rank, size, group = self.mesh.pipeline
+        if group is not None and self.mesh.backwards is not None:
+            c, device = self.run.model, next(model.parameters()).device
+            self.pipeline = Pipeline(
+                self.run.parallel.schedule,
+                Place(size, rank, (group, self.mesh.backwards)),
+                lookahead=c.lookahead,
+                width=c.hidden_size,
+                dtype=compute_dtype(self.run, device),
+                device=device,
+                copied=model.embed_tokens.weight if self.copied and rank in (0, size - 1) else None,
+                trace=self.run.parallel.trace,
+            )
+        if self.mesh.experts.size > 1:
+            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision != "bf16")
+
+    @property
+    def copied(self) -> bool:
+        """Whether the first stage and the last, on other ranks, both hold the embedding."""
+        c, p = self.run.model, self.run.parallel
+        reads = c.tie_word_embeddings or c.num_nextn_predict_layers > 0
+        return reads and p.pp > 1 and p.schedule != "dualpipev"
+
+    def names(self, model: Transformer) -> list[str]:
+        return list(self.order)
+
+    def pieces(self, model: Transformer) -> list[Piece]:
+        routed = _routed(model)
+        return [
+            Piece(name, *_place(self.run.model, tensor, routed.get(name)), tensor)
+            for name, tensor in model.state_dict().items()
+        ]
+
+    def keeps(self, name: str) -> bool:
+        own = (self.mesh.replicas if name in self.routed else self.mesh.data).rank == 0
+        return own and not self._a_copy(name)
+
+    def _a_copy(self, name: str) -> bool:
+        """Whether it is the last stage's embedding, which the first has too."""
+        return self.copied and name == "embed_tokens.weight" and self.mesh.pipeline.rank > 0
+
+    def slices(self, model: Transformer) -> dict[str, Slice]:
+        zero, routed, found = self.run.parallel.zero, _routed(model), dict[str, Slice]()
+        self.buckets = []
+        for axis, wanted in ((self.mesh.data, False), (self.mesh.replicas, True)):
+            held = [
+                Held(
+                    name,
+                    p,
+                    *_place(self.run.model, p, routed.get(name)),
+                    (zero or axis.rank == 0) and not self._a_copy(name),
+                )
+                for name, p in model.named_parameters()
+                if (name in routed) is wanted
+            ]
+            held = [h._replace(first=False) if self._a_copy(h.name) else h for h in held]
+            if axis.group is None:
+                found |= {h.name: Slice(*h[1:]) for h in held}
+            else:
+                self.buckets += buckets(held, axis.group, zero)
+        found |= dict(chain.from_iterable(bucket.pieces for bucket in self.buckets))
+        return {name: found[name] for name in self.order if name in found}
+
+    def stepped(self) -> None:
+        for bucket in self.buckets:
+            bucket.gather()
+
+    # ---- what it does in a step ----
+
+    def share(self, sequences: int) -> range:
+        rank, ranks, _ = self.mesh.data
+        return range(rank * sequences // ranks, (rank + 1) * sequences // ranks)
+
+    def micro_batches(self, tokens: Tensor, size: int, sequences: int) -> list[MicroBatch]:
+        """Every rank has as many: who has a sequence less than others goes along with one that does not count."""
+        most = -(-sequences // self.replicas)
+        own = super().micro_batches(tokens, size, sequences)
+        idle = MicroBatch(tokens[:1], 0.0)
+        return own + [idle] * (-(-most // (size or most)) - len(own))
+
+    def accumulate(
+        self, model: Transformer, batches: Sequence[MicroBatch], forward: Forward
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        if self.pipeline is None:
+            return super().accumulate(model, batches, forward)
+        return self.pipeline.accumulate(batches, forward)
+
+    def evaluate(self, model: Transformer, tokens: Tensor, forward: Forward) -> Tensor:
+        if self.pipeline is None:
+            return super().evaluate(model, tokens, forward)
+        sums = self.pipeline.evaluate([MicroBatch(tokens, 1.0)], forward)
+        dist.all_reduce(sums, group=self.mesh.pipeline.group)
+        return sums[:2]
+
+    # ---- where ranks meet ----
+
+    def reduce(self, slices: Mapping[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
+        for bucket in self.buckets:
+            bucket.reduce()
+        sizes = torch.zeros(len(self.order), dtype=torch.float64, device=sums.device)
+        own = {name: s.parameter.grad for name, s in slices.items() if s.first}
+        sizes[[self.order[name] for name in own]] = squares(list(own.values()))
+        figures = torch.cat((sums.double(), sizes))
+        dist.all_reduce(figures)
+        dist.all_reduce(counts)
+        sums.copy_(figures[:3])
+        return Norms(list(self.order), figures[3:])
+
+    def total(self, values: Tensor) -> Tensor:
+        if self.mesh.data.group is not None:
+            values = values.to(self.device)
+            dist.all_reduce(values, group=self.mesh.data.group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(found)
+        return bool(found)
+
+    def gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value, group=self.objects)
+        return found
+
+
+def _routed(model: Transformer) -> dict[str, range]:
+    """The parameters of routed experts, and the numbers of those that the model holds."""
+    stacks = {p: m.numbers for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    return {name: stacks[p] for name, p in model.named_parameters() if p in stacks}
+
+
+def _place(config: ModelConfig, tensor: Tensor, numbers: range | None) -> tuple[tuple[int, ...], int]:
+    """The shape of the network's tensor, and the first of its elements in this rank's."""
+    if numbers is None:
+        return tuple(tensor.shape), 0
+    return (config.n_routed_experts, *tensor.shape[1:]), numbers.start * tensor[0].numel()
