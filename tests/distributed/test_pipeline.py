@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanseek import ModelConfig, Transformer, fp8
 from leanseek.config import ConfigError
@@ -21,7 +21,7 @@ from leanseek.distributed import exchange, experts, turns
 from leanseek.distributed.pipeline import Pipeline, Place
 from leanseek.distributed.turns import Turns
 from leanseek.model import Stage
-from leanseek.ops import WeightGradients
+from leanseek.ops import WeightGradients, deferred, linear
 from leanseek.planning.schedules import SCHEDULES, Action, Span, bubble, build, measured, simulate
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses, losses
@@ -336,6 +336,29 @@ def test_halves_of_a_pair_take_turns_and_a_failure_ends_both(half: str, said: st
     assert failing(0, "") == "B0 F0 B1 F1 B2 F2"
 
 
+def test_each_half_of_a_pair_has_its_own_weight_gradients() -> None:
+    """While one is open in a half, the other's products go to the other's."""
+    later, own = WeightGradients(), WeightGradients()
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    outputs = []
+    for store, weight in zip((later, own), weights, strict=True):
+        with store:
+            outputs.append(linear(torch.ones(1, 2), weight).sum())
+
+    def half(store: WeightGradients, output: Tensor) -> None:
+        assert not deferred.deferring()
+        with store:
+            turns.give_way()
+            output.backward()
+            turns.give_way()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        Turns(later).run(lambda: half(own, outputs[1]), lambda: half(later, outputs[0]), thread)
+    assert torch.equal(weights[0].grad, torch.ones(2, 2)) and weights[1].grad is None
+    own.compute()
+    assert torch.equal(weights[1].grad, torch.ones(2, 2))
+
+
 CUDA = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
@@ -360,6 +383,7 @@ def test_both_stages_on_one_rank(
     device, group = only_rank
     case = Case(micro_batches=4, precision=precision, dtype=torch.bfloat16 if precision == "fp8" else torch.float32)
     batches = [MicroBatch(tokens.to(device), share) for tokens, share in case.parts()]
+    batches[2] = batches[2]._replace(share=0.0)  # is not counted
     model, loop = case.model(*case.stages(1, 0)).to(device), case.model().to(device)
     for network in (model, loop):
         experts.apply(network, [group])
