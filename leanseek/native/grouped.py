@@ -16,7 +16,7 @@ from leanseek.ops.grouped import Groups
 
 _product = kernel("grouped_product", "nnn pp pnp pn p")
 _gradient = kernel("grouped_gradient", "nn pp pppp")
-_combine = kernel("combine_rows", "n pp nnn p")
+_combine = kernel("combine_rows", "n pn p nnn p")
 
 
 def _first(groups: Groups) -> Tensor:
@@ -60,10 +60,12 @@ def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, i
     return out
 
 
-@implements(combine_rows, lambda rows, *_: accepts(rows) and rows.is_contiguous(), Rows.BOTH)
+@implements(combine_rows, lambda rows, *_: accepts(rows) and rows.stride(1) == 1, Rows.BOTH)
 def combined(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
     d = rows.shape[1]
     out = torch.empty(tokens, d, dtype=rows.dtype)
     k = place.numel() // max(1, tokens)
-    _combine(DTYPES[rows.dtype], rows.data_ptr(), place.data_ptr(), tokens, k, d, out.data_ptr())
+    _combine(
+        DTYPES[rows.dtype], rows.data_ptr(), rows.stride(0), place.data_ptr(), tokens, k, d, out.data_ptr()
+    )  # fmt: skip
     return out

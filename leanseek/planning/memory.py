@@ -11,6 +11,7 @@ from leanseek.planning.layout import Chunk, Held, Layout, Recipe, held, split_la
 
 BF16, FLOAT32 = 2, 4
 CODES = 1 + 4 / 128  # bytes a value of a 1×128 tile: E4M3 and a float32 scale
+WIRE = 1 + 1 / 128  # between ranks a scale is the exponent alone (distributed/exchange.py)
 LOGITS = 2**27 * (BF16 + FLOAT32)  # of one piece of the head's loss on a GPU (ops/cross_entropy.py)
 RESERVE = 4 * GiB  # CUDA context, NCCL's channels, gaps of the allocator: a guess
 
@@ -57,7 +58,7 @@ def in_flight(layout: Layout, rank: int, micro_batches: int) -> tuple[int, ...]:
     """Micro-batches of which a rank keeps activations at most, for each of its chunks (planning/schedules.py)."""
     if layout.pp == 1:
         return (1,)
-    if layout.schedule == "dualpipev":  # forwards of either chunk before the first chunk's first backward
+    if layout.folded:  # forwards of either chunk before the first chunk's first backward
         return min(micro_batches, 2 * layout.pp - rank), min(micro_batches, rank + 1)
     return (min(micro_batches, layout.pp - (rank if layout.schedule == "1f1b" else 0)),)
 
@@ -70,7 +71,7 @@ def _casts(has: Held, layout: Layout, flying: tuple[int, ...]) -> float:
     linear with each forward, except where weight gradients can wait; experts are cast again in backward."""
     if layout.precision == "fp8":
         return 2 * (1 + FLOAT32 / 128**2) * (has.linears + has.experts // layout.ep)
-    return BF16 * has.linears * sum(flying) if len(flying) == 1 and layout.schedule == "1f1b" else 0.0
+    return BF16 * has.linears * sum(flying) if layout.pp == 1 or layout.schedule == "1f1b" else 0.0
 
 
 def _gathered(config: ModelConfig, layout: Layout) -> float:
@@ -170,8 +171,7 @@ def _exchange_buffers(config: ModelConfig, layout: Layout, node: int) -> float:
     if layout.ep == 1:
         return 0
     to = reach(config, layout.ep, node)
-    pairs = 2 if layout.schedule == "dualpipev" and layout.pp > 1 else 1
-    return pairs * BF16 * config.hidden_size * (to.nodes + to.ranks)
+    return (2 if layout.folded else 1) * BF16 * config.hidden_size * (to.nodes + to.ranks)
 
 
 # ---- where a token's rows go ----

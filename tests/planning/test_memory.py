@@ -74,6 +74,18 @@ def test_a_v_gives_the_first_and_the_last_stage_to_rank_0_and_orders_the_layers(
     assert all(sum(len(chunk.layers) for chunk in chunks) == 4 for chunks in ranks[1:])  # head and MTP weigh three
 
 
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+@pytest.mark.parametrize("schedule", list(schedules.SCHEDULES))
+def test_every_stage_but_the_last_has_a_layer(schedule: str, pp: int) -> None:
+    """As many layers as stages are enough for every schedule (distributed/mesh.py asks for that)."""
+    stages = pp * (2 if schedule == "dualpipev" and pp > 1 else 1)
+    chunks = [
+        c for chunks in split_layers(dataclasses.replace(SMALL, num_hidden_layers=stages), pp, schedule) for c in chunks
+    ]
+    assert all(len(chunk.layers) > 0 or chunk.last for chunk in chunks)
+    assert sum(len(chunk.layers) for chunk in chunks) == stages
+
+
 # ---- state: the trainer's own, and shards that add up ----
 
 
