@@ -16,6 +16,7 @@ from leanseek.gpu.device import refusal
 from leanseek.machine.device import multiplies
 from leanseek.ops.dispatch import OPS
 from leanseek.ops.experts import Dispatched
+from leanseek.ops.operands import FP8, Kept
 from leanseek.ops.weights import FP8_BLOCKS, QuantizedWeight, StoredWeight
 
 ROWS = (1, 256)  # one token, and many
@@ -145,6 +146,7 @@ TRAINING: dict[str, Example] = _SHARED | {
     "grouped_gradient": _plain(lambda t: (t.x(D), t.x(D), None, t.dtype)),
     "adamw": _float32(lambda t: (t.x(D), t.x(D), *(t.x(D, dtype=torch.bfloat16) for _ in range(2)), None, None)),
     "fp8_rows": _plain(lambda t: (t.x(D), True)),
+    "fp8_wide": _plain(lambda t: (Kept(t.x(D, dtype=FP8), t.x(1, dtype=torch.float32)), t.dtype)),
     "fp8_turn": _plain(lambda t: (t.x(D),)),
     "fp8_both": _plain(lambda t: (t.x(D),)),
     "fp8_blocks": _plain(lambda t: (t.w(D, D), True, t.dtype)),

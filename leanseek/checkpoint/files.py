@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -96,6 +97,10 @@ class Stored(NamedTuple):
                 raise CheckpointError(f"{self.file.name} ends before byte {offset + len(left)}; copy it again")
             left, offset = left[count:], offset + count
 
+    def flat(self, start: int, stop: int) -> Stored:
+        """Values `start` to `stop` of the flat tensor."""
+        return self._replace(shape=(stop - start,), start=self.start + start * self.dtype.itemsize)
+
     def chunk(self, count: int) -> list[Stored]:
         """`count` equal parts along the first dimension, like torch.chunk."""
         rows = self.shape[0] // count
@@ -109,6 +114,11 @@ def open_file(path: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: the file is missing, truncated or corrupt, or has an unknown dtype.
     """
+    return open_described(path)[0]
+
+
+def open_described(path: Path) -> tuple[dict[str, Stored], Any]:
+    """Like `open_file`, with the metadata in the file's header; None where it has none."""
     file, size = open_regular(path, CheckpointError)  # closed when its last tensor is gone
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
@@ -117,7 +127,7 @@ def open_file(path: Path) -> dict[str, Stored]:
     if length > LARGEST_HEADER:
         raise CheckpointError(f"{path} has a header of {length:,} bytes; one has at most {LARGEST_HEADER:,}")
     header = parse_json(file.read(length), f"{path} is corrupt: its safetensors header", CheckpointError)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry, file, 8 + length, size) for name, entry in header.items()}
     at = 0
     for name, (start, stop) in sorted(((n, entry["data_offsets"]) for n, entry in header.items()), key=itemgetter(1)):
@@ -127,7 +137,7 @@ def open_file(path: Path) -> dict[str, Stored]:
         at = stop
     if 8 + length + at != size:
         raise CheckpointError(f"{path} is corrupt: {size - 8 - length - at} bytes at its end belong to no tensor")
-    return tensors
+    return tensors, metadata
 
 
 def _stored(path: Path, name: str, entry: Any, file: BinaryIO, data: int, size: int) -> Stored:
@@ -250,9 +260,9 @@ class Lazy(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(path: Path, tensors: Sequence[Lazy]) -> None:
-    """Write one safetensors file, a tensor at a time, and sync it to disk."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_file(path: Path, tensors: Sequence[Lazy], metadata: dict[str, str] | None = None) -> list[int]:
+    """Write one safetensors file, a tensor at a time, and sync it to disk; returns its bytes and their CRC-32."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     offset = 0
     for lazy in tensors:
         header[lazy.name] = {
@@ -262,15 +272,20 @@ def write_file(path: Path, tensors: Sequence[Lazy]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)  # aligns the data to a cache line
+    text = struct.pack("<Q", len(text)) + text
+    crc = zlib.crc32(text)
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(text)
         for lazy in tensors:
             tensor = lazy.make()
             if tensor.dtype != lazy.dtype or tensor.shape != lazy.shape:
                 raise AssertionError(f"{lazy.name} was announced as {lazy.dtype} {lazy.shape}")
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            crc = zlib.crc32(values, crc)
+            file.write(values)
         file.flush()
         os.fsync(file.fileno())
+    return [len(text) + offset, crc]
 
 
 def write_shards(folder: Path, tensors: Iterable[Lazy], max_shard_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ from leanseek.checkpoint.files import (
 )
 from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.names import hf_parts, iter_hf_tensors
+from leanseek.checkpoint.pieces import Piece, Spread
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.machine.memory import empty, memory
@@ -161,6 +163,27 @@ def load(
         parameter.requires_grad_(True)
     model.rotary.to(device)
     return model
+
+
+def load_pieces(folder: Path, pieces: Iterable[Piece]) -> None:
+    """Fill pieces of the network's state dict from a folder, whatever its layout: only their values are read.
+
+    Raises:
+        CheckpointError: as `load`; or the folder's network has no such tensor.
+    """
+    model, tensors = open_checkpoint(folder)
+    whole = model.state_dict()
+    for piece in pieces:
+        if piece.name not in whole or whole[piece.name].shape != piece.shape:
+            found = list(whole[piece.name].shape) if piece.name in whole else "none"
+            raise CheckpointError(f"{folder}: {piece.name} is to have shape {list(piece.shape)}, there is {found}")
+        parts = hf_parts(piece.name, whole[piece.name], model.config.num_hidden_layers)
+        stored = [tensors[part.name] for part in parts]
+        if fp8 := [part.name for part, one in zip(parts, stored, strict=True) if one.dtype == blocks.FP8]:
+            raise CheckpointError(f"{folder}: {fp8[0]} is FP8, which training checkpoints are not")
+        size = math.prod(stored[0].shape)  # each part is a range of ours, in this order
+        spread = Spread(piece.shape, stored[0].dtype, [(i * size, one) for i, one in enumerate(stored)])
+        spread.copy_to(piece.tensor.detach(), piece.start)
 
 
 def _layer(name: str) -> int:
@@ -364,13 +387,18 @@ def write_model(model: Transformer, folder: Path) -> None:
     Weights are as they are in memory. A baseline that Hugging Face cannot describe has its config in our own form.
     """
     tensors = list(_lazies(model).values())
-    if unsupported_by_hf(model.config):
-        config: dict[str, Any] = {"model_type": "leanseek", OWN_CONFIG: model.config.to_dict()}
-    else:
-        config = model.config.to_hf()
-    write_json(folder / "config.json", config | described(tensors))
-    write_json(folder / "generation_config.json", _generation_config(model.config))
+    write_config(model.config, described(tensors), folder)
     write_file(folder / SINGLE, tensors)
+
+
+def write_config(config: ModelConfig, about: dict[str, Any], folder: Path) -> None:
+    """What a training checkpoint says of its network, and `about` its weights: config.json, generation_config.json."""
+    if unsupported_by_hf(config):
+        values: dict[str, Any] = {"model_type": "leanseek", OWN_CONFIG: config.to_dict()}
+    else:
+        values = config.to_hf()
+    write_json(folder / "config.json", values | about)
+    write_json(folder / "generation_config.json", _generation_config(config))
 
 
 def write_weights(folder: Path, tensors: Iterable[Lazy], config: ModelConfig, max_shard_bytes: int) -> None:
@@ -390,11 +418,16 @@ def write_weights(folder: Path, tensors: Iterable[Lazy], config: ModelConfig, ma
 
 
 def described(tensors: Iterable[Lazy]) -> dict[str, Any]:
-    """What config.json says about the weights: their dtype, under its old and new key, and their quantisation."""
+    """What config.json says about the weights: their dtype and their quantisation."""
     dtypes = {lazy.name: lazy.dtype for lazy in tensors}
-    name = str(dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
     quantized = {"quantization_config": blocks.QUANTIZATION_CONFIG} if blocks.FP8 in dtypes.values() else {}
-    return {"torch_dtype": name, "dtype": name} | quantized
+    return dtype_keys(dtypes["model.embed_tokens.weight"]) | quantized
+
+
+def dtype_keys(dtype: torch.dtype) -> dict[str, Any]:
+    """The dtype of the weights under its old and its new key."""
+    name = str(dtype).removeprefix("torch.")
+    return {"torch_dtype": name, "dtype": name}
 
 
 def unsupported_by_hf(config: ModelConfig) -> str | None:

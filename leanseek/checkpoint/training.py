@@ -1,14 +1,14 @@
-"""Checkpoints to resume from, `checkpoints/step-N/`, written atomically.
+"""Checkpoints to resume from, `checkpoints/step-N/`, whatever layout of ranks wrote them (writer.py).
 
-A folder is a Hugging Face folder (config.json, model.safetensors, the tokenizer), which loads like any other, plus
-state.safetensors (moments, EMA) and state.json (step, position in the data, configuration, spike guard, and a
-checksum of every file).
+A folder is a Hugging Face folder (config.json, model.safetensors or shards with an index, the tokenizer), which loads
+like any other, plus state.safetensors, or one of each rank, (moments, EMA) and state.json (step, position in the data,
+configuration, spike guard, and a checksum of every file).
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
 import shutil
 import zlib
@@ -17,16 +17,17 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from leanseek import reading
-from leanseek.checkpoint.files import CheckpointError, Lazy, open_file, write_file
-from leanseek.checkpoint.hf import write_model
-from leanseek.checkpoint.tokenizer import copy_tokenizer
+from leanseek.checkpoint.files import MOST_DIMENSIONS, CheckpointError, Stored, open_described
+from leanseek.checkpoint.pieces import Spread, check_tiling
+from leanseek.checkpoint.ranks import Ranks, failing_together
+from leanseek.errors import InputError
 from leanseek.model import Transformer
-from leanseek.reading import Count, Structure, checked
+from leanseek.reading import Count, Structure, checked, parse_json, shorten
 
 STATE = "state.json"  # written last
+PIECES = "pieces"  # key in a safetensors header: {name: {start, shape}} of tensors that the file holds in part
 
 
 class _Guard(Structure):
@@ -52,43 +53,26 @@ class _State(Structure):
     guard: _Guard | None = None
 
 
+class _Place(Structure):
+    start: Count
+    shape: list[Count] = Field(max_length=MOST_DIMENSIONS)
+
+
+class _Places(Structure):
+    of: dict[str, _Place]
+
+
 class Resumed(NamedTuple):
     """A verified checkpoint."""
 
     folder: Path
     step: int
     state: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Spread]  # by name, such as exp_avg.NAME; not read yet
 
 
-def write_checkpoint(
-    run: Path, step: int, model: Transformer, tensors: dict[str, Tensor], state: dict[str, Any], tokenizer_from: Path
-) -> Path:
-    """Write `run/checkpoints/step-N` atomically: it is synced to disk before it gets its name.
-
-    Raises:
-        OSError: the disk is full, for example; older checkpoints are untouched and the partial folder is removed.
-    """
-    final = run / "checkpoints" / f"step-{step}"
-    partial = final.with_name(f".step-{step}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write_model(model, partial)
-        lazies = [Lazy(name, t.dtype, tuple(t.shape), t.detach) for name, t in tensors.items()]
-        write_file(partial / "state.safetensors", lazies)
-        copy_tokenizer(tokenizer_from, partial, model.config)
-        files = {p.name: [p.stat().st_size, _crc(p)] for p in sorted(partial.iterdir())}
-        state = state | {"step": step, "files": files}
-        (partial / STATE).write_text(json.dumps(state | {"checksum": _checksum(state)}, indent=1), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(final.parent)
-    return final
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step}"
 
 
 def steps_on_disk(run: Path) -> list[int]:
@@ -106,14 +90,23 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def newest_checkpoint(run: Path) -> tuple[Resumed | None, list[str]]:
-    """The newest checkpoint with correct checksums, and a line for each newer one that was skipped."""
+def newest_checkpoint(run: Path, ranks: Ranks | None = None) -> tuple[Resumed | None, list[str]]:
+    """The newest checkpoint with correct checksums, and a line for each newer one that was skipped.
+
+    Several ranks share the reading of the files for their checksums, and come to the same result.
+    """
+    ranks = ranks or Ranks()
     passed: list[str] = []
-    for step in reversed(steps_on_disk(run)):
+    for step in reversed(ranks.gather(steps_on_disk(run))[0]):
+        folder = checkpoint_folder(run, step)
+        found = None
         try:
-            return read_checkpoint(run / "checkpoints" / f"step-{step}"), passed
-        except CheckpointError as error:
+            with failing_together(ranks):
+                found = read_checkpoint(folder, ranks)
+        except InputError as error:
             passed.append(str(error))
+        else:
+            return found, passed
     return None, passed
 
 
@@ -138,19 +131,75 @@ def newest_whole(run: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(folder: Path) -> Resumed:
-    """The state of one checkpoint; use `load` for the model.
+def read_checkpoint(folder: Path, ranks: Ranks | None = None) -> Resumed:
+    """One checkpoint; use `load` or `load_pieces` for the model.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.
     """
-    state = check(folder)
-    tensors = {name: stored.read() for name, stored in open_file(folder / "state.safetensors").items()}
-    return Resumed(folder, state["step"], state, tensors)
+    state = check(folder, ranks)
+    return Resumed(folder, state["step"], state, open_state(folder))
 
 
-def check(folder: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its checksum; returns the state.json.
+def open_state(folder: Path) -> dict[str, Spread]:
+    """The tensors of a checkpoint beside the model, not read yet, from the files of all ranks that wrote it.
+
+    Raises:
+        CheckpointError: a file is missing or corrupt, or some values of a tensor are missing or there twice.
+    """
+    found: dict[str, list[_Part]] = {}
+    for path in _state_files(folder):
+        for name, part in _parts(path).items():
+            first = found.setdefault(name, [part])[0]
+            if (part.shape, part.stored.dtype) != (first.shape, first.stored.dtype):
+                raise CheckpointError(f"{path}: {shorten(name, 200)} has another shape or dtype than in {first.file}")
+            if part is not first:
+                found[name].append(part)
+    for name, parts in found.items():
+        ranges = [(part.start, math.prod(part.stored.shape), f"in {part.file}") for part in parts]
+        try:
+            check_tiling(name, math.prod(parts[0].shape), ranges, "in no file")
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+    return {
+        name: Spread(parts[0].shape, parts[0].stored.dtype, [(part.start, part.stored) for part in parts])
+        for name, parts in found.items()
+    }
+
+
+class _Part(NamedTuple):
+    """What one file holds of a tensor."""
+
+    file: str
+    shape: tuple[int, ...]  # of the whole
+    start: int
+    stored: Stored
+
+
+def _state_files(folder: Path) -> list[Path]:
+    """One file, or one of each rank that had something to write."""
+    one, several = folder / "state.safetensors", sorted(folder.glob("state-*-of-*.safetensors"))
+    return [one, *several] if one.is_file() or not several else several
+
+
+def _parts(path: Path) -> dict[str, _Part]:
+    """The tensors in one file of the state, with their places in the whole: PIECES in its metadata."""
+    tensors, metadata = open_described(path)
+    text = metadata.get(PIECES, "{}") if isinstance(metadata, dict) else "{}"
+    where = f"{path}: {PIECES} in its header"
+    if not isinstance(text, str):
+        raise CheckpointError(f"{where} is not a text")
+    places = checked(_Places, {"of": parse_json(text, where, CheckpointError)}, where, CheckpointError).of
+    if foreign := sorted(places.keys() - tensors.keys()):
+        raise CheckpointError(f"{where} names {shorten(foreign[0])}, which the file does not hold")
+    parts = {name: _Part(path.name, stored.shape, 0, stored) for name, stored in tensors.items()}
+    for name, place in places.items():
+        parts[name] = parts[name]._replace(shape=tuple(place.shape), start=place.start)
+    return parts
+
+
+def check(folder: Path, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Check every file of a checkpoint against its checksum, this rank's share if several do so; returns state.json.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.
@@ -160,11 +209,13 @@ def check(folder: Path) -> dict[str, Any]:
         checked(_State, state, str(folder / STATE), CheckpointError)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / STATE} is missing or corrupt ({error})") from None
-    if state.pop("checksum") != _checksum(state):
+    if state.pop("checksum") != checksum(state):
         raise CheckpointError(f"{folder / STATE} is missing or corrupt (checksum)")
-    for name, (size, crc) in state["files"].items():
+    first, step = (ranks.rank, ranks.ranks) if ranks else (0, 1)
+    by_size = sorted(state["files"].items(), key=lambda file: (-file[1][0], file[0]))
+    for name, (size, crc) in by_size[first::step]:
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size or _crc(path) != crc:
+        if not path.is_file() or path.stat().st_size != size or crc32(path) != crc:
             raise CheckpointError(f"{path} is missing, truncated or corrupt (checksum)")
     return state
 
@@ -176,20 +227,20 @@ def load_ema(model: Transformer, folder: Path) -> Transformer:
     Raises:
         CheckpointError: the checkpoint has no averaged weights, or one is missing or has another shape.
     """
-    path = folder / "state.safetensors"
-    stored = open_file(path) if path.is_file() else {}
+    stored = open_state(folder) if _state_files(folder)[0].is_file() else {}
     if not any(name.startswith("ema.") for name in stored):
         raise CheckpointError(f"{folder} has no averaged weights; a run keeps them with optimizer.ema, such as 0.999")
     for name, parameter in model.named_parameters():
         found = stored.get(f"ema.{name}")
         if found is None or found.shape != tuple(parameter.shape):
             shape = "missing" if found is None else f"of shape {list(found.shape)}, not {list(parameter.shape)}"
-            raise CheckpointError(f"{path}: ema.{name} is {shape}")
+            raise CheckpointError(f"{folder}: ema.{name} is {shape}")
         found.copy_to(parameter.data)
     return model
 
 
-def _checksum(state: dict[str, Any]) -> int:
+def checksum(state: dict[str, Any]) -> int:
+    """The CRC-32 of what state.json says."""
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
@@ -201,17 +252,10 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _crc(path: Path) -> int:
+def crc32(path: Path) -> int:
+    """The CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             crc = zlib.crc32(block, crc)
     return crc
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,7 +6,22 @@ import sys
 
 import typer
 
-from leanseek.cli import bench, chat, convert, data, doctor, eval, export, generate, info, place, serve, terminal, train
+from leanseek.cli import (
+    bench,
+    chat,
+    convert,
+    data,
+    doctor,
+    eval,
+    export,
+    generate,
+    info,
+    place,
+    plan,
+    serve,
+    terminal,
+    train,
+)
 from leanseek.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(
@@ -25,6 +40,7 @@ for command in (
     export.export,
     convert.convert,
     info.info,
+    plan.plan,
     place.place,
     doctor.doctor,
 ):

@@ -6,11 +6,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from leanseek.config import ConfigError
+from leanseek.config import ConfigError, ModelConfig
+from leanseek.model import Stage
 from leanseek.planning import schedules
-from leanseek.training.config import RunConfig
+from leanseek.planning.layout import split_layers
+from leanseek.training.config import ParallelConfig, RunConfig
 from leanseek.training.schedules import batch_size
 
 
@@ -20,9 +22,12 @@ class Mesh(NamedTuple):
     rank: int
     ranks: int
     pipeline: Axis  # the stages of one replica
+    backwards: dist.ProcessGroup | None  # the same ranks: gradients do not wait behind hidden states
     data: Axis  # ranks with the same dense weights
     experts: Axis  # ranks among which each layer's experts are spread
     replicas: Axis  # ranks with the same experts
+    shards: tuple[DeviceMesh, DeviceMesh]  # `data` and `replicas`, as FSDP2 takes them
+    hops: tuple[dist.ProcessGroup, ...]  # the ways of a token to an expert: to its node, then to its rank there (3.2.2)
 
 
 class Axis(NamedTuple):
@@ -32,25 +37,26 @@ class Axis(NamedTuple):
 
 
 def build_mesh(run: RunConfig, device: str) -> Mesh:
-    """The mesh of the process group that runs, or of this process alone.
+    """The mesh of the process group that runs.
 
     Raises:
         ConfigError: the layout does not fit the ranks, the network or the batch.
     """
-    p = run.parallel
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    p, ranks = run.parallel, dist.get_world_size()
     check_layout(run, ranks)
-    if not dist.is_initialized():
-        one = Axis(0, 1, None)
-        return Mesh(0, 1, one, one, one, one)
-    data = ranks // p.pp
+    data, nodes = ranks // p.pp, p.ep // p.ranks_per_node if 0 < p.ranks_per_node < p.ep else 1
     dense = init_device_mesh(device, (p.pp, data), mesh_dim_names=("pipeline", "data"))
     sparse = init_device_mesh(device, (p.pp, data // p.ep, p.ep), mesh_dim_names=("_", "replicas", "experts"))
-    axes = [
+    ways = init_device_mesh(device, (ranks // p.ep, nodes, p.ep // nodes), mesh_dim_names=("_", "node", "local"))
+    back = init_device_mesh(device, (p.pp, data), mesh_dim_names=("back", "_")).get_group("back") if p.pp > 1 else None
+    pipeline, replica, share, copies = (
         Axis(mesh.get_local_rank(name), mesh[name].size(), mesh.get_group(name) if mesh[name].size() > 1 else None)
         for mesh, name in ((dense, "pipeline"), (dense, "data"), (sparse, "experts"), (sparse, "replicas"))
-    ]
-    return Mesh(dist.get_rank(), ranks, *axes)
+    )
+    hops = (ways.get_group("node"), ways.get_group("local")) if nodes > 1 else (sparse.get_group("experts"),)
+    return Mesh(
+        dist.get_rank(), ranks, pipeline, back, replica, share, copies, (dense["data"], sparse["replicas"]), hops
+    )
 
 
 def check_layout(run: RunConfig, ranks: int) -> None:
@@ -125,3 +131,11 @@ def _fitting(ranks: int) -> str:
     """The divisors of a number, in words."""
     divisors = [str(d) for d in range(1, ranks + 1) if ranks % d == 0]
     return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
+
+
+def stages(config: ModelConfig, p: ParallelConfig, rank: int) -> list[Stage]:
+    """The stages of a rank of the pipeline, of as equal work as there can be.
+
+    In the V of DualPipeV, rank r holds stages r and 2·pp - 1 - r: the first and the last are on one rank (3.2.2).
+    """
+    return [Stage(chunk.layers, chunk.first, chunk.last) for chunk in split_layers(config, p.pp, p.schedule)[rank]]

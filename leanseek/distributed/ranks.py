@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanseek.checkpoint.pieces import Piece
 from leanseek.config import ModelConfig
-from leanseek.distributed.mesh import Mesh
-from leanseek.distributed.sharding import Bucket, Held, buckets
+from leanseek.distributed import experts
+from leanseek.distributed.mesh import Mesh, stages
+from leanseek.distributed.pipeline import Pipeline, Place
+from leanseek.distributed.sharding import Bucket, FullySharded, Held, buckets, first_row, local
 from leanseek.model import Transformer
 from leanseek.model.moe import Experts
 from leanseek.training.config import RunConfig
-from leanseek.training.part import MicroBatch, Norms, Part, Slice, squares
+from leanseek.training.part import Forward, MicroBatch, Norms, Part, Slice, squares
+from leanseek.training.trainer import compute_dtype
 
 
 class RankPart(Part):
@@ -26,43 +31,102 @@ class RankPart(Part):
     def __init__(self, run: RunConfig, mesh: Mesh, device: str):
         self.run, self.mesh, self.device = run, mesh, device
         self.rank, self.ranks, self.replicas = mesh.rank, mesh.ranks, mesh.data.size
-        self.names = [name for name, _ in Transformer(run.model, "meta").named_parameters()]
-        self.place = {name: i for i, name in enumerate(self.names)}
+        whole = Transformer(run.model, "meta")
+        self.order = {name: i for i, (name, _) in enumerate(whole.named_parameters())}
+        self.routed = _routed(whole).keys()
         self.buckets: list[Bucket] = []
-        self.counted: set[str] = set()  # parameters whose norm this rank adds: one of those with the same elements
+        self.shards: FullySharded | None = None
+        self.pipeline: Pipeline | None = None
+        self.objects = dist.new_group(backend="gloo")  # for what is no tensor
 
     # ---- what it holds ----
 
     def model(self, config: ModelConfig) -> Transformer:
         share = config.n_routed_experts // self.mesh.experts.size
         first = self.mesh.experts.rank * share
-        return Transformer(config, experts=range(first, first + share))
+        held = stages(config, self.run.parallel, self.mesh.pipeline.rank)
+        return Transformer(config, stages=held, experts=range(first, first + share))
+
+    def attach(self, model: Transformer, device: torch.device) -> None:
+        rank, size, group = self.mesh.pipeline
+        if group is not None and self.mesh.backwards is not None:
+            c = self.run.model
+            self.pipeline = Pipeline(
+                self.run.parallel.schedule,
+                Place(size, rank, (group, self.mesh.backwards)),
+                lookahead=c.lookahead,
+                width=c.hidden_size,
+                dtype=compute_dtype(self.run, device),
+                device=device,
+                copied=model.embed_tokens.weight if self.copied and rank in (0, size - 1) else None,
+                overlap=self.mesh.experts.size > 1,
+                trace=self.run.parallel.trace,
+            )
+        if self.mesh.experts.size > 1:
+            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision == "fp8")
+        if self.run.parallel.fsdp:
+            self.shards = FullySharded(model, *self.mesh.shards)  # moves each module to the device by itself
+        model.to(device)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the first stage and the last, on other ranks, both hold the embedding."""
+        c, p = self.run.model, self.run.parallel
+        reads = c.tie_word_embeddings or c.num_nextn_predict_layers > 0
+        return reads and p.pp > 1 and p.schedule != "dualpipev"
+
+    def names(self, model: Transformer) -> list[str]:
+        return list(self.order)
+
+    def pieces(self, model: Transformer) -> list[Piece]:
+        routed = _routed(model)
+        return [
+            Piece(name, *_place(self.run.model, tensor, routed.get(name)), local(tensor))
+            for name, tensor in model.state_dict().items()
+        ]
+
+    def keeps(self, name: str) -> bool:
+        if self.shards is not None and name in self.shards.shards:
+            return True
+        own = (self.mesh.replicas if name in self.routed else self.mesh.data).rank == 0
+        return own and not self._a_copy(name)
+
+    def _a_copy(self, name: str) -> bool:
+        """Whether it is the last stage's embedding, which the first has too."""
+        return self.copied and name == "embed_tokens.weight" and self.mesh.pipeline.rank > 0
 
     def slices(self, model: Transformer) -> dict[str, Slice]:
-        experts = {p: m.numbers for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-        dense: list[Held] = []
-        routed: list[Held] = []
-        for name, p in model.named_parameters():
-            if p in experts:
-                shape = (self.run.model.n_routed_experts, *p.shape[1:])
-                routed.append(Held(name, p, shape, experts[p].start * p[0].numel()))
-            else:
-                dense.append(Held(name, p, tuple(p.shape), 0))
-        found: dict[str, Slice] = {}
-        self.buckets, self.counted = [], set()
-        for held, axis in ((dense, self.mesh.data), (routed, self.mesh.replicas)):
-            if axis.rank == 0 or self.run.parallel.zero:
-                self.counted.update(h.name for h in held)
+        zero, routed, found = self.run.parallel.zero, _routed(model), dict[str, Slice]()
+        self.buckets = []
+        if self.shards is not None:
+            own = self.shards.shards
+            placed = ((n, _place(self.run.model, p, routed.get(n))) for n, p in model.named_parameters())
+            return {name: Slice(own[name], *place) for name, place in placed if own[name].numel()}
+        for axis, wanted in ((self.mesh.data, False), (self.mesh.replicas, True)):
+            held = [
+                Held(
+                    name,
+                    p,
+                    *_place(self.run.model, p, routed.get(name)),
+                    (zero or axis.rank == 0) and not self._a_copy(name),
+                )
+                for name, p in model.named_parameters()
+                if (name in routed) is wanted
+            ]
+            held = [h._replace(first=False) if self._a_copy(h.name) else h for h in held]
             if axis.group is None:
-                found |= {h.name: Slice(h.parameter, h.shape, h.start) for h in held}
-                continue
-            self.buckets += buckets(held, axis.group, self.run.parallel.zero)
+                found |= {h.name: Slice(*h[1:]) for h in held}
+            else:
+                self.buckets += buckets(held, axis.group, zero)
         found |= dict(chain.from_iterable(bucket.pieces for bucket in self.buckets))
-        return {name: found[name] for name in self.names if name in found}
+        return {name: found[name] for name in self.order if name in found}
 
     def stepped(self) -> None:
-        for bucket in self.buckets:
-            bucket.gather()
+        for holder in self._holders():
+            holder.gather()
+
+    def _holders(self) -> list[Bucket] | list[FullySharded]:
+        return self.buckets if self.shards is None else [self.shards]
 
     # ---- what it does in a step ----
 
@@ -77,19 +141,37 @@ class RankPart(Part):
         idle = MicroBatch(tokens[:1], 0.0)
         return own + [idle] * (-(-most // (size or most)) - len(own))
 
+    def accumulate(
+        self, model: Transformer, batches: Sequence[MicroBatch], forward: Forward
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        if self.pipeline is None:
+            return super().accumulate(model, batches, forward)
+        return self.pipeline.accumulate(batches, forward)
+
+    def evaluate(self, model: Transformer, tokens: Tensor, forward: Forward) -> Tensor:
+        if self.pipeline is None:
+            return super().evaluate(model, tokens, forward)
+        sums = self.pipeline.evaluate([MicroBatch(tokens, 1.0)], forward)
+        dist.all_reduce(sums, group=self.mesh.pipeline.group)
+        return sums[:2]
+
+    def draw(self, out: Path) -> None:
+        if self.pipeline is not None and self.mesh.data.rank == 0:
+            self.pipeline.draw(out)
+
     # ---- where ranks meet ----
 
     def reduce(self, slices: Mapping[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
-        for bucket in self.buckets:
-            bucket.reduce()
-        sizes = torch.zeros(len(self.names), dtype=torch.float64, device=sums.device)
-        own = {name: s.parameter.grad for name, s in slices.items() if name in self.counted}
-        sizes[[self.place[name] for name in own]] = squares(list(own.values()))
+        for holder in self._holders():
+            holder.reduce()
+        sizes = torch.zeros(len(self.order), dtype=torch.float64, device=sums.device)
+        own = {name: s.parameter.grad for name, s in slices.items() if s.first}
+        sizes[[self.order[name] for name in own]] = squares(list(own.values()))
         figures = torch.cat((sums.double(), sizes))
         dist.all_reduce(figures)
         dist.all_reduce(counts)
         sums.copy_(figures[:3])
-        return Norms(self.names, figures[3:])
+        return Norms(list(self.order), figures[3:])
 
     def total(self, values: Tensor) -> Tensor:
         if self.mesh.data.group is not None:
@@ -103,10 +185,20 @@ class RankPart(Part):
         return bool(found)
 
     def gather(self, value: Any) -> list[Any]:
-        raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.ranks)]
-        dist.all_gather(sizes, torch.tensor([raw.numel()], device=self.device))
-        longest = int(max(sizes))
-        found = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.ranks)]
-        dist.all_gather(found, torch.nn.functional.pad(raw, (0, longest - raw.numel())))
-        return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes, strict=True)]
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value, group=self.objects)
+        return found
+
+
+def _routed(model: Transformer) -> dict[str, range]:
+    """The parameters of routed experts, and the numbers of those that the model holds."""
+    stacks = {p: m.numbers for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    return {name: stacks[p] for name, p in model.named_parameters() if p in stacks}
+
+
+def _place(config: ModelConfig, tensor: Tensor, numbers: range | None) -> tuple[tuple[int, ...], int]:
+    """The shape of the network's tensor, and the first of its elements in this rank's."""
+    start = first_row(tensor) * math.prod(tensor.shape[1:])
+    if numbers is None:
+        return tuple(tensor.shape), start
+    return (config.n_routed_experts, *tensor.shape[1:]), numbers.start * math.prod(tensor.shape[1:]) + start

@@ -32,6 +32,18 @@ def memory(device: torch.device | str) -> int:
     return min(limits + ([space] if space != resource.RLIM_INFINITY else []))
 
 
+def available() -> int:
+    """Bytes of the host's memory that are free or can be freed, within what this process's control group allows."""
+    free = [psutil.virtual_memory().available]
+    for folder in groups("memory"):
+        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or "max"
+                limit, taken = (int((folder / name).read_text(encoding="ascii")) for name in (most, used))
+                pairs = (line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+                free.append(limit - taken + int(dict(pairs)["inactive_file"]))  # files' pages give way
+    return min(free)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Like torch.empty; on Linux CPUs with huge pages, interleaved over the memory nodes if there are several.
 

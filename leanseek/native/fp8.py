@@ -17,6 +17,7 @@ from leanseek.ops.operands import FP8, Kept
 from leanseek.ops.quantize import Both, SwiGLUBackward
 
 _rows = kernel("fp8_rows", "nnnn pn nn p ppp")
+_wide = kernel("fp8_wide", "n pn p nn p")
 _turn = kernel("fp8_turn", "nnn ppp pp nn pp")
 _blocks = kernel("fp8_blocks", "nnn p nnn p ppp")
 _swiglu = kernel("fp8_swiglu", "nnn pp nn ppp")
@@ -58,6 +59,14 @@ def round_e5m6(x: Tensor) -> Tensor:
 
 def _accepts_kept(x: Tensor | Kept, *_: object) -> bool:
     return accepts(x) if isinstance(x, Tensor) else x.codes.device.type == "cpu"
+
+
+@implements(quantize.wide, lambda kept, dtype: _accepts_kept(kept) and dtype in DTYPES and kept.codes.stride(1) == 1)
+def wide(kept: Kept, dtype: torch.dtype) -> Tensor:
+    codes, scales = kept.codes, kept.scales.contiguous()
+    out = torch.empty(codes.shape, dtype=dtype)
+    _wide(DTYPES[dtype], codes.data_ptr(), codes.stride(0), scales.data_ptr(), *codes.shape, out.data_ptr())
+    return out
 
 
 @implements(quantize.turn, _accepts_kept)

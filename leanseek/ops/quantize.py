@@ -40,6 +40,12 @@ def rows(x: Tensor, power_of_two: bool, fixed: Tensor | None = None) -> tuple[Ac
     return Coded(q, spread(scales, (1, TILE), x.shape), cuts(x.shape[1])), Kept(q.to(FP8), scales)
 
 
+@op("fp8_wide")
+def wide(kept: Kept, dtype: torch.dtype) -> Tensor:
+    """The values that were kept, [rows, columns]."""
+    return kept.wide().to(dtype)
+
+
 @op("fp8_turn")
 def turn(
     x: Tensor | Kept, groups: Groups, power_of_two: bool, dtype: torch.dtype, index: Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from leanseek.config import ModelConfig
 
 
-def _attention(c: ModelConfig) -> int:
+def attention_matrices(c: ModelConfig) -> int:
     """Matrix elements of one attention layer (all of them multiply every token)."""
     d, heads = c.hidden_size, c.num_attention_heads
     if c.attention == "gqa":
@@ -19,8 +19,7 @@ def _feed_forward(c: ModelConfig, layer: int, experts: int) -> int:
     """Matrix elements of one feed-forward with `experts` of its routed experts counted."""
     if not c.is_moe_layer(layer):
         return 3 * c.hidden_size * c.intermediate_size
-    expert = 3 * c.hidden_size * c.moe_intermediate_size
-    return (experts + c.n_shared_experts) * expert + c.n_routed_experts * c.hidden_size
+    return (experts + c.n_shared_experts) * expert(c) + c.n_routed_experts * c.hidden_size
 
 
 def _norms(c: ModelConfig) -> int:
@@ -29,13 +28,45 @@ def _norms(c: ModelConfig) -> int:
     return 2 * c.hidden_size + latents
 
 
+def expert(c: ModelConfig) -> int:
+    """Parameters of one routed expert."""
+    return 3 * c.hidden_size * c.moe_intermediate_size
+
+
+def linears(c: ModelConfig, layer: int) -> int:
+    """Parameters of a block's linears: attention, and the dense feed-forward or the shared experts."""
+    dense = c.n_shared_experts * expert(c) if c.is_moe_layer(layer) else 3 * c.hidden_size * c.intermediate_size
+    return attention_matrices(c) + dense
+
+
+def wide(c: ModelConfig, layer: int) -> int:
+    """Parameters of a block that are never multiplied in FP8: its gate and norms."""
+    return _norms(c) + (c.n_routed_experts * c.hidden_size if c.is_moe_layer(layer) else 0)
+
+
+def mtp_extra(c: ModelConfig) -> int:
+    """Parameters of an MTP module besides its block: eh_proj and three norms."""
+    return 2 * c.hidden_size**2 + 3 * c.hidden_size
+
+
+def matrices(c: ModelConfig, layer: int) -> int:
+    """Matrix elements of a block that multiply a token."""
+    return attention_matrices(c) + _feed_forward(c, layer, c.num_experts_per_tok)
+
+
+def matrices_after_layers(c: ModelConfig) -> int:
+    """Matrix elements that multiply a token after the main model's layers: head and MTP modules."""
+    mtp = range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
+    return sum(matrices(c, i) + 2 * c.hidden_size**2 for i in mtp) + (1 + len(mtp)) * c.vocab_size * c.hidden_size
+
+
 def _blocks(c: ModelConfig, layers: range, experts: int) -> int:
-    return sum(_attention(c) + _feed_forward(c, layer, experts) + _norms(c) for layer in layers)
+    return sum(attention_matrices(c) + _feed_forward(c, layer, experts) + _norms(c) for layer in layers)
 
 
 def _mtp(c: ModelConfig, experts: int) -> int:
     layers = range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
-    return _blocks(c, layers, experts) + len(layers) * (2 * c.hidden_size**2 + 3 * c.hidden_size)
+    return _blocks(c, layers, experts) + len(layers) * mtp_extra(c)
 
 
 def _ends(c: ModelConfig) -> int:
@@ -76,12 +107,14 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """
     c = config
     layers = c.num_hidden_layers + c.num_nextn_predict_layers
-    matrices = sum(_attention(c) + _feed_forward(c, i, c.num_experts_per_tok) for i in range(layers))
-    matrices += c.num_nextn_predict_layers * 2 * c.hidden_size**2  # eh_proj
-    matrices += (1 + c.num_nextn_predict_layers) * c.vocab_size * c.hidden_size  # the head, once a depth
+    elements = sum(matrices(c, i) for i in range(c.num_hidden_layers)) + matrices_after_layers(c)
+    return 6.0 * elements + 3 * attention_flops(c, seq_len) * layers
+
+
+def attention_flops(c: ModelConfig, seq_len: int) -> float:
+    """Of one layer's scores and sums over values in forward, per token of a causal sequence."""
     head = c.qk_head_dim + c.v_head_dim if c.attention == "mla" else 2 * c.gqa_head_dim
-    attention = 3 * 2 * c.num_attention_heads * head * (seq_len / 2) * layers
-    return 6.0 * matrices + attention
+    return 2.0 * c.num_attention_heads * head * (seq_len / 2)
 
 
 def training_memory(config: ModelConfig, moment_bytes: int = 4, ema: bool = False) -> int:

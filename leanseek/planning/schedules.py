@@ -189,6 +189,18 @@ def _dualpipe_v_rank(rank: int, ranks: int, micro_batches: int) -> list[Step]:
     return steps
 
 
+def forwards(ranks: int, micro_batches: int, two: bool) -> Schedule:
+    """Forwards alone, for evaluation; `two` stages a rank as in DualPipeV, or one."""
+    steps: list[list[Step]] = []
+    for rank in range(ranks):
+        behind, own = ranks - 1 - rank, []
+        for m in range(micro_batches + behind * two):
+            own += [Action("F", rank, m)] * (m < micro_batches)
+            own += [Action("F", 2 * ranks - 1 - rank, m - behind)] * (two and m >= behind)
+        steps.append([(action,) for action in own])
+    return Schedule("forwards", ranks, micro_batches, ranks * (1 + two), steps)
+
+
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "1f1b": one_forward_one_backward,
     "zb1p": zero_bubble,
@@ -299,6 +311,17 @@ def bubble(timeline: Timeline) -> float:
     """The share of the time that ranks wait."""
     busy = sum(span.end - span.start for own in timeline for span in own)
     return 1 - busy / (busy + sum(idle(timeline)))
+
+
+def measured(timeline: Timeline) -> Times:
+    """The mean times of what was recorded."""
+    found: dict[str, list[float]] = {}
+    for step, start, end in (span for own in timeline for span in own):
+        found.setdefault("".join(action.kind for action in step), []).append(end - start)
+    mean = {kind: sum(times) / len(times) for kind, times in found.items()}
+    weight = mean.get("W", 0.0)
+    backward = mean["B"] if "B" in mean else mean["I"] + weight
+    return Times(mean["F"], backward, weight, mean.get("FB", mean["F"] + backward))
 
 
 def activations(schedule: Schedule) -> list[int]:

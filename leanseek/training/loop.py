@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 import torch
 
 from leanseek import planning
-from leanseek.checkpoint import CheckpointError, load
+from leanseek.checkpoint import CheckpointError
+from leanseek.checkpoint.hf import load_pieces
 from leanseek.checkpoint.training import (
     STATE,
     Resumed,
     newest_checkpoint,
     newest_whole,
-    prune,
     set_aside,
-    write_checkpoint,
 )
+from leanseek.checkpoint.writer import Writer
 from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
 from leanseek.errors import Interrupted, RunError
@@ -140,13 +140,16 @@ def _train(
         start = _resume(run, folder, data, part) if resume else _begin(run, folder, part)
         if prepare is not None:
             prepare(start.trainer.model)
-        with Metrics(folder, run.train.steps, start.step) if part.writes else Silent() as metrics:
-            loop = _Loop(run, folder, start, data, held_out, metrics)
+        keep = run.checkpoint.keep_last, run.checkpoint.keep_every
+        output = Metrics(folder, run.train.steps, start.step) if part.writes else Silent()
+        with output as metrics, Writer(folder, *keep, part) as writer:
+            loop = _Loop(run, folder, start, data, held_out, metrics, writer)
             for step in range(start.step, run.train.steps):
                 loop.step(step)
                 if part.any(signals.received):
                     loop.checkpoint(step + 1)
                     raise Interrupted(f"stopped at step {step + 1}; continue with --resume")
+    part.draw(folder / "timeline.svg")
     if part.writes:
         from leanseek.training.report import write_report  # matplotlib takes a second to import
 
@@ -188,7 +191,7 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _St
         pairs = ((f.name, getattr(before.model, f.name), getattr(run.model, f.name)) for f in fields(before.model))
         key, was, now = next((key, was, now) for key, was, now in pairs if was != now)
         raise ConfigError(f"model.{key} = {now!r}, but {folder} has {was!r}; a run keeps its network")
-    found, broken = newest_checkpoint(folder)
+    found, broken = newest_checkpoint(folder, part)
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
     if found is None:  # killed before the first checkpoint
@@ -220,7 +223,9 @@ def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
 
 
 def _restored(run: RunConfig, found: Resumed, part: Part) -> Trainer:
-    trainer = Trainer(run, load(found.folder, dtype="float32"), part)
+    model = part.model(run.model)
+    load_pieces(found.folder, part.pieces(model))
+    trainer = Trainer(run, model, part)
     trainer.load_state_tensors(found.tensors, found.state.get("without_moments"))
     if "guard" in found.state:  # older checkpoints have no guard
         trainer.guard.load_state(found.state["guard"])
@@ -267,9 +272,16 @@ class _Loop:
     """The work around a step: its batch, its metrics row, and evaluation and checkpoints when they are due."""
 
     def __init__(
-        self, run: RunConfig, folder: Path, start: _Start, data: TokenDataset, held_out: TokenDataset, metrics: Metrics
+        self,
+        run: RunConfig,
+        folder: Path,
+        start: _Start,
+        data: TokenDataset,
+        held_out: TokenDataset,
+        metrics: Metrics,
+        writer: Writer,
     ):
-        self.run, self.folder, self.trainer, self.skipped = run, folder, start.trainer, start.skipped
+        self.run, self.trainer, self.skipped, self.writer = run, start.trainer, start.skipped, writer
         self.data, self.held_out, self.metrics, self.part = data, held_out, metrics, start.trainer.part
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
         device, dtype = start.trainer.device, start.trainer.dtype
@@ -301,6 +313,7 @@ class _Loop:
         """
         t = self.run.train
         size = batch_size(self.run, step)
+        self.writer.poll()
         started = time.perf_counter()
         own = self.part.share(size)
         tokens = self.data.batch(self.position.samples + own.start, len(own)).tokens
@@ -317,11 +330,10 @@ class _Loop:
             self.checkpoint(done)
 
     def checkpoint(self, step: int) -> None:
-        """Write the checkpoint of the state after `step` steps, unless it exists.
+        """Begin to write the checkpoint of the state after `step` steps, unless that was done.
 
         Raises:
-            RunError: a weight is not finite.
-            OSError: the disk is full; older checkpoints are untouched.
+            RunError: a weight is not finite, or the disk is full; older checkpoints are untouched.
         """
         if step == self.saved:
             return
@@ -338,10 +350,9 @@ class _Loop:
             "skipped": self.skipped,
             "guard": self.trainer.guard.state(),
         }
-        tensors = self.trainer.state_tensors()
+        weights, moments = self.trainer.pieces()
         self.metrics.sync()  # rows must be on disk before the checkpoint
-        write_checkpoint(self.folder, step, self.trainer.model, tensors, state, self.data.folder)
-        prune(self.folder, self.run.checkpoint.keep_last, self.run.checkpoint.keep_every)
+        self.writer.save(step, self.run.model, weights, moments, state, self.data.folder)
         self.saved = step
 
     def _probe(self) -> None:

@@ -44,7 +44,7 @@ def build_optimizer(slices: Mapping[str, Slice], config: OptimizerConfig, moment
     """
     decay: list[Tensor] = []
     keep: list[Tensor] = []
-    for name, (parameter, shape, _) in slices.items():
+    for name, (parameter, shape, *_) in slices.items():
         (keep if len(shape) < 2 or name == "embed_tokens.weight" else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
     optimizer: torch.optim.Optimizer

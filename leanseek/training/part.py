@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from leanseek.checkpoint.pieces import Piece, pieces_of
+from leanseek.checkpoint.ranks import Ranks
 from leanseek.config import ModelConfig
 from leanseek.model import Transformer
 from leanseek.training.balance import add_counts
@@ -25,6 +28,7 @@ class Slice(NamedTuple):
     parameter: nn.Parameter  # the range; the optimizer reads its .grad
     shape: tuple[int, ...]  # of the whole tensor
     start: int = 0  # the range's first element in the flattened whole
+    first: bool = True  # of the ranks with this range, this one adds up its norm and writes its state
 
 
 class Norms(NamedTuple):
@@ -49,11 +53,10 @@ class Forward(Protocol):
     def __call__(self, tokens: Tensor, hidden: Tensor | None = None, stage: int = 0) -> Losses: ...
 
 
-class Part:
+class Part(Ranks):
     """One process: the whole network, the whole batch. A rank's part is a subclass, and all ranks call its methods in
     the same order: what follows from them is the same on all."""
 
-    rank, ranks = 0, 1
     replicas = 1  # ranks, or groups of them, with sequences of their own
 
     # ---- what it holds ----
@@ -62,12 +65,26 @@ class Part:
         """The part's stages and experts, uninitialised."""
         return Transformer(config)
 
-    def attach(self, model: Transformer) -> None:
-        """Called once the modules are those that train (FP8 replaces some): exchanges and shards come in here."""
+    def attach(self, model: Transformer, device: torch.device) -> None:
+        """Called once the modules are those that train (FP8 replaces some): the model moves to the device, and
+        exchanges and shards come in here."""
+        model.to(device)
+
+    def names(self, model: Transformer) -> list[str]:
+        """The parameters of the whole network."""
+        return [name for name, _ in model.named_parameters()]
 
     def slices(self, model: Transformer) -> dict[str, Slice]:
         """What this rank updates, by the parameter's name, in the network's order."""
         return {name: Slice(p, tuple(p.shape)) for name, p in model.named_parameters()}
+
+    def pieces(self, model: Transformer) -> list[Piece]:
+        """What this rank holds of the network's state dict."""
+        return pieces_of(model.state_dict())
+
+    def keeps(self, name: str) -> bool:
+        """Whether this rank writes its piece of that name into checkpoints: the first of those that hold it does."""
+        return True
 
     def stepped(self) -> None:
         """Called after the optimizer has moved the slices: the weights that others have moved come back."""
@@ -104,6 +121,9 @@ class Part:
         found = forward(tokens)
         return torch.stack((found.main, found.mtp))
 
+    def draw(self, out: Path) -> None:
+        """Draw the timeline of the last step on a pipeline's ranks into `out`, if the run has recorded one."""
+
     # ---- where ranks meet ----
 
     def reduce(self, slices: Mapping[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
@@ -119,10 +139,6 @@ class Part:
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
         return flag
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks; a small object of JSON's types."""
-        return [value]
 
     @property
     def writes(self) -> bool:

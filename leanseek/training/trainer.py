@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leanseek import fp8
 from leanseek.checkpoint import CheckpointError
+from leanseek.checkpoint.pieces import Piece, Spread
 from leanseek.config import ConfigError
 from leanseek.machine.device import default_device, preferred_dtype
 from leanseek.model import Transformer, max_violation
@@ -41,6 +42,11 @@ class StepResult(NamedTuple):
     max_violation: dict[int, float]  # of each MoE layer
 
 
+def compute_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of activations: `train.dtype` with auto resolved."""
+    return preferred_dtype(device) if run.train.dtype == "auto" else getattr(torch, run.train.dtype)
+
+
 class Trainer:
     """Owns the model while it trains. Data, files and time are the loop's business.
 
@@ -53,12 +59,12 @@ class Trainer:
     def __init__(self, run: RunConfig, model: Transformer | None = None, part: Part | None = None):
         self.run, self.part = run, part or Part()
         self.device = default_device() if run.train.device == "auto" else _device(run.train.device)
-        self.dtype = preferred_dtype(self.device) if run.train.dtype == "auto" else getattr(torch, run.train.dtype)
+        self.dtype = compute_dtype(run, self.device)
         if model is None:
             model = self.part.model(run.model).init_weights(run.train.seed)
-        self.model = model.to(self.device)
+        self.model = model
         fp8.apply(self.model, run.train.precision)
-        self.part.attach(self.model)
+        self.part.attach(self.model, self.device)
         self.slices = self.part.slices(self.model)
         self.optimizer = build_optimizer(self.slices, run.optimizer, run.moments)
         c = run.model
@@ -140,26 +146,40 @@ class Trainer:
 
     def nonfinite_weight(self) -> str | None:
         """The first weight that holds NaN or infinity, which no checkpoint may."""
-        norm = torch.nn.utils.get_total_norm(self.model.parameters())
-        named = self.model.named_parameters()
-        own = None if norm.isfinite() else next((n for n, p in named if not bool(p.isfinite().all())), None)
+        held = {name: s.parameter.detach() for name, s in self.slices.items()}
+        norm = torch.nn.utils.get_total_norm(held.values())
+        own = None if norm.isfinite() else next((n for n, p in held.items() if not bool(p.isfinite().all())), None)
         return next((name for name in self.part.gather(own) if name), None)
 
     # ---- state besides the model's own weights, by name ----
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments, step counts and EMA, named `exp_avg.NAME` and so on; references, not copies."""
+        """Moments, step counts and EMA of the slices, named `exp_avg.NAME` and so on; references, not copies."""
         state = self.optimizer.state
         found = {f"{kind}.{n}": t for n, s in self.slices.items() for kind, t in state[s.parameter].items()}
         if self.ema:
             found |= {f"ema.{name}": value for name, value in self.ema.weights.items()}
         return found
 
-    def without_moments(self) -> list[str]:
-        """Parameters that no step has moved: nothing differentiated them."""
-        return [name for name, s in self.slices.items() if not self.optimizer.state[s.parameter]]
+    def pieces(self) -> tuple[list[Piece], list[Piece]]:
+        """What this rank writes into a checkpoint: of the network's state dict, and of the state beside it."""
+        weights = [piece for piece in self.part.pieces(self.model) if self.part.keeps(piece.name)]
+        state = []
+        for full, tensor in self.state_tensors().items():
+            kind, _, name = full.partition(".")
+            _, shape, start, first = self.slices[name]
+            if kind == "step" and first and start == 0:
+                state.append(Piece(full, (), 0, tensor))
+            elif kind != "step" and first:
+                state.append(Piece(full, shape, start, tensor))
+        return weights, state
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], without: Collection[str] | None = None) -> None:
+    def without_moments(self) -> list[str]:
+        """Parameters of the network that no step has moved: nothing differentiated them."""
+        moved = self.part.gather([name for name, s in self.slices.items() if self.optimizer.state[s.parameter]])
+        return sorted(set(self.part.names(self.model)) - set().union(*moved))
+
+    def load_state_tensors(self, stored: Mapping[str, Spread], without: Collection[str] | None = None) -> None:
         """The inverse of `state_tensors`. A moment stored in another dtype is converted.
 
         `without` names the parameters that have no moments; None where that was not stored. An average of the weights
@@ -168,39 +188,44 @@ class Trainer:
         Raises:
             CheckpointError: a tensor is missing, or is none of this run's, or has another shape or dtype.
         """
-        tensors = dict(tensors)
-        if not self.ema:
-            tensors = {name: t for name, t in tensors.items() if not name.startswith("ema.")}
+        left = {name: found for name, found in stored.items() if self.ema or not name.startswith("ema.")}
         moments = torch.bfloat16 if self.run.moments == "bfloat16" else torch.float32
-        averaged = any(name.startswith("ema.") for name in tensors)
-        kept = {name for name in tensors if name.startswith(("step.", "exp_avg.", "exp_avg_sq."))}
-        for name, (parameter, *_) in self.slices.items():
+        averaged = any(name.startswith("ema.") for name in left)
+        kept = {name for name in left if name.startswith(("step.", "exp_avg.", "exp_avg_sq."))}
+        for name, (parameter, shape, start, _) in self.slices.items():
             own = {kind: f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq")}
             if kept.intersection(own.values()) or (without is not None and name not in without):
-                step = _taken(tensors, own["step"], ())
+                step = _taken(left, own["step"], ()).read()
                 if not (bool(step.isfinite()) and step >= 0):
-                    raise CheckpointError(f"state.safetensors: {own['step']} is {step.item()}, not a number of steps")
+                    raise CheckpointError(f"the checkpoint's {own['step']} is {step.item()}, not a number of steps")
                 self.optimizer.state[parameter] = {"step": step.to(self.device)} | {
-                    kind: _taken(tensors, own[kind], parameter.shape).to(self.device, moments)
+                    kind: _read(_taken(left, own[kind], shape), parameter, start).to(self.device, moments)
                     for kind in ("exp_avg", "exp_avg_sq")
                 }
             if self.ema and averaged:
-                self.ema.weights[name] = _taken(tensors, f"ema.{name}", parameter.shape).to(self.device, torch.float32)
-        if tensors:
-            raise CheckpointError(f"state.safetensors: {min(tensors)} belongs to no parameter{_and_more(len(tensors))}")
+                average = _read(_taken(left, f"ema.{name}", shape), parameter, start)
+                self.ema.weights[name] = average.to(self.device, torch.float32)
+        known = set(self.part.names(self.model)) - self.slices.keys()  # of other ranks
+        if foreign := [name for name in left if name.partition(".")[2] not in known]:
+            raise CheckpointError(f"the checkpoint's {min(foreign)} belongs to no parameter{_and_more(len(foreign))}")
 
 
-def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def _taken(left: dict[str, Spread], name: str, shape: tuple[int, ...]) -> Spread:
     """Take a tensor out: the optimizer's kernels write by the weight's shape, whatever the moment's is."""
-    found = tensors.pop(name, None)
+    found = left.pop(name, None)
     if found is None:
-        raise CheckpointError(f"state.safetensors: {name} is missing")
-    if found.shape != torch.Size(shape):
-        raise CheckpointError(f"state.safetensors: {name} has shape {list(found.shape)}, not {list(shape)}")
+        raise CheckpointError(f"the checkpoint's {name} is missing")
+    if found.shape != tuple(shape):
+        raise CheckpointError(f"the checkpoint's {name} has shape {list(found.shape)}, not {list(shape)}")
     if found.dtype not in (torch.float32, torch.bfloat16):
         kind = str(found.dtype).removeprefix("torch.")
-        raise CheckpointError(f"state.safetensors: {name} is {kind}, not float32 or bfloat16")
-    return found.contiguous()
+        raise CheckpointError(f"the checkpoint's {name} is {kind}, not float32 or bfloat16")
+    return found
+
+
+def _read(stored: Spread, parameter: Tensor, start: int) -> Tensor:
+    """The values of a slice, in its shape."""
+    return stored.read(start, start + parameter.numel()).view(parameter.shape)
 
 
 def _and_more(count: int) -> str:

@@ -64,6 +64,7 @@ def test_doctor_names_a_path_for_every_op(monkeypatch: pytest.MonkeyPatch, capsy
     ("arguments", "message"),
     [
         (("info", "no-such-model"), "no preset 'no-such-model'; there are"),
+        (("plan", "no-such-model"), "no preset 'no-such-model'; there are"),
         (("train", "no-such-run.toml"), "does not exist"),
         (("train", "demo", "train.stepz=1"), "has no key 'stepz'"),
         (("train", "demo", "data.path=/nowhere"), "holds no finished shards; run `leanseek data prepare"),

@@ -75,6 +75,18 @@ def test_rows_turned_and_blocks(shape: tuple[int, int], dtype: torch.dtype, powe
         same(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_code_is_read(dtype: torch.dtype) -> None:
+    """Also of rows that are parts of longer ones."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 256).expand(3, 256).contiguous().view(torch.float8_e4m3fn)
+    kept = Kept(codes[:, :200], torch.tensor([[1.0, 2.0**-126], [2.0**100, 3.0], [0.5, 2.0**-20]]))
+    found = q.wide(kept, dtype)
+    with ops.use("torch"):
+        expected = q.wide(kept, dtype)
+    assert found.dtype == dtype and torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stored_blocks_and_e5m6(shape: tuple[int, int]) -> None:
     x = hard(*shape, torch.float32)

@@ -38,7 +38,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[None]:
 
 # Whoever adds a kernel adds it to a test below, and here.
 FUZZED = """adamw attention_backward attention_forward combine_rows finite_rows fp8_blocks fp8_rows
-fp8_swiglu fp8_swiglu_backward fp8_turn grouped_gradient grouped_product latent_attention pack_panels packed_linear
+fp8_swiglu fp8_swiglu_backward fp8_turn fp8_wide grouped_gradient grouped_product latent_attention pack_panels packed_linear
 quantize_rows rms_norm rms_norm_backward rotate sample_rows stack_step swiglu swiglu_backward"""
 WITHOUT_NUMBERS = "read_memory supported"
 
@@ -285,6 +285,7 @@ def test_fp8_kernels_over_any_bits(dtype: torch.dtype, power_of_two: bool) -> No
     wild = Kept(bits(*kept.codes.shape, dtype=torch.float8_e4m3fn), bits(*kept.scales.shape, seed=2))
     for each in (kept, wild):
         fp8.turn(each, groups, power_of_two, dtype)
+        fp8.wide(each, dtype)
         fp8.swiglu_backward(bits(150, 70, dtype=dtype, seed=3), each, weight, groups, power_of_two)
     fp8.both(x, groups, power_of_two)
     fp8.round_e5m6(x)

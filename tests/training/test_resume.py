@@ -18,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from leanseek import cli, load
-from leanseek.checkpoint import training as checkpoints
-from leanseek.checkpoint.training import newest_checkpoint, read_checkpoint, steps_on_disk
+from leanseek.checkpoint import writer as checkpoints
+from leanseek.checkpoint.pieces import Spread
+from leanseek.checkpoint.training import newest_checkpoint, open_state, read_checkpoint, steps_on_disk
 from leanseek.cli import app
 from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
@@ -287,7 +289,7 @@ def test_a_run_in_fp8_resumes_bit_for_bit(go: Callable[..., Summary], tmp_path: 
     assert history(again) == history(tmp_path / "run")
     found, expected = (read_checkpoint(run / "checkpoints/step-12") for run in (again, tmp_path / "run"))
     assert found.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(found.tensors[name], t) for name, t in expected.tensors.items())
+    assert all(torch.equal(found.tensors[name].read(), t.read()) for name, t in expected.tensors.items())
     weights, others = load(again).state_dict(), load(tmp_path / "run").state_dict()
     assert all(torch.equal(weights[name], t) for name, t in others.items())
 
@@ -652,6 +654,11 @@ def test_shards_of_another_tokenizer_are_refused_and_other_text_is_said_aloud(
 # ---- a state of another shape ----
 
 
+def stored(state: dict[str, torch.Tensor], folder: Path) -> dict[str, Spread]:
+    save_file({name: t.contiguous() for name, t in state.items()}, folder / "state.safetensors")
+    return open_state(folder)
+
+
 def spoil(state: dict[str, torch.Tensor], how: str) -> str:
     """Spoil one tensor of a state; returns its name."""
     name = {"step": "step.norm.weight", "ema": "ema.layers.0.mlp.up_proj.weight"}.get(how, "exp_avg.norm.weight")
@@ -672,29 +679,31 @@ def spoil(state: dict[str, torch.Tensor], how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["[1]", "[0]", "[]", "transposed", "int64", "step", "ema", "missing"])
-def test_a_state_that_does_not_fit_is_named_before_anything_is_written(place: Path, how: str) -> None:
+def test_a_state_that_does_not_fit_is_named_before_anything_is_written(place: Path, how: str, tmp_path: Path) -> None:
     run = config(place)
     trainer = Trainer(run)
     trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
     state = {name: t.clone() for name, t in trainer.state_tensors().items()}
-    Trainer(run).load_state_tensors(dict(state), [])
+    Trainer(run).load_state_tensors(stored(state, tmp_path), [])
     name = spoil(state, how)
-    with pytest.raises(ValueError, match=rf"state.safetensors: {name} (has shape|is int64|is missing)"):
-        Trainer(run).load_state_tensors(state, [])
+    with pytest.raises(ValueError, match=rf"the checkpoint's {name} (has shape|is int64|is missing)"):
+        Trainer(run).load_state_tensors(stored(state, tmp_path), [])
 
 
-def test_missing_and_foreign_tensors_are_named(place: Path) -> None:
+def test_missing_and_foreign_tensors_are_named(place: Path, tmp_path: Path) -> None:
     run = config(place)
     trainer = Trainer(run)
     trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
     state = trainer.state_tensors()
+
+    def loaded(state: dict[str, torch.Tensor], without: list[str]) -> None:
+        Trainer(run).load_state_tensors(stored(state, tmp_path), without)
+
     with pytest.raises(ValueError, match=r"exp_avg.layers.9.x belongs to no parameter \(and 1 more\)"):
-        Trainer(run).load_state_tensors(state | {"exp_avg.layers.9.x": torch.zeros(1), "z": torch.zeros(1)}, [])
+        loaded(state | {"exp_avg.layers.9.x": torch.zeros(1), "z": torch.zeros(1)}, [])
     none = {name: t for name, t in state.items() if not name.endswith(".norm.weight")}
     with pytest.raises(ValueError, match=r"step\..*norm.weight is missing"):
-        Trainer(run).load_state_tensors(none, [])
+        loaded(none, [])
     with pytest.raises(ValueError, match=r"step.norm.weight is nan, not a number of steps"):
-        Trainer(run).load_state_tensors(state | {"step.norm.weight": torch.tensor(float("nan"))}, [])
-    Trainer(run).load_state_tensors(
-        {}, trainer.state_tensors().keys() and [n for n, _ in trainer.model.named_parameters()]
-    )
+        loaded(state | {"step.norm.weight": torch.tensor(float("nan"))}, [])
+    loaded({}, [name for name, _ in trainer.model.named_parameters()])

@@ -160,6 +160,20 @@ KERNEL fp8_rows(int64_t dtype, int64_t values_type, int64_t format, int64_t powe
     });
 }
 
+// The values [rows, columns] of e4m3 codes, row stride ldc, and their 1×128 scales.
+KERNEL fp8_wide(int64_t dtype, const uint8_t* codes, int64_t ldc, const float* scales, int64_t rows, int64_t columns,
+                void* values_) {
+    const int64_t tiles = tiles_of(columns);
+    with_type(dtype, [&](auto* type) {
+        using T = ELEMENT(type);
+        parallel_ranges(rows, 64, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; r++)
+                for (int64_t i = 0; i < columns; i++)
+                    put((T*)values_ + r * columns + i, e4m3_value(codes[r * ldc + i]) * scales[r * tiles + i / TILE]);
+        });
+    });
+}
+
 // For the products of backward, from x [.., columns] of `dtype`, or from e4m3 codes and their 1×128 scales (x null): row
 // r of the outputs is row index[r] of the input (r where index is null). `by_rows` has 1×128 tiles; `turned` has tiles of
 // one column and the rows of a band, [bands[b], bands[b + 1]), at most 128. Either may be null.
