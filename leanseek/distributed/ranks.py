@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,10 +59,11 @@ class RankPart(Part):
                 dtype=compute_dtype(self.run, device),
                 device=device,
                 copied=model.embed_tokens.weight if self.copied and rank in (0, size - 1) else None,
+                overlap=self.mesh.experts.size > 1,
                 trace=self.run.parallel.trace,
             )
         if self.mesh.experts.size > 1:
-            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision != "bf16")
+            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision == "fp8")
         if self.run.parallel.fsdp:
             self.shards = FullySharded(model, *self.mesh.shards)  # moves each module to the device by itself
         model.to(device)
@@ -152,6 +154,10 @@ class RankPart(Part):
         sums = self.pipeline.evaluate([MicroBatch(tokens, 1.0)], forward)
         dist.all_reduce(sums, group=self.mesh.pipeline.group)
         return sums[:2]
+
+    def draw(self, out: Path) -> None:
+        if self.pipeline is not None and self.mesh.data.rank == 0:
+            self.pipeline.draw(out)
 
     # ---- where ranks meet ----
 

@@ -313,6 +313,17 @@ def bubble(timeline: Timeline) -> float:
     return 1 - busy / (busy + sum(idle(timeline)))
 
 
+def measured(timeline: Timeline) -> Times:
+    """The mean times of what was recorded."""
+    found: dict[str, list[float]] = {}
+    for step, start, end in (span for own in timeline for span in own):
+        found.setdefault("".join(action.kind for action in step), []).append(end - start)
+    mean = {kind: sum(times) / len(times) for kind, times in found.items()}
+    weight = mean.get("W", 0.0)
+    backward = mean["B"] if "B" in mean else mean["I"] + weight
+    return Times(mean["F"], backward, weight, mean.get("FB", mean["F"] + backward))
+
+
 def activations(schedule: Schedule) -> list[int]:
     """The most micro-batches, counted in each stage, that each rank keeps something of for backward."""
     peaks = []

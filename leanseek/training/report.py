@@ -59,6 +59,10 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     trained = [r for r in rows if "loss" in r]
     charts = [_card(title, _svg(draw)) for title, draw in _line_charts(rows, other, run.name, compare)]
     charts += [_card("Load per expert over the run", _svg(draw, wide=True), wide=True) for draw in _load_maps(trained)]
+    if (run / "timeline.svg").is_file():
+        charts.append(
+            _card("The last step on the pipeline's ranks", _inline(read_text(run / "timeline.svg")), wide=True)
+        )
     written = read_text(run / "config.toml")
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(run.name)} · leanseek</title>
@@ -239,4 +243,9 @@ def _svg(draw: Draw, wide: bool = False) -> str:
         draw(ax)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.S)
+    return _inline(out.getvalue())
+
+
+def _inline(picture: str) -> str:
+    """An SVG file as part of a page."""
+    return re.sub(r"^.*?(?=<svg)", "", picture, flags=re.S)

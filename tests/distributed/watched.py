@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from leanseek.cli import doctor
-from leanseek.distributed import probes, watch
+from leanseek.distributed import probes, rendezvous, watch
 from leanseek.errors import RunError
 
 WORLD, TIMEOUT, BEAT = 3, 3.0, 0.5
@@ -94,7 +94,9 @@ def examine(rank: int, port: int) -> None:
     probes.SIZES, probes.SECONDS = (2**12,), 0.01
     if rank == FAULTS["doctor"][0]:
         probes.own_product = lambda device: stop()
-    doctor.examine_group(8.0)  # in which a busy machine gets all ranks to come
+    comes = rendezvous.meet
+    rendezvous.meet = lambda timeout: comes(HELD_UP)  # a busy machine needs longer for this than for the rest
+    doctor.examine_group(TIMEOUT)
 
 
 def start(case: str, rank: int, port: int, words: Path) -> int:
