@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.distributed.turns import give_way, started
 from leanseek.ops import Dispatched, expert_combine, expert_dispatch, quantize
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.formats import TILE
@@ -174,6 +175,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ticket):  # type: ignore[no-untyped-def]
         trip = ctx.trip
+        give_way()
         weights, rows = trip.land((trip.choices, torch.float32), (ctx.width, ticket.dtype))
         # of the rows of a token, the one that carried a gate value has its gradient, the others zeros
         return trip.summed(rows), trip.summed(weights), None, None
@@ -191,6 +193,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx, rows, weights, _):  # type: ignore[no-untyped-def]
         ctx.trip.back(weights, rows)
+        started()
         return rows.new_empty(0), None, None
 
 
@@ -203,6 +206,7 @@ class _LeaveBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ticket):  # type: ignore[no-untyped-def]
+        give_way()
         return ctx.trip.unpacked(ctx.trip.land(*ctx.trip.kinds(ctx.width, ticket.dtype)), ticket.dtype), None
 
 
@@ -210,12 +214,14 @@ class _ArriveBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ticket, trip, width):  # type: ignore[no-untyped-def]
         ctx.trip = trip
+        give_way()
         (rows,) = trip.land((width, ticket.dtype))
         return trip.summed(rows)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         ctx.trip.there(*ctx.trip.packed(grad))
+        started()
         return grad.new_empty(0), None, None
 
 
@@ -239,6 +245,7 @@ class Dispatching:
     def wait(self) -> Dispatched:
         """The rows of this rank's experts, in their order; an expert's by source rank, then token."""
         while True:
+            give_way()
             trip = self._trips[-1]
             x, weights, indices = _Arrive.apply(self.ticket, trip, self.width)
             indices = indices - trip.peers.rank * trip.peers.experts
