@@ -6,11 +6,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.model import Stage
 from leanseek.planning import schedules
+from leanseek.planning.layout import split_layers
 from leanseek.training.config import ParallelConfig, RunConfig
 from leanseek.training.schedules import batch_size
 
@@ -25,6 +26,7 @@ class Mesh(NamedTuple):
     data: Axis  # ranks with the same dense weights
     experts: Axis  # ranks among which each layer's experts are spread
     replicas: Axis  # ranks with the same experts
+    shards: tuple[DeviceMesh, DeviceMesh]  # `data` and `replicas`, as FSDP2 takes them
     hops: tuple[dist.ProcessGroup, ...]  # the ways of a token to an expert: to its node, then to its rank there (3.2.2)
 
 
@@ -52,7 +54,9 @@ def build_mesh(run: RunConfig, device: str) -> Mesh:
         for mesh, name in ((dense, "pipeline"), (dense, "data"), (sparse, "experts"), (sparse, "replicas"))
     )
     hops = (ways.get_group("node"), ways.get_group("local")) if nodes > 1 else (sparse.get_group("experts"),)
-    return Mesh(dist.get_rank(), ranks, pipeline, back, replica, share, copies, hops)
+    return Mesh(
+        dist.get_rank(), ranks, pipeline, back, replica, share, copies, (dense["data"], sparse["replicas"]), hops
+    )
 
 
 def check_layout(run: RunConfig, ranks: int) -> None:
@@ -130,13 +134,8 @@ def _fitting(ranks: int) -> str:
 
 
 def stages(config: ModelConfig, p: ParallelConfig, rank: int) -> list[Stage]:
-    """The stages of a rank of the pipeline, of as equal numbers of layers as there can be.
+    """The stages of a rank of the pipeline, of as equal work as there can be.
 
     In the V of DualPipeV, rank r holds stages r and 2·pp - 1 - r: the first and the last are on one rank (3.2.2).
     """
-    two = p.pp > 1 and p.schedule == "dualpipev"
-    count, layers = p.pp * (1 + two), config.num_hidden_layers
-    return [
-        Stage(range(i * layers // count, (i + 1) * layers // count), i == 0, i == count - 1)
-        for i in ([rank, count - 1 - rank] if two else [rank])
-    ]
+    return [Stage(chunk.layers, chunk.first, chunk.last) for chunk in split_layers(config, p.pp, p.schedule)[rank]]

@@ -164,18 +164,16 @@ def ranks_in_words(ranks: list[int]) -> str:
 
 class _Watcher:
     def __init__(self, store: Store, rank: int, world: int, timeout: float, holder: str):
-        self.origin, self.rank, self.world, self.timeout, self.holder = store, rank, world, timeout, holder
-        self.store = self._connect()
+        self.rank, self.world, self.timeout, self.holder = rank, world, timeout, holder
+        # connections of their own: a store's is taken while one of its users waits, which may be for ever
+        self.notes, self.court = (PrefixStore("watch", store.clone()) for _ in range(2))  # type: ignore[attr-defined]
         self.beat = 0
-        self.first = self.failed = False
+        self.failed = False  # the thread that works is free again, and says itself what is wrong
+        self.judging = threading.Lock()
         self.closed = threading.Event()
         self._publish()
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self.thread.start()
-
-    def _connect(self) -> Store:
-        """A connection of its own: a store's is taken while one of its users waits for a key."""
-        return PrefixStore("watch", self.origin.clone())  # type: ignore[attr-defined]  # not in its stub
 
     def close(self, ended: str) -> None:
         self.closed.set()
@@ -183,34 +181,45 @@ class _Watcher:
         self._publish(ended)
 
     def reason(self, error: RuntimeError) -> str:
-        """Why a collective failed in this process, whose working thread is free to say so."""
-        self.failed = True
+        """Why a collective failed in this process."""
+        with self.judging:
+            self.failed = True
+            line, _ = self._verdict()
+            time.sleep(SILENT * BEAT)
         said = shorten(str(error).splitlines()[0], 100) if str(error) else type(error).__name__
-        return f"{self._verdict()} ({_board.now.what} failed: {said})"
+        return f"{line} ({_board.now.what} failed: {said})"
 
     def _publish(self, ended: str = "") -> None:
         self.beat += 1
         now = _board.now
         note = Note(self.beat, now.waits, now.what, _board.step, time.monotonic() - now.since, ended)
         with contextlib.suppress(RuntimeError):  # the store is gone: whoever waits for something will notice
-            self.store.set(str(self.rank), json.dumps(note))
+            self.notes.set(str(self.rank), json.dumps(note))
 
     def _watch(self) -> None:
         while not self.closed.wait(BEAT):
             self._publish()
             now = _board.now
-            if now.waits and not self.failed and time.monotonic() - now.since > self.timeout:
-                line = self._verdict()
-                if _board.now is not now:  # it went on meanwhile
-                    continue
-                if self.first:
-                    print(f"leanseek: {line}", file=sys.stderr, flush=True)
-                os._exit(1)  # the thread that works is inside the backend and cannot be interrupted
+            if now.waits and time.monotonic() - now.since > self.timeout:
+                with self.judging:
+                    if not self.failed:
+                        self._end(now)
 
-    def _verdict(self) -> str:
-        """What is wrong, found by the rank that asks first; the others get the same line. Takes a bounded time."""
-        self.first = True  # as far as it knows
-        found: list[str] = []
+    def _end(self, now: _Now) -> None:
+        """Ends the process, unless it goes on with its work meanwhile (the machine was asleep)."""
+        line, first = self._verdict()
+        if _board.now is now:
+            if first:
+                print(f"leanseek: {line}", file=sys.stderr, flush=True)
+            time.sleep(SILENT * BEAT)  # this process may hold the store, and others have not asked yet
+            os._exit(1)  # the thread that works is inside the backend and cannot be interrupted
+        if first:
+            self.court.delete_key("verdict")
+            self.court.delete_key("judges")
+
+    def _verdict(self) -> tuple[str, bool]:
+        """What is wrong, and whether this rank was the first to ask; the others get its line. Takes a bounded time."""
+        found: list[tuple[str, bool]] = []
         thread = threading.Thread(target=lambda: found.append(self._judge()), daemon=True)  # may never return
         thread.start()
         for _ in range(4 * SILENT):
@@ -219,25 +228,28 @@ class _Watcher:
                 return found[0]
             self._publish()
         waited = time.monotonic() - _board.now.since
-        return f"{self.holder}, which holds the store, does not answer; rank {self.rank} has waited for {waited:.0f} s"
+        lost = f"{self.holder}, which holds the store, does not answer; rank {self.rank} has waited for {waited:.0f} s"
+        return lost, True
 
-    def _judge(self) -> str:
+    def _judge(self) -> tuple[str, bool]:
         try:
-            store = self._connect()
-            self.first = store.add("judges", 1) == 1
-            if not self.first:
-                return store.get("verdict").decode()
-            before = self._read(store)
+            if self.court.add("judges", 1) > 1:
+                for _ in range(2 * SILENT):
+                    if self.court.check(["verdict"]):
+                        return self.court.get("verdict").decode(), False
+                    time.sleep(BEAT)
+                # the first is lost itself
+            before = self._read()
             time.sleep(SILENT * BEAT)
-            notes = self._read(store)
+            notes = self._read()
             silent = {rank for rank, note in notes.items() if rank in before and note.beat == before[rank].beat}
             fault, waits = verdict(notes, silent, self.world, self.timeout)
             line = f"{fault or 'no rank is at fault alone, each waits for something else'}; {waits}"
-            store.set("verdict", line)
-            return line
+            self.court.set("verdict", line)
+            return line, True
         except RuntimeError:
-            return f"{self.holder}, which held the store, is gone"
+            return f"{self.holder}, which held the store, is gone", True
 
-    def _read(self, store: Store) -> dict[int, Note]:
-        there = [rank for rank in range(self.world) if store.check([str(rank)])]
-        return {rank: Note(*json.loads(store.get(str(rank)))) for rank in there}
+    def _read(self) -> dict[int, Note]:
+        there = [rank for rank in range(self.world) if self.court.check([str(rank)])]
+        return {rank: Note(*json.loads(self.court.get(str(rank)))) for rank in there}

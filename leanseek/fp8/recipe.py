@@ -140,10 +140,15 @@ class Cast:
             if (rows, columns) != stacked.shape[-2:]:
                 stacked = F.pad(stacked, (0, columns - stacked.shape[-1], 0, rows - stacked.shape[-2]))
             stacked = stacked.view(-1, stack * rows, columns)
+            self._casts.pop(place, None)  # before the new one is made: it takes the old one's memory
             found = (key, self.recipe.blocks(stacked, dtype))
             self._casts[place] = found
             self.note("weight", stacked, (TILE, TILE))
         return found[1]
+
+    def forget(self) -> None:
+        """Cast the weights again when they are next read."""
+        self._casts.clear()
 
     def note(self, what: str, x: Tensor, tile: tuple[int, int] = (1, TILE)) -> None:
         """Count what is lost of x, where somebody asked for it."""

@@ -149,6 +149,7 @@ def _train(
                 if part.any(signals.received):
                     loop.checkpoint(step + 1)
                     raise Interrupted(f"stopped at step {step + 1}; continue with --resume")
+    part.draw(folder / "timeline.svg")
     if part.writes:
         from leanseek.training.report import write_report  # matplotlib takes a second to import
 

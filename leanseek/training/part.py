@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -64,8 +65,10 @@ class Part(Ranks):
         """The part's stages and experts, uninitialised."""
         return Transformer(config)
 
-    def attach(self, model: Transformer) -> None:
-        """Called once the modules are those that train (FP8 replaces some): exchanges and shards come in here."""
+    def attach(self, model: Transformer, device: torch.device) -> None:
+        """Called once the modules are those that train (FP8 replaces some): the model moves to the device, and
+        exchanges and shards come in here."""
+        model.to(device)
 
     def names(self, model: Transformer) -> list[str]:
         """The parameters of the whole network."""
@@ -117,6 +120,9 @@ class Part(Ranks):
         """Losses [2] float32, main and MTP, of tokens [b, T + lookahead] without a gradient; the same on all stages."""
         found = forward(tokens)
         return torch.stack((found.main, found.mtp))
+
+    def draw(self, out: Path) -> None:
+        """Draw the timeline of the last step on a pipeline's ranks into `out`, if the run has recorded one."""
 
     # ---- where ranks meet ----
 
