@@ -219,7 +219,7 @@ def shared_experts_of(case: Case, overlap: bool) -> tuple[Pipeline, Transformer,
     place, column, row = two_by_two()
     model = Transformer(case.config, stages=case.stages(2, place.rank), experts=range(4 * column, 4 * column + 4))
     fp8.apply(model.init_weights(5), case.precision)
-    experts.apply(model, [row], fp8=case.precision == "fp8")
+    experts.apply(model, exchange.Exchange([row], case.config.n_routed_experts, fp8=case.precision == "fp8"))
     batches = [MicroBatch(tokens[column : column + 1], share / 2) for tokens, share in case.parts()]
     return pipeline(case, place, model, overlap=overlap, trace=True), model, batches
 
@@ -386,7 +386,7 @@ def test_both_stages_on_one_rank(
     batches[2] = batches[2]._replace(share=0.0)  # is not counted
     model, loop = case.model(*case.stages(1, 0)).to(device), case.model().to(device)
     for network in (model, loop):
-        experts.apply(network, [group])
+        experts.apply(network, exchange.Exchange([group], case.config.n_routed_experts))
     own = pipeline(case, Place(1, 0, (group, group)), model, overlap=overlap, device=device, trace=True)
     sums, counts = own.accumulate(batches, case.forward(model))
     expected, numbers = Part().accumulate(loop, batches, case.forward(loop))
