@@ -13,6 +13,7 @@ from torch import Tensor
 
 from leanseek import ModelConfig, fp8, native
 from leanseek.distributed import experts
+from leanseek.distributed.exchange import Exchange
 from leanseek.machine.device import multiplies
 from leanseek.model import Transformer
 from leanseek.planning.layout import Chunk
@@ -64,7 +65,8 @@ def on_a_rank(rank: int, nodes: int, precision: str) -> tuple[float, list[float]
     share = CONFIG.n_routed_experts // dist.get_world_size()
     model = Transformer(CONFIG, experts=range(rank * share, (rank + 1) * share)).init_weights(3)
     fp8.apply(model, precision)
-    experts.apply(model, groups(nodes), fp8=precision == "fp8")
+    exchange = Exchange(groups(nodes), CONFIG.n_routed_experts, fp8=precision == "fp8")
+    experts.apply(model, exchange)
     tokens = torch.randint(2, 512, (3, TOKENS + 1), generator=torch.Generator().manual_seed(rank))
     routes = even_routes(3 * TOKENS, rank)
 
@@ -73,10 +75,9 @@ def on_a_rank(rank: int, nodes: int, precision: str) -> tuple[float, list[float]
         return model(part[:, :-1], part[:, 1:], dtype=torch.bfloat16, replay=replay)
 
     one, three = (saved_bytes(lambda n=n: forward(n)) for n in (1, 3))  # type: ignore[misc]
-    hops = list(zip(*(m.exchange.hops for m in model.modules() if isinstance(m, experts.MoE)), strict=True))
-    before = [sum(peers.sent_bytes for peers in hop) for hop in hops]
+    before = [peers.sent_bytes for peers in exchange.hops]
     forward(3)
-    sent = [(sum(peers.sent_bytes for peers in hop) - b) / (3 * TOKENS) for b, hop in zip(before, hops, strict=True)]
+    sent = [(peers.sent_bytes - b) / (3 * TOKENS) for b, peers in zip(before, exchange.hops, strict=True)]
     return (three - one) / (2 * TOKENS), sent
 
 
@@ -93,7 +94,4 @@ def test_rows_sent_and_kept(run_ranks: Callable[..., list[Any]], nodes: int, pre
     # as in test_memory.py; and FP8 recomputes by hooks of its own, which these cannot see
     if precision == "bf16" and native.usable_variants() and multiplies(torch.bfloat16):
         whole = Chunk(range(CONFIG.num_hidden_layers), first=True, last=True)
-        print(
-            nodes, [f[0] for f in found], saved, activation_bytes_per_token(CONFIG, whole, precision, False, to.ranks)
-        )
         assert saved == pytest.approx(activation_bytes_per_token(CONFIG, whole, precision, False, to.ranks), rel=0.02)
