@@ -11,7 +11,6 @@ same exchange the other way round: it needs no sizes, and a rank enters it also 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanseek.distributed.watch import phase
 from leanseek.ops import Dispatched, expert_combine, expert_dispatch, quantize
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.operands import FP8, Kept
@@ -27,39 +27,38 @@ from leanseek.ops.operands import FP8, Kept
 class Peers:
     """The ranks of one hop: the p-th serves, or leads to, the experts from p · `experts` on.
 
-    `sent_bytes`: to other ranks so far; `waited`: seconds in which this process had nothing to do but wait for them.
+    `sent_bytes`: to other ranks so far. `layer`: whose experts they are, for `watch`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, experts: int):
-        self.group, self.experts, self.size = group, experts, dist.get_world_size(group)
-        self.sent_bytes, self.waited = 0, 0.0
+    def __init__(self, group: dist.ProcessGroup, experts: int, layer: int | None = None):
+        self.group, self.experts, self.size, self.layer = group, experts, dist.get_world_size(group), layer
+        self.sent_bytes = 0
 
-    def send(self, rows: Tensor, out: list[int], into: list[int]) -> Flight:
+    def send(self, rows: Tensor, out: list[int], into: list[int], what: str) -> Flight:
         """Start to send rows [sum(out), ...], out[p] of them to peer p, and to receive into[p] from it."""
         arriving = rows.new_empty(sum(into), *rows.shape[1:])
         work = dist.all_to_all_single(arriving, rows.contiguous(), into, out, group=self.group, async_op=True)
         others = rows.shape[0] - out[dist.get_rank(self.group)]
         self.sent_bytes += others * rows[:1].numel() * rows.element_size()
-        return Flight(self, work, arriving, rows)
+        return Flight(work, arriving, rows, phase(what, self.layer, "exchange"))
 
     def swap(self, counts: Tensor) -> Tensor:
         """counts [peers, n]: a row for each peer -> the row that each peer had for this rank."""
         ones = [1] * self.size
-        return self.send(counts, ones, ones).land()
+        return self.send(counts, ones, ones, "the counts").land()
 
 
 class Flight(NamedTuple):
     """Rows under way, and those that left, whose memory must stay."""
 
-    peers: Peers
     work: dist.Work
     arriving: Tensor
     leaving: Tensor
+    waiting: phase
 
     def land(self) -> Tensor:
-        start = time.perf_counter()
-        self.work.wait()
-        self.peers.waited += time.perf_counter() - start
+        with self.waiting:
+            self.work.wait()
         return self.arriving
 
 
@@ -98,17 +97,19 @@ class Trip:
         """Asks the peers how much will come; waits for them, and for the device."""
         self.peers, self.fp8, self.tokens = peers, fp8, indices.shape[0]
         self.token, self.place, self.experts, counts = addresses(indices, peers.size, peers.experts)
-        (self.out, _), (self.into, choices) = torch.stack((counts, peers.swap(counts))).transpose(1, 2).tolist()
+        with phase("the counts", peers.layer, "device" if counts.is_cuda else "exchange"):
+            (self.out, _), (self.into, choices) = torch.stack((counts, peers.swap(counts))).transpose(1, 2).tolist()
         self.choices = sum(choices)  # that came here
         self._flights: list[Flight] = []
 
     def there(self, *of_tokens: Tensor) -> None:
         """Send what belongs to the tokens, [N, ...] each."""
-        self._flights = [self.peers.send(t.index_select(0, self.token), self.out, self.into) for t in of_tokens]
+        rows = (t.index_select(0, self.token) for t in of_tokens)
+        self._flights = [self.peers.send(t, self.out, self.into, "dispatch") for t in rows]
 
     def back(self, *of_rows: Tensor) -> None:
         """Send what belongs to the rows that came here, [R, ...] each."""
-        self._flights = [self.peers.send(t, self.into, self.out) for t in of_rows]
+        self._flights = [self.peers.send(t, self.into, self.out, "combine") for t in of_rows]
 
     def land(self) -> list[Tensor]:
         flights, self._flights = self._flights, []
@@ -202,7 +203,7 @@ class Dispatching:
 
     def _leave(self, x: Tensor, indices: Tensor, weights: Tensor) -> None:
         trip = Trip(self.hops[len(self.trips)], indices, self.fp8)
-        self.numbers = trip.peers.send(trip.experts, trip.out, trip.into)
+        self.numbers = trip.peers.send(trip.experts, trip.out, trip.into, "dispatch")
         self.trips.append(trip)
         self.ticket = _Leave.apply(x, weights, trip)
 
@@ -240,15 +241,17 @@ class Exchange:
     """Between the ranks of expert parallelism, the first of which serves the first experts.
 
     groups: all of them; for two hops, the ranks at this rank's place on every node, then the ranks of this node.
-    fp8: rows travel to experts, and gradients to before the down-projection, in FP8 (3.3.2).
+    fp8: rows travel to experts, and gradients to before the down-projection, in FP8 (3.3.2). layer: for `watch`.
     """
 
-    def __init__(self, groups: Sequence[dist.ProcessGroup], experts: int, fp8: bool = False):
+    def __init__(
+        self, groups: Sequence[dist.ProcessGroup], experts: int, fp8: bool = False, layer: int | None = None
+    ):
         self.hops: list[Peers] = []
         self.fp8 = fp8
         for group in groups:
             experts //= dist.get_world_size(group)
-            self.hops.append(Peers(group, experts))
+            self.hops.append(Peers(group, experts, layer))
 
     def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> Dispatching:
         """Start to send x [N, D] to the experts [N, K] of each token, with their gate values [N, K] float32."""

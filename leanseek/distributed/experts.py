@@ -31,7 +31,8 @@ def apply(model: nn.Module, groups: Sequence[dist.ProcessGroup], fp8: bool = Fal
 
     groups, fp8: as `Exchange` takes them.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, moe.MoE):
+            layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
             module.__class__ = MoE
-            cast(MoE, module).exchange = Exchange(groups, module.gate.weight.shape[0], fp8)
+            cast(MoE, module).exchange = Exchange(groups, module.gate.weight.shape[0], fp8, layer)

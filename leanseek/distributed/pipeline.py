@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from leanseek.config import ConfigError
 from leanseek.distributed.links import Form, Groups, Links
+from leanseek.distributed.watch import phase
 from leanseek.ops import WeightGradients
-from leanseek.planning.schedules import Action, Message, Schedule, Span, Timeline, build, forwards
+from leanseek.planning.schedules import Action, Message, Schedule, Span, Timeline, Times, build, forwards, simulate
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses
 from leanseek.training.part import Forward, MicroBatch
@@ -106,10 +107,23 @@ class Pipeline:
         for rank, steps in enumerate(self._schedule(micro_batches).steps):
             actions = [action for step in steps for action in step]
             theirs = times if rank == self.place.rank else times.new_empty(len(actions), 2)
-            dist.broadcast(theirs, group=self.place.groups[0], group_src=rank)
+            with phase("the timeline"):
+                dist.broadcast(theirs, group=self.place.groups[0], group_src=rank)
             found.append([Span((action,), *pair) for action, pair in zip(actions, theirs.tolist(), strict=True)])
         begin = min(own[0].start for own in found)
         return [[Span(step, start - begin, end - begin) for step, start, end in own] for own in found]
+
+    def planned(self, recorded: Timeline) -> Timeline:
+        """The plan of a timeline, with its mean times; a pair takes as long as its two actions."""
+        spans = [(step[0], end - start) for own in recorded for step, start, end in own]
+        mean = {kind: _mean([s for action, s in spans if action.kind == kind]) for kind in "FBIW"}
+        whole = mean["B"] or mean["I"] + mean["W"]
+        times = Times(mean["F"], whole, mean["W"], mean["F"] + whole)
+        return simulate(self._schedule(1 + max(action.micro for action, _ in spans)), times)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 class _Chunk(NamedTuple):

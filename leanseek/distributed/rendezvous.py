@@ -35,8 +35,7 @@ def meet(timeout: float) -> dist.Store:
         )  # fmt: skip
     except RuntimeError:
         raise RunError(f"rank {rank}: {holder()} does not answer at {host}:{port} within {timeout:.0f} s") from None
-    # torchrun keeps its store when it starts all ranks again
-    store = dist.PrefixStore(f"leanseek/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+    store = group_store(server)
     store.set(f"here/{rank}", socket.gethostname())
     end = time.monotonic() + timeout
     missing = list(range(world))
@@ -47,9 +46,14 @@ def meet(timeout: float) -> dist.Store:
     return store
 
 
+def group_store(server: dist.Store) -> dist.Store:
+    """This attempt's part of a launcher's store: torchrun keeps it when it starts all ranks again."""
+    return dist.PrefixStore(f"leanseek/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+
+
 def holder() -> str:
     """Who holds the store, in words."""
-    return "torchrun's agent" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
 def hosts(store: dist.Store, world: int) -> list[str]:

@@ -8,6 +8,7 @@ at fault, and ends its process with exit code 1, so that the launcher stops the 
     rank 3 has not moved for 61 s: at work after dispatch of layer 7, step 12; ranks 0-2 wait in combine of layer 7, ...
 
 A rank at work is left alone for as long as nobody waits for it. In one process the notes are written and never read.
+The same notes add up how long a step waits, and for what.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch.distributed import PrefixStore, Store
 
-from leanseek.errors import RunError
+from leanseek.errors import InputError, Interrupted, Lost, RunError
 from leanseek.reading import shorten
 
 BEAT = 1.0  # seconds between two notes of a rank
 SILENT = 4  # beats without a note after which a rank counts as stopped
+NOBODY = "no rank is at fault alone, each waits for something else"
 
 
 class _Now(NamedTuple):
@@ -43,6 +45,8 @@ class _Board:
     now = _Now(False, "", time.monotonic())
     step: int | None = None
     watcher: _Watcher | None = None
+    spent: ClassVar = {"exchange": 0.0, "wait": 0.0}  # seconds of this step in phases of each kind
+    stop = False  # whoever started the ranks wants them to stop, or is gone
 
 
 _board = _Board()
@@ -51,14 +55,18 @@ _board = _Board()
 class phase:
     """Around a wait for other ranks: `with watch.phase("dispatch", layer=7): dist.all_to_all_single(...)`.
 
+    kind: what its seconds count as, "wait" or "exchange" (of rows for experts); "device" where they cannot be told
+    from work that the process waits for too: they do not count.
+
     Raises:
-        RunError: in place of what a collective raises when another rank is gone; names that rank.
+        Lost: in place of what a collective raises when another rank is gone; names that rank.
+        SystemExit: the same, where that rank has said itself why it ended.
     """
 
-    __slots__ = ("before", "what")
+    __slots__ = ("before", "kind", "what")
 
-    def __init__(self, what: str, layer: int | None = None):
-        self.what = what if layer is None else f"{what} of layer {layer}"
+    def __init__(self, what: str, layer: int | None = None, kind: str = "wait"):
+        self.what, self.kind = what if layer is None else f"{what} of layer {layer}", kind
 
     def __enter__(self) -> None:
         self.before = _board.now
@@ -66,29 +74,53 @@ class phase:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(error, RuntimeError) and _board.watcher is not None and not isinstance(error, RunError):
-            raise RunError(_board.watcher.reason(error)) from error
-        _board.now = self.before if self.before.waits else _Now(False, self.what, time.monotonic())
+            if line := _board.watcher.reason(error):
+                raise Lost(line) from error
+            raise SystemExit(1) from error
+        if self.before.waits:
+            _board.now = self.before
+        else:
+            now = time.monotonic()
+            if self.kind in _board.spent:
+                _board.spent[self.kind] += now - _board.now.since
+            _board.now = _Now(False, self.what, now)
 
 
 def step(number: int) -> None:
-    """Notes the step that this rank is in."""
+    """Notes the step that this rank begins."""
     _board.step = number
     _board.now = _Now(False, "", time.monotonic())
+    _board.spent.update(exchange=0.0, wait=0.0)
+
+
+def spent() -> dict[str, float]:
+    """Seconds in phases of each kind since the step began. On a GPU collectives are waited for by the device, and cost
+    the process nothing."""
+    return dict(_board.spent)
+
+
+def stop_wanted() -> bool:
+    """Whether whoever started the ranks wants them to stop, or is gone."""
+    return _board.stop
 
 
 @contextlib.contextmanager
-def watching(store: Store, rank: int, world: int, timeout: float, holder: str = "rank 0") -> Iterator[None]:
+def watching(
+    store: Store, rank: int, world: int, timeout: float, holder: str = "rank 0", start: float | None = None
+) -> Iterator[None]:
     """Publishes this rank's notes, and ends the process once it has waited for more than `timeout` seconds.
 
-    `timeout` must be longer than any rank's longest work between two waits, and shorter than the backend's own. `store`
-    is this attempt's alone (`meet`); `holder` says who holds it and is at fault when it does not answer.
+    `timeout` must be longer than any rank's longest work between two waits, and shorter than the backend's own; before
+    the first step it is `start`. `store` is this attempt's alone (`meet`); `holder` says who holds it and is at fault
+    when it does not answer.
     """
-    _board.now = _Now(False, "", time.monotonic())
-    watcher = _board.watcher = _Watcher(store, rank, world, timeout, holder)
+    _board.now, _board.step, _board.stop = _Now(False, "", time.monotonic()), None, False
+    watcher = _board.watcher = _Watcher(store, rank, world, timeout, holder, start or timeout)
     try:
         yield
     except BaseException as error:
-        watcher.close(f"{type(error).__name__}: {shorten(str(error), 300)}")
+        known = isinstance(error, InputError | RunError | Interrupted)
+        watcher.close(f"{type(error).__name__}: {shorten(str(error), 300)}", told=known)
         raise
     else:
         watcher.close("its work was done")
@@ -108,6 +140,7 @@ class Note(NamedTuple):
     step: int | None
     age: float  # seconds in this state
     ended: str = ""  # why it watches no more
+    told: bool = False  # it has said so itself
 
     def __str__(self) -> str:
         step = "" if self.step is None else f"step {self.step}"
@@ -163,8 +196,9 @@ def ranks_in_words(ranks: list[int]) -> str:
 
 
 class _Watcher:
-    def __init__(self, store: Store, rank: int, world: int, timeout: float, holder: str):
+    def __init__(self, store: Store, rank: int, world: int, timeout: float, holder: str, start: float):
         self.origin, self.rank, self.world, self.timeout, self.holder = store, rank, world, timeout, holder
+        self.start = start
         self.store = self._connect()
         self.beat = 0
         self.first = self.failed = False
@@ -177,33 +211,36 @@ class _Watcher:
         """A connection of its own: a store's is taken while one of its users waits for a key."""
         return PrefixStore("watch", self.origin.clone())  # type: ignore[attr-defined]  # not in its stub
 
-    def close(self, ended: str) -> None:
+    def close(self, ended: str, told: bool = False) -> None:
         self.closed.set()
         self.thread.join()
-        self._publish(ended)
+        self._publish(ended, told)
 
     def reason(self, error: RuntimeError) -> str:
-        """Why a collective failed in this process, whose working thread is free to say so."""
+        """Why a collective failed in this process, whose working thread is free to say so; "" where a rank has said it."""
         self.failed = True
-        said = shorten(str(error).splitlines()[0], 100) if str(error) else type(error).__name__
-        return f"{self._verdict()} ({_board.now.what} failed: {said})"
+        line, said = self._verdict(), str(error).partition("\n")[0] or type(error).__name__
+        return line.replace(NOBODY, f"{_board.now.what} failed on rank {self.rank} ({shorten(said, 200)})")
 
-    def _publish(self, ended: str = "") -> None:
+    def _publish(self, ended: str = "", told: bool = False) -> None:
         self.beat += 1
         now = _board.now
-        note = Note(self.beat, now.waits, now.what, _board.step, time.monotonic() - now.since, ended)
-        with contextlib.suppress(RuntimeError):  # the store is gone: whoever waits for something will notice
+        note = Note(self.beat, now.waits, now.what, _board.step, time.monotonic() - now.since, ended, told)
+        try:
             self.store.set(str(self.rank), json.dumps(note))
+            _board.stop = _board.stop or self.store.check(["stop"])
+        except RuntimeError:  # the store is gone: who waits for something will notice
+            _board.stop = True
 
     def _watch(self) -> None:
         while not self.closed.wait(BEAT):
             self._publish()
-            now = _board.now
-            if now.waits and not self.failed and time.monotonic() - now.since > self.timeout:
+            now, limit = _board.now, self.start if _board.step is None else self.timeout
+            if now.waits and not self.failed and time.monotonic() - now.since > limit:
                 line = self._verdict()
                 if _board.now is not now:  # it went on meanwhile
                     continue
-                if self.first:
+                if self.first and line:
                     print(f"leanseek: {line}", file=sys.stderr, flush=True)
                 os._exit(1)  # the thread that works is inside the backend and cannot be interrupted
 
@@ -227,12 +264,20 @@ class _Watcher:
             self.first = store.add("judges", 1) == 1
             if not self.first:
                 return store.get("verdict").decode()
-            before = self._read(store)
-            time.sleep(SILENT * BEAT)
-            notes = self._read(store)
-            silent = {rank for rank, note in notes.items() if rank in before and note.beat == before[rank].beat}
-            fault, waits = verdict(notes, silent, self.world, self.timeout)
-            line = f"{fault or 'no rank is at fault alone, each waits for something else'}; {waits}"
+            before = notes = self._read(store)
+            silent: set[int] = set()
+            for _ in range(SILENT):
+                if any(note.ended for note in notes.values()):
+                    break
+                time.sleep(BEAT)
+                notes = self._read(store)
+            else:
+                silent = {rank for rank, note in notes.items() if rank in before and note.beat == before[rank].beat}
+            if any(note.told for note in notes.values()):
+                line = ""
+            else:
+                fault, waits = verdict(notes, silent, self.world, self.timeout)
+                line = "; ".join(filter(None, (fault or NOBODY, waits)))
             store.set("verdict", line)
             return line
         except RuntimeError:
@@ -241,3 +286,22 @@ class _Watcher:
     def _read(self, store: Store) -> dict[int, Note]:
         there = [rank for rank in range(self.world) if store.check([str(rank)])]
         return {rank: Note(*json.loads(store.get(str(rank)))) for rank in there}
+
+
+# ---- for whoever starts the ranks and holds the store ----
+
+
+def say_stop(store: Store) -> None:
+    """Ask all ranks to stop (`stop_wanted`)."""
+    PrefixStore("watch", store).set("stop", "")
+
+
+def say_ended(store: Store, rank: int, why: str) -> bool:
+    """Note that a rank's process has ended, unless it said so itself; False if it never got to work."""
+    notes = PrefixStore("watch", store)
+    if not notes.check([str(rank)]):
+        return False
+    note = Note(*json.loads(notes.get(str(rank))))
+    if not note.ended:
+        notes.set(str(rank), json.dumps(note._replace(ended=why)))
+    return True

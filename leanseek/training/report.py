@@ -6,6 +6,7 @@ import html
 import io
 import os
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from leanseek.training.metrics import read_rows
 
 Rows = list[dict[str, Any]]
 INK = "#7b8494"  # readable on white and on black
+TIMELINE = "timeline.svg"  # in the run's folder: what a pipeline recorded, beside the plan
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6")
 
 _STYLE = """
@@ -59,13 +61,15 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     trained = [r for r in rows if "loss" in r]
     charts = [_card(title, _svg(draw)) for title, draw in _line_charts(rows, other, run.name, compare)]
     charts += [_card("Load per expert over the run", _svg(draw, wide=True), wide=True) for draw in _load_maps(trained)]
+    charts += [_card(title, _svg(draw, wide=True), wide=True) for title, draw in _rank_chart(trained)]
     written = read_text(run / "config.toml")
+    link = f'<p><a href="{TIMELINE}">The pipeline\'s timeline, beside its plan</a></p>'
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(run.name)} · leanseek</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>{html.escape(run.name)}</h1><p>{html.escape(_sentence(model, trained))}</p>
 <div class="figures">{"".join(_figure(*f) for f in _figures(model, rows, trained))}</div>
-<div class="charts">{"".join(charts)}</div><br>{_cache_table(model)}
+<div class="charts">{"".join(charts)}</div>{link if (run / TIMELINE).is_file() else ""}<br>{_cache_table(model)}
 <section><h2>Configuration</h2><pre>{html.escape(written)}</pre></section></body></html>
 """
     path = run / "report.html"
@@ -220,6 +224,29 @@ def _load_maps(trained: Rows) -> list[Draw]:
         return draw
 
     return [one(layer) for layer in (rows[0]["load"] if rows else {})]
+
+
+def _rank_chart(trained: Rows) -> list[tuple[str, Draw]]:
+    """What each rank spends a step on, by the median of the steps; the one that waits least is waited for."""
+    rows = [r["ranks"] for r in trained if r.get("ranks")]
+    if not rows:
+        return []
+    kinds = {"compute_s": "compute", "exchange_s": "exchange of rows for experts", "wait_s": "waiting for other ranks"}
+    median = {kind: [statistics.median(v) for v in zip(*(r[kind] for r in rows), strict=True)] for kind in kinds}
+    idle = [a + b for a, b in zip(median["exchange_s"], median["wait_s"], strict=True)]
+
+    def draw(ax: Axes) -> None:
+        below = [0.0] * len(idle)
+        for (kind, label), color in zip(kinds.items(), COLORS, strict=False):
+            ax.bar(range(len(idle)), median[kind], bottom=below, color=color, label=label, width=0.8)
+            below = [a + b for a, b in zip(below, median[kind], strict=True)]
+        ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_ylabel("seconds of a step", color=INK, fontsize=9)
+        _quiet(ax)
+        ax.set_xlabel("rank", color=INK, fontsize=9)
+
+    return [(f"Time of each rank: rank {idle.index(min(idle))} waits least, so the others wait for it", draw)]
 
 
 def _quiet(ax: Axes) -> None:
