@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import sys
 from typing import Annotated, Any
 
 import typer

@@ -244,9 +244,7 @@ class Exchange:
     fp8: rows travel to experts, and gradients to before the down-projection, in FP8 (3.3.2). layer: for `watch`.
     """
 
-    def __init__(
-        self, groups: Sequence[dist.ProcessGroup], experts: int, fp8: bool = False, layer: int | None = None
-    ):
+    def __init__(self, groups: Sequence[dist.ProcessGroup], experts: int, fp8: bool = False, layer: int | None = None):
         self.hops: list[Peers] = []
         self.fp8 = fp8
         for group in groups:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.model import Stage
@@ -25,6 +25,7 @@ class Mesh(NamedTuple):
     data: Axis  # ranks with the same dense weights
     experts: Axis  # ranks among which each layer's experts are spread
     replicas: Axis  # ranks with the same experts
+    shards: tuple[DeviceMesh, DeviceMesh]  # `data` and `replicas`, as FSDP2 takes them
     hops: tuple[dist.ProcessGroup, ...]  # the ways of a token to an expert: to its node, then to its rank there (3.2.2)
 
 
@@ -52,7 +53,9 @@ def build_mesh(run: RunConfig, device: str) -> Mesh:
         for mesh, name in ((dense, "pipeline"), (dense, "data"), (sparse, "experts"), (sparse, "replicas"))
     )
     hops = (ways.get_group("node"), ways.get_group("local")) if nodes > 1 else (sparse.get_group("experts"),)
-    return Mesh(dist.get_rank(), ranks, pipeline, back, replica, share, copies, hops)
+    return Mesh(
+        dist.get_rank(), ranks, pipeline, back, replica, share, copies, (dense["data"], sparse["replicas"]), hops
+    )
 
 
 def check_layout(run: RunConfig, ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,12 +18,11 @@ from leanseek.config import ModelConfig
 from leanseek.distributed import experts, watch
 from leanseek.distributed.mesh import Mesh, stages
 from leanseek.distributed.pipeline import Pipeline, Place
-from leanseek.distributed.sharding import Bucket, Held, buckets
+from leanseek.distributed.sharding import Bucket, FullySharded, Held, buckets, first_row, local
 from leanseek.model import Transformer
 from leanseek.model.moe import Experts
 from leanseek.training.config import RunConfig
-from leanseek.training.part import Forward, MicroBatch, Norms, Part, Slice, squares
-from leanseek.training.report import TIMELINE
+from leanseek.training.part import TIMELINE, Forward, MicroBatch, Norms, Part, Slice, squares
 from leanseek.training.trainer import compute_dtype
 
 
@@ -36,6 +36,7 @@ class RankPart(Part):
         self.order = {name: i for i, (name, _) in enumerate(whole.named_parameters())}
         self.routed = _routed(whole).keys()
         self.buckets: list[Bucket] = []
+        self.shards: FullySharded | None = None
         self.pipeline: Pipeline | None = None
         self.objects = dist.new_group(backend="gloo")  # for what is no tensor
 
@@ -47,10 +48,10 @@ class RankPart(Part):
         held = stages(config, self.run.parallel, self.mesh.pipeline.rank)
         return Transformer(config, stages=held, experts=range(first, first + share))
 
-    def attach(self, model: Transformer) -> None:
+    def attach(self, model: Transformer, device: torch.device) -> None:
         rank, size, group = self.mesh.pipeline
         if group is not None and self.mesh.backwards is not None:
-            c, device = self.run.model, next(model.parameters()).device
+            c = self.run.model
             self.pipeline = Pipeline(
                 self.run.parallel.schedule,
                 Place(size, rank, (group, self.mesh.backwards)),
@@ -63,6 +64,9 @@ class RankPart(Part):
             )
         if self.mesh.experts.size > 1:
             experts.apply(model, self.mesh.hops, fp8=self.run.train.precision != "bf16")
+        if self.run.parallel.fsdp:
+            self.shards = FullySharded(model, *self.mesh.shards)  # moves each module to the device by itself
+        model.to(device)
 
     @property
     def copied(self) -> bool:
@@ -77,11 +81,13 @@ class RankPart(Part):
     def pieces(self, model: Transformer) -> list[Piece]:
         routed = _routed(model)
         return [
-            Piece(name, *_place(self.run.model, tensor, routed.get(name)), tensor)
+            Piece(name, *_place(self.run.model, tensor, routed.get(name)), local(tensor))
             for name, tensor in model.state_dict().items()
         ]
 
     def keeps(self, name: str) -> bool:
+        if self.shards is not None and name in self.shards.shards:
+            return True
         own = (self.mesh.replicas if name in self.routed else self.mesh.data).rank == 0
         return own and not self._a_copy(name)
 
@@ -92,6 +98,10 @@ class RankPart(Part):
     def slices(self, model: Transformer) -> dict[str, Slice]:
         zero, routed, found = self.run.parallel.zero, _routed(model), dict[str, Slice]()
         self.buckets = []
+        if self.shards is not None:
+            own = self.shards.shards
+            placed = ((n, _place(self.run.model, p, routed.get(n))) for n, p in model.named_parameters())
+            return {name: Slice(own[name], *place) for name, place in placed if own[name].numel()}
         for axis, wanted in ((self.mesh.data, False), (self.mesh.replicas, True)):
             held = [
                 Held(
@@ -112,8 +122,11 @@ class RankPart(Part):
         return {name: found[name] for name in self.order if name in found}
 
     def stepped(self) -> None:
-        for bucket in self.buckets:
-            bucket.gather()
+        for holder in self._holders():
+            holder.gather()
+
+    def _holders(self) -> list[Bucket] | list[FullySharded]:
+        return self.buckets if self.shards is None else [self.shards]
 
     # ---- what it does in a step ----
 
@@ -146,8 +159,8 @@ class RankPart(Part):
     # ---- where ranks meet ----
 
     def reduce(self, slices: Mapping[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
-        for bucket in self.buckets:
-            bucket.reduce()
+        for holder in self._holders():
+            holder.reduce()
         sizes = torch.zeros(len(self.order), dtype=torch.float64, device=sums.device)
         own = {name: s.parameter.grad for name, s in slices.items() if s.first}
         sizes[[self.order[name] for name in own]] = squares(list(own.values()))
@@ -185,7 +198,7 @@ class RankPart(Part):
     def in_words(self, threads: int) -> str:
         p, (_, data, _) = self.run.parallel, self.mesh.data
         layout = [f"pp {p.pp} ({p.schedule})" if p.pp > 1 else "pp 1", f"dp {data}"]
-        more = [f"ep {p.ep}"] * (p.ep > 1) + ["ZeRO-1"] * p.zero
+        more = [f"ep {p.ep}"] * (p.ep > 1) + ["ZeRO-1"] * p.zero + ["FSDP"] * p.fsdp
         return ", ".join([f"{self.ranks} processes of {super().in_words(threads)}: {' × '.join(layout)}", *more])
 
     def begin(self, step: int) -> None:
@@ -236,6 +249,7 @@ def _routed(model: Transformer) -> dict[str, range]:
 
 def _place(config: ModelConfig, tensor: Tensor, numbers: range | None) -> tuple[tuple[int, ...], int]:
     """The shape of the network's tensor, and the first of its elements in this rank's."""
+    start = first_row(tensor) * math.prod(tensor.shape[1:])
     if numbers is None:
-        return tuple(tensor.shape), 0
-    return (config.n_routed_experts, *tensor.shape[1:]), numbers.start * tensor[0].numel()
+        return tuple(tensor.shape), start
+    return (config.n_routed_experts, *tensor.shape[1:]), numbers.start * math.prod(tensor.shape[1:]) + start

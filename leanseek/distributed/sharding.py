@@ -1,5 +1,5 @@
-"""Gradients summed over the ranks that hold the same weights, and ZeRO-1 (3.2.3): a flat reduce-scatter, AdamW on each
-rank's share of the elements, a flat all-gather."""
+"""Gradients summed over the ranks that hold the same weights, and the two ways to hold less on each: ZeRO-1 (3.2.3: a
+flat reduce-scatter, AdamW on each rank's share of the elements, a flat all-gather) and torch's FSDP2."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
+from leanseek import fp8
 from leanseek.distributed.watch import phase
+from leanseek.model import Transformer
+from leanseek.model.moe import Experts
 from leanseek.training.part import Slice
 
 # torch 2.13 has renamed both
@@ -93,6 +99,50 @@ class Bucket:
             with phase("the gathering of weights"):
                 _all_gather(self.flat, self._own(self.flat).clone(), group=self.group)
             torch.autograd.graph.increment_version([h.parameter for h in self.held])  # FP8 keeps casts of them
+
+
+class FullySharded:
+    """Weights of which each rank holds a range of rows, gathered by FSDP2 where a module's forward or backward begins.
+
+    `data` shards the dense weights, `replicas` the experts; FSDP2 reduces in backward, here as a plain sum.
+    """
+
+    def __init__(self, model: Transformer, data: DeviceMesh, replicas: DeviceMesh):
+        self.model = model
+        for module in model.modules():
+            if isinstance(module, Experts) and replicas != data:
+                register_fsdp_forward_method(fully_shard(module, mesh=replicas), "products")
+        head = [] if model.lm_head is None else [model.lm_head]
+        for module in (*model.layers, *model.mtp, *head, model):
+            fully_shard(module, mesh=data)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        # the optimizer moves the shards' own memory
+        self.shards = {name: nn.Parameter(local(p.detach())) for name, p in model.named_parameters()}
+
+    def reduce(self) -> None:
+        """Backward has summed the gradients."""
+        for name, parameter in self.model.named_parameters():
+            self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
+
+    def gather(self) -> None:
+        """The next forward does it; FP8 keeps casts of what it gathered."""
+        fp8.forget(self.model)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's values."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The first row of a tensor that this rank has."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    mesh = tensor.device_mesh
+    return min(-(-tensor.shape[0] // mesh.size()) * mesh.get_local_rank(), tensor.shape[0])
 
 
 def buckets(held: list[Held], group: dist.ProcessGroup, zero: bool) -> Iterator[Bucket]:

@@ -217,7 +217,7 @@ class _Watcher:
         self._publish(ended, told)
 
     def reason(self, error: RuntimeError) -> str:
-        """Why a collective failed in this process, whose working thread is free to say so; "" where a rank has said it."""
+        """Why a collective failed in this process, whose working thread is free to say so; "" if a rank has said it."""
         self.failed = True
         line, said = self._verdict(), str(error).partition("\n")[0] or type(error).__name__
         return line.replace(NOBODY, f"{_board.now.what} failed on rank {self.rank} ({shorten(said, 200)})")

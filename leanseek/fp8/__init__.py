@@ -2,7 +2,7 @@
 
 from leanseek.fp8.layers import expert_products, linear, mlp
 from leanseek.fp8.memory import Recomputed, live_bytes
-from leanseek.fp8.modules import PRECISIONS, apply, observe
+from leanseek.fp8.modules import PRECISIONS, apply, forget, observe
 from leanseek.fp8.recipe import Cast, Tensorwise, Tilewise
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Tilewise",
     "apply",
     "expert_products",
+    "forget",
     "linear",
     "live_bytes",
     "mlp",

@@ -94,6 +94,13 @@ def apply(model: nn.Module, precision: str) -> None:
             module.o_proj.cast.wide_input = True
 
 
+def forget(model: nn.Module) -> None:
+    """Cast all weights again when they are next read: they have changed, and their versions do not tell."""
+    for module in model.modules():
+        if isinstance(module, Linear | MLP | Experts):
+            module.cast.forget()
+
+
 def observe(model: nn.Module) -> dict[str, dict[str, Counts]]:
     """Start counting what quantisation loses; the answer fills in as the model runs: module -> tensor -> counts."""
     found: dict[str, dict[str, Counts]] = {}

@@ -145,6 +145,10 @@ class Cast:
             self.note("weight", stacked, (TILE, TILE))
         return found[1]
 
+    def forget(self) -> None:
+        """Cast the weights again when they are next read."""
+        self._casts.clear()
+
     def note(self, what: str, x: Tensor, tile: tuple[int, int] = (1, TILE)) -> None:
         """Count what is lost of x, where somebody asked for it."""
         if self.seen is not None:

@@ -16,6 +16,8 @@ from leanseek.model import Transformer
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses
 
+TIMELINE = "timeline.svg"  # in the run's folder: what a pipeline has recorded, beside its plan
+
 
 class MicroBatch(NamedTuple):
     tokens: Tensor  # [b, T + lookahead] int64
@@ -65,8 +67,10 @@ class Part(Ranks):
         """The part's stages and experts, uninitialised."""
         return Transformer(config)
 
-    def attach(self, model: Transformer) -> None:
-        """Called once the modules are those that train (FP8 replaces some): exchanges and shards come in here."""
+    def attach(self, model: Transformer, device: torch.device) -> None:
+        """Called once the modules are those that train (FP8 replaces some): the model moves to the device, and
+        exchanges and shards come in here."""
+        model.to(device)
 
     def names(self, model: Transformer) -> list[str]:
         """The parameters of the whole network."""
@@ -153,7 +157,7 @@ class Part(Ranks):
         return {}
 
     def draw(self, folder: Path) -> None:
-        """Draw what was recorded of a step into the run's folder."""
+        """Draw what a pipeline has recorded of a step into `TIMELINE` of the run's folder."""
 
     @property
     def writes(self) -> bool:

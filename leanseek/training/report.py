@@ -23,10 +23,10 @@ from leanseek import planning
 from leanseek.config import ModelConfig
 from leanseek.reading import read_text, read_toml
 from leanseek.training.metrics import read_rows
+from leanseek.training.part import TIMELINE
 
 Rows = list[dict[str, Any]]
 INK = "#7b8494"  # readable on white and on black
-TIMELINE = "timeline.svg"  # in the run's folder: what a pipeline recorded, beside the plan
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6")
 
 _STYLE = """

@@ -62,9 +62,9 @@ class Trainer:
         self.dtype = compute_dtype(run, self.device)
         if model is None:
             model = self.part.model(run.model).init_weights(run.train.seed)
-        self.model = model.to(self.device)
+        self.model = model
         fp8.apply(self.model, run.train.precision)
-        self.part.attach(self.model)
+        self.part.attach(self.model, self.device)
         self.slices = self.part.slices(self.model)
         self.optimizer = build_optimizer(self.slices, run.optimizer, run.moments)
         c = run.model
@@ -146,9 +146,9 @@ class Trainer:
 
     def nonfinite_weight(self) -> str | None:
         """The first weight that holds NaN or infinity, which no checkpoint may."""
-        norm = torch.nn.utils.get_total_norm(self.model.parameters())
-        named = self.model.named_parameters()
-        own = None if norm.isfinite() else next((n for n, p in named if not bool(p.isfinite().all())), None)
+        held = {name: s.parameter.detach() for name, s in self.slices.items()}
+        norm = torch.nn.utils.get_total_norm(held.values())
+        own = None if norm.isfinite() else next((n for n, p in held.items() if not bool(p.isfinite().all())), None)
         return next((name for name in self.part.gather(own) if name), None)
 
     # ---- state besides the model's own weights, by name ----
