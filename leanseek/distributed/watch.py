@@ -264,13 +264,12 @@ class _Watcher:
             self.first = store.add("judges", 1) == 1
             if not self.first:
                 return store.get("verdict").decode()
-            before = notes = self._read(store)
-            silent: set[int] = set()
+            before, silent = self._read(store), set[int]()
             for _ in range(SILENT):
-                if any(note.ended for note in notes.values()):
-                    break
                 time.sleep(BEAT)
                 notes = self._read(store)
+                if any(note.ended for note in notes.values()):
+                    break
             else:
                 silent = {rank for rank, note in notes.items() if rank in before and note.beat == before[rank].beat}
             if any(note.told for note in notes.values()):

@@ -295,8 +295,8 @@ class _Loop:
         metrics.event(
             start.step,
             what,
-            f"{folder} {what} at step {start.step}: {device.type}, {self.part.in_words(torch.get_num_threads())}, "
-            f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
+            f"{folder} {what} at step {start.step}: {device.type}, {_arithmetic(run, dtype)}, "
+            f"{self.part.in_words(torch.get_num_threads())}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
             f"{_held_out(held_out, run)}",
         )
         for note in run.notes:
