@@ -31,9 +31,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import tomli_w
+from safetensors.torch import save_file
 
 from leanseek import checkpoint
-from leanseek.checkpoint.training import read_checkpoint
+from leanseek.checkpoint.files import open_file
+from leanseek.checkpoint.hf import load_pieces
+from leanseek.checkpoint.pieces import pieces_of
+from leanseek.checkpoint.training import checksum, crc32, read_checkpoint
+from leanseek.checkpoint.writer import Writer
 from leanseek.cli.info import describe, find_config
 from leanseek.config import ModelConfig
 from leanseek.data.loader import TokenDataset
@@ -99,9 +104,38 @@ def build(root: Path) -> None:
     state = {"samples": 4, "tokens": 64, "skipped": 0, "config": tomli_w.dumps(tables), "without_moments": []}
     state |= {"data": [1, 2], "guard": {"losses": [1.0, 2.0], "in_a_row": 0}}
     tensors = {"exp_avg.a": torch.zeros(3), "step.a": torch.zeros(())}
-    checkpoint.training.write_checkpoint(run, 1, model, tensors, state, root / "shards")
+    with Writer(run, 9) as writer:
+        pieces = pieces_of(model.state_dict()), pieces_of(tensors)
+        writer.save(1, model.config, *pieces, state, root / "shards")
+        writer.save(2, model.config, *pieces, state, root / "shards")
+    sharded(run / "checkpoints/step-2")
     rows = [{"step": i, "loss": 1.0, "load": [[1, 2]], "event": "x"} for i in range(3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def sharded(folder: Path) -> None:
+    """Make the files of a checkpoint those that two ranks write."""
+    import torch
+
+    stored = open_file(folder / "model.safetensors")
+    names, weights = [*stored], {}
+    for number, some in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: stored[name].read() for name in some}, folder / file, {"format": "pt"})
+        weights |= dict.fromkeys(some, file)
+    write(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": weights})
+    halves = {"exp_avg.a": (0, 5), "step.a": (0, 1)}, {"exp_avg.a": (5, 7)}
+    for number, held in enumerate(halves, start=1):
+        places = {name: {"start": start, "shape": [3, 4]} for name, (start, _) in held.items() if name != "step.a"}
+        tensors = {name: torch.ones(() if name == "step.a" else (size,)) for name, (_, size) in held.items()}
+        save_file(tensors, folder / f"state-{number:05}-of-00002.safetensors", {"pieces": json.dumps(places)})
+    for name in ("model.safetensors", "state.safetensors"):
+        (folder / name).unlink()
+    state = json.loads((folder / "state.json").read_bytes())
+    write(folder / "state.json", state | {"files": {}})
+    for path in folder.iterdir():
+        if path.name != "state.json":
+            sign(path)
 
 
 # ---- what opens them ----
@@ -119,6 +153,17 @@ def info(path: Path) -> None:
 
 def resume(run: Path) -> None:
     read_checkpoint(run / "checkpoints/step-1")
+
+
+def resume_ranks(run: Path) -> None:
+    """As one of two ranks that hold other parts than those that wrote it."""
+    folder = run / "checkpoints/step-2"
+    model = Transformer(ModelConfig.from_dict(MODEL))
+    pieces = pieces_of(model.state_dict())
+    load_pieces(folder, [p._replace(start=7, tensor=p.tensor.view(-1)[7:]) for p in pieces])
+    stored = read_checkpoint(folder).tensors
+    if sorted(stored) == ["exp_avg.a", "step.a"] and stored["exp_avg.a"].shape == (3, 4):
+        assert stored["exp_avg.a"].read(3, 9).shape == (6,)
 
 
 def dataset(folder: Path) -> None:
@@ -147,6 +192,8 @@ TARGETS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     ("shards", "00000.train.ends", dataset), ("shards", "00000.train.bin", dataset), ("shards", "tokenizer.json", dataset),
     ("shards", "tokenizer_config.json", dataset), ("shards", "settings.json", settings),
     ("runs/x", "checkpoints/step-1/state.json", resume), ("runs/x", "checkpoints/step-1/state.safetensors", resume),
+    *(("runs/x", f"checkpoints/step-2/{name}", resume_ranks) for name in ("state.json", "model.safetensors.index.json",
+      "state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors", "model-00001-of-00002.safetensors")),
     ("runs/x", "metrics.jsonl", row_file), ("run.toml", "", toml), ("run.toml", "", info),
 )  # fmt: skip
 
@@ -189,9 +236,9 @@ def sign(path: Path) -> None:
     """Give a mangled file of a checkpoint the checksum in its state.json."""
     state = json.loads((path.parent / "state.json").read_bytes())
     if path.is_file():
-        state["files"][path.name] = [path.stat().st_size, checkpoint.training._crc(path)]
+        state["files"][path.name] = [path.stat().st_size, crc32(path)]
     state.pop("checksum")
-    write(path.parent / "state.json", state | {"checksum": checkpoint.training._checksum(state)})
+    write(path.parent / "state.json", state | {"checksum": checksum(state)})
 
 
 def raw(content: bytes, rng: random.Random) -> bytes:
@@ -231,8 +278,15 @@ def mangle(path: Path, rng: random.Random) -> str:
         value = [json.loads(line) for line in body.splitlines()]
     else:
         value = json.loads(body)
-    at, by = rng.choice(list(paths(value))), rng.choice((*VALUES, "longer"))
-    value = changed(value, at, by)
+    places = value.get("__metadata__", {}).get("pieces") if head else None  # JSON in a text of the header
+    inside = places is not None and rng.random() < 0.5
+    target = json.loads(places) if inside else value
+    at, by = rng.choice(list(paths(target))), rng.choice((*VALUES, "longer"))
+    target = changed(target, at, by)
+    if inside:
+        value["__metadata__"]["pieces"] = encoded(target).decode()
+    else:
+        value = target
     if path.suffix == ".toml":
         try:
             text = tomli_w.dumps(value).encode().replace(json.dumps(DEEP).encode(), b"[" * 100_000)
@@ -248,7 +302,7 @@ def mangle(path: Path, rng: random.Random) -> str:
         if path.name == "state.json" and isinstance(value, dict) and at[0] != "checksum":
             value.pop("checksum", None)
             with contextlib.suppress(ValueError):
-                value["checksum"] = checkpoint.training._checksum(value)
+                value["checksum"] = checksum(value)
         path.write_bytes(encoded(value))
     shown = "missing" if by is MISSING else repr(by)[:40]
     return f"{'.'.join(map(str, at))} = {shown}"
@@ -314,7 +368,7 @@ def inputs(root: Path, seed: int, count: int) -> Iterator[tuple[str, str]]:
             if opener is settings:
                 (Path(place) / "text").symlink_to(root / "text")
             done = mangle(whole / name if name else whole, rng)
-            if name.endswith("state.safetensors"):
+            if name.startswith("checkpoints/") and not name.endswith("/state.json"):
                 sign(whole / name)
             yield f"{folder}/{name} by {opener.__name__}: {done}", judge(opener, whole)
 

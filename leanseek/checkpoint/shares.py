@@ -23,6 +23,7 @@ from leanseek.machine.memory import empty
 from leanseek.model import Transformer
 
 Copy = Callable[[Tensor], Tensor]
+Place = tuple[str, int]  # of a published tensor: our tensor's name, and the first value in the flat whole
 
 
 class Entry(NamedTuple):
@@ -32,30 +33,52 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     length: int
-    dtype: torch.dtype
+    dtype: str
 
 
-class Split(NamedTuple):
-    """A published tensor of which several ranks hold parts: values `start` to `stop` of our tensor `name`."""
+class Held(NamedTuple):
+    """What a rank holds of a tensor."""
+
+    rank: int
+    shape: tuple[int, ...]  # of the whole
+    start: int
+    length: int
+    dtype: str
+
+
+class Cut(NamedTuple):
+    """What a rank holds of a published tensor."""
+
+    rank: int
+    start: int  # in our whole tensor
+    length: int
+
+
+class Published(NamedTuple):
+    """A tensor of the folder, and who writes it."""
 
     name: str
-    start: int
-    stop: int
-    owner: int  # the rank that writes it
+    shape: tuple[int, ...]
+    owner: int
 
 
 class Plan(NamedTuple):
-    whole: dict[str, Tensor]  # the network's state dict, on meta
-    sizes: dict[str, int]  # values of each published tensor that one of ours is made of
+    tensors: dict[Place, Published]
+    split: dict[Place, list[Cut]]  # those of which several ranks hold parts
+    bytes: int  # of all tensors
     dtype: torch.dtype  # of the embedding, which stands for all in config.json
-    splits: list[Split]
     writers: list[int]  # ranks that write a file of weights
     state_writers: list[int]
 
 
 def entries(pieces: Sequence[Piece]) -> list[Entry]:
     """What this rank has to write: an empty slice, as of a matrix with fewer rows than ranks, is nothing."""
-    return [Entry(p.name, p.shape, p.start, n, p.tensor.dtype) for p in pieces if (n := p.tensor.numel())]
+    return [Entry(p.name, p.shape, p.start, n, str(p.tensor.dtype)[6:]) for p in pieces if (n := p.tensor.numel())]
+
+
+def heard(told: Sequence[Sequence[Any]]) -> list[Entry]:
+    """Entries that came from another rank as JSON."""
+    return [Entry(name, tuple(shape), *rest) for name, shape, *rest in told]
 
 
 def plan(config: ModelConfig, weights: Sequence[list[Entry]], state: Sequence[list[Entry]]) -> Plan:
@@ -65,60 +88,64 @@ def plan(config: ModelConfig, weights: Sequence[list[Entry]], state: Sequence[li
         CheckpointError: values are missing or there twice, or a tensor is none of the network's.
     """
     whole = Transformer(config, device="meta").state_dict()
-    kinds = _tiled(weights)
+    held = _tiled(weights)
     _tiled(state)
-    for name in {**kinds, **whole}:
-        if name not in kinds or name not in whole or kinds[name].shape != whole[name].shape:
-            have = list(kinds[name].shape) if name in kinds else "none"
-            asks = list(whole[name].shape) if name in whole else "none"
-            raise CheckpointError(f"{name}: the ranks have {have}, the network asks for {asks}")
-    sizes = {name: t.numel() // len(hf_parts(name, t, config.num_hidden_layers)) for name, t in whole.items()}
     load = [0] * len(weights)  # bytes each rank writes
-    split: dict[tuple[str, int], int] = {}  # published tensor, by the place of its first value -> bytes
-    for rank, mine in enumerate(weights):
-        for entry in mine:
-            size = sizes[entry.name]
-            ends = entry.start, entry.start + entry.length
-            load[rank] += max(0, ends[1] // size - -(-ends[0] // size)) * size * entry.dtype.itemsize
-            for end in ends:
-                if end % size:
-                    split[entry.name, end // size * size] = size * entry.dtype.itemsize
-    splits = []
-    for (name, start), cost in split.items():
-        owner = load.index(min(load))
-        load[owner] += cost
-        splits.append(Split(name, start, start + sizes[name], owner))
-    ranks = range(len(weights))
-    dtype = kinds["embed_tokens.weight"].dtype
-    return Plan(
-        whole,
-        sizes,
-        dtype,
-        splits,
-        [r for r in ranks if load[r]],
-        [r for r in ranks if state[r]] or [0],
-    )
+    tensors: dict[Place, Published] = {}
+    split: dict[Place, list[Cut]] = {}
+    for name in {**held, **whole}:
+        have = list(held[name][0].shape) if name in held else "none"
+        asks = list(whole[name].shape) if name in whole else "none"
+        if have != asks:
+            raise CheckpointError(f"{name}: the ranks have {have}, the network asks for {asks}")
+        parts = hf_parts(name, whole[name], config.num_hidden_layers)
+        size = whole[name].numel() // len(parts)
+        for number, (part, cuts) in enumerate(zip(parts, _divided(held[name], size, len(parts)), strict=True)):
+            owner = cuts[0].rank if len(cuts) == 1 else load.index(min(load))
+            load[owner] += size * _dtype(held[name][0].dtype).itemsize
+            tensors[name, number * size] = Published(part.name, tuple(whole[name][part.place].shape), owner)
+            if len(cuts) > 1:
+                split[name, number * size] = cuts
+    dtype = _dtype(held["embed_tokens.weight"][0].dtype)
+    writers = [rank for rank, size in enumerate(load) if size]
+    return Plan(tensors, split, sum(load), dtype, writers, [r for r, mine in enumerate(state) if mine] or [0])
 
 
-def _tiled(held: Sequence[list[Entry]]) -> dict[str, Entry]:
-    """An entry of each tensor that all ranks' entries make up."""
-    ranges: dict[str, list[tuple[int, int, str]]] = {}
-    kinds: dict[str, Entry] = {}
-    for rank, mine in enumerate(held):
+def _tiled(told: Sequence[list[Entry]]) -> dict[str, list[Held]]:
+    """What ranks hold of each tensor, in the order of its values."""
+    held: dict[str, list[Held]] = {}
+    for rank, mine in enumerate(told):
         if len({entry.name for entry in mine}) != len(mine):
             name, count = Counter(entry.name for entry in mine).most_common(1)[0]
             raise CheckpointError(f"rank {rank} has {count} pieces of {name}; a rank holds one range of a tensor")
         for entry in mine:
-            first = kinds.setdefault(entry.name, entry)
+            first = held.setdefault(entry.name, [Held(rank, *entry[1:])])[0]
             if (entry.shape, entry.dtype) != (first.shape, first.dtype):
                 raise CheckpointError(
                     f"{entry.name}: rank {rank} has {entry.dtype} {list(entry.shape)}, "
-                    f"others {first.dtype} {list(first.shape)}"
+                    f"rank {first.rank} {first.dtype} {list(first.shape)}"
                 )
-            ranges.setdefault(entry.name, []).append((entry.start, entry.length, f"on rank {rank}"))
-    for name, entry in kinds.items():
-        check_tiling(name, math.prod(entry.shape), ranges[name], "on no rank")
-    return kinds
+            if first.rank != rank:
+                held[entry.name].append(Held(rank, *entry[1:]))
+    for name, parts in held.items():
+        parts.sort(key=lambda part: part.start)
+        ranges = [(part.start, part.length, f"on rank {part.rank}") for part in parts]
+        check_tiling(name, math.prod(parts[0].shape), ranges, "on no rank")
+    return held
+
+
+def _divided(held: list[Held], size: int, count: int) -> Iterator[list[Cut]]:
+    """Who has what of each of the `count` parts of a tensor, each of `size` values."""
+    at = 0
+    for begin in range(0, count * size, size):
+        cuts = []
+        while at < len(held) and held[at].start < begin + size:
+            start, stop = max(held[at].start, begin), min(held[at].start + held[at].length, begin + size)
+            cuts.append(Cut(held[at].rank, start, stop - start))
+            if held[at].start + held[at].length > begin + size:
+                break  # the next part begins in it
+            at += 1
+        yield cuts
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -128,37 +155,26 @@ def copied(tensor: Tensor) -> Tensor:
     return empty(tensor.shape, tensor.dtype, "cpu").copy_(tensor)
 
 
-def weights_to_write(pieces: Sequence[Piece], plan: Plan, config: ModelConfig, ranks: Ranks, copy: Copy) -> list[Lazy]:
+def weights_to_write(pieces: Sequence[Piece], plan: Plan, ranks: Ranks, copy: Copy) -> list[Lazy]:
     """This rank's share of the weights under their published names. All ranks call it together."""
-    mine: dict[tuple[str, int], Tensor] = {}  # whole published tensors, by our name and the place of the first value
-    for piece in pieces:
-        flat, size = piece.tensor.detach().reshape(-1), plan.sizes[piece.name]
-        for start in range(-(-piece.start // size) * size, piece.start + flat.numel() - size + 1, size):
-            mine[piece.name, start] = copy(flat[start - piece.start :][:size])
-    for split in plan.splits:
-        held = [_overlap(piece, split) for piece in pieces if piece.name == split.name]
-        found = ranks.gather(held)
-        if split.owner == ranks.rank:
-            parts = sorted((part for one in found for part in one if part[1].numel()), key=lambda part: part[0])
-            mine[split.name, split.start] = torch.cat([values for _, values in parts])
-    return list(_published(mine, plan, config))
+    held = {piece.name: (piece.start, piece.tensor.detach().reshape(-1)) for piece in pieces}
+    lazies = []
+    for (name, place), (published, shape, owner) in plan.tensors.items():
+        start, flat = held.get(name, (0, torch.empty(0)))
+        if cuts := plan.split.get((name, place)):
+            values = _joined(cuts, start, flat, ranks)
+        elif owner == ranks.rank:
+            values = copy(flat[place - start :][: math.prod(shape)])
+        if owner == ranks.rank:
+            lazies.append(Lazy(published, values.dtype, shape, values.view(shape).detach))
+    return lazies
 
 
-def _overlap(piece: Piece, split: Split) -> tuple[int, Tensor]:
-    """Where the values begin that a piece holds of a split tensor, and the values, on the CPU."""
-    flat = piece.tensor.detach().reshape(-1)
-    first = min(max(split.start - piece.start, 0), flat.numel())
-    last = max(min(split.stop - piece.start, flat.numel()), first)
-    return piece.start + first, flat[first:last].cpu()
-
-
-def _published(mine: dict[tuple[str, int], Tensor], plan: Plan, config: ModelConfig) -> Iterator[Lazy]:
-    for name, meta in plan.whole.items():
-        for number, part in enumerate(hf_parts(name, meta, config.num_hidden_layers)):
-            values = mine.get((name, number * plan.sizes[name]))
-            if values is not None:
-                shape = tuple(meta[part.place].shape)
-                yield Lazy(part.name, values.dtype, shape, values.view(shape).detach)
+def _joined(cuts: list[Cut], start: int, flat: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor of which several ranks hold parts; ours begin at value `start` of the whole."""
+    own = next((cut for cut in cuts if cut.rank == ranks.rank), None)
+    found = ranks.gather(own and flat[own.start - start :][: own.length].cpu())
+    return torch.cat([found[cut.rank] for cut in cuts])  # in the order of their values
 
 
 def state_to_write(pieces: Sequence[Piece], copy: Copy) -> tuple[list[Lazy], dict[str, dict[str, Any]]]:
@@ -173,3 +189,8 @@ def state_to_write(pieces: Sequence[Piece], copy: Copy) -> tuple[list[Lazy], dic
         values = copy(piece.tensor.detach()).view(piece.shape if whole else (count,))
         lazies.append(Lazy(piece.name, values.dtype, tuple(values.shape), values.detach))
     return lazies, ranges
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found

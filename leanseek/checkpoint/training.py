@@ -7,14 +7,13 @@ configuration, spike guard, and a checksum of every file).
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -22,7 +21,7 @@ from pydantic import Field
 from leanseek import reading
 from leanseek.checkpoint.files import MOST_DIMENSIONS, CheckpointError, Stored, open_described
 from leanseek.checkpoint.pieces import Spread, check_tiling
-from leanseek.checkpoint.ranks import Failure, Ranks, agreed, outcome
+from leanseek.checkpoint.ranks import Ranks, failing_together
 from leanseek.errors import InputError
 from leanseek.model import Transformer
 from leanseek.reading import Count, Structure, checked, parse_json, shorten
@@ -100,13 +99,14 @@ def newest_checkpoint(run: Path, ranks: Ranks | None = None) -> tuple[Resumed | 
     passed: list[str] = []
     for step in reversed(ranks.gather(steps_on_disk(run))[0]):
         folder = checkpoint_folder(run, step)
-        found = outcome(functools.partial(read_checkpoint, folder, ranks))
+        found = None
         try:
-            agreed(ranks, ranks.gather(found if isinstance(found, Failure) else None))
+            with failing_together(ranks):
+                found = read_checkpoint(folder, ranks)
         except InputError as error:
             passed.append(str(error))
         else:
-            return cast(Resumed, found), passed
+            return found, passed
     return None, passed
 
 

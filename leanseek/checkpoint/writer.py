@@ -16,10 +16,11 @@ import shutil
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,34 +28,16 @@ from leanseek.checkpoint import shares
 from leanseek.checkpoint.files import INDEX, CheckpointError, write_file, write_json
 from leanseek.checkpoint.hf import dtype_keys, write_config
 from leanseek.checkpoint.pieces import Piece
-from leanseek.checkpoint.ranks import Failure, Ranks, agreed, outcome
+from leanseek.checkpoint.ranks import Outcome, Ranks, agreed, failing_together, outcome
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.checkpoint.training import PIECES, STATE, checkpoint_folder, checksum, crc32, prune
 from leanseek.config import ModelConfig
-from leanseek.errors import Interrupted, Lost, RunError
+from leanseek.errors import InputError, Interrupted, Lost, RunError
 from leanseek.machine.memory import available
 from leanseek.writing import writing
 
 SEEN_WITHIN = 30.0  # seconds that a shared file system may take to show a new folder on other nodes
 _MADE = ".made"  # in a partial folder: a number by which ranks know that they see the same one
-
-
-class _Told(NamedTuple):
-    """What a rank says of itself before a checkpoint."""
-
-    host: str
-    need: int  # bytes of its copies
-    available: int  # bytes of memory
-    weights: list[shares.Entry]
-    state: list[shares.Entry]
-
-
-class _Written(NamedTuple):
-    """What a rank has put into the folder."""
-
-    files: dict[str, list[int]]  # by name: bytes, CRC-32
-    weights: dict[str, str]  # published name -> file
-    weight_bytes: int
 
 
 class _Task(threading.Thread):
@@ -63,7 +46,7 @@ class _Task(threading.Thread):
     def __init__(self, work: Callable[[], object]):
         super().__init__(daemon=True)
         self.work = work
-        self.found: object = None
+        self.found: Outcome | None = None
         self.start()
 
     def run(self) -> None:
@@ -80,7 +63,7 @@ class Writer:
     def __init__(self, run: Path, keep_last: int, keep_every: int = 0, ranks: Ranks | None = None):
         self.run, self.keep_last, self.keep_every, self.ranks = run, keep_last, keep_every, ranks or Ranks()
         self.task: _Task | None = None  # what this rank's thread is at
-        self.finish: Callable[[list[_Written]], object] | None = None  # what rank 0 does when all have written
+        self.finish: Callable[[list[Any]], None] | None = None  # what rank 0 does when all have written
         self.partial = run
 
     def __enter__(self) -> Writer:
@@ -113,33 +96,43 @@ class Writer:
         self.wait()
         self.partial = checkpoint_folder(self.run, step).with_name(f".step-{step}.partial")
         self._make_folder()
-        need = sum(piece.tensor.nbytes for piece in (*weights, *state))
-        heard = self.ranks.gather(
-            _Told(socket.gethostname(), need, available(), shares.entries(weights), shares.entries(state))
-        )
-        plan = shares.plan(config, [one.weights for one in heard], [one.state for one in heard])
-        copy = shares.copied if (fits := _fits(heard)) else torch.Tensor.detach
-        model = shares.weights_to_write(weights, plan, config, self.ranks, copy)
+        fits, plan = self._planned(config, weights, state)
+        copy = shares.copied if fits else torch.Tensor.detach
+        model = shares.weights_to_write(weights, plan, self.ranks, copy)
         moments, ranges = shares.state_to_write(state, copy)
         if any(piece.tensor.device.type == "cuda" for piece in (*weights, *state)):
             torch.cuda.synchronize()  # the copies are complete
-        name, other = (
-            _file(kind, self.ranks.rank, writers)
-            for kind, writers in (("model", plan.writers), ("state", plan.state_writers))
-        )
 
-        def write() -> _Written:
+        def write() -> dict[str, list[int]]:
+            """Bytes and CRC-32 of each file."""
             files = {}
             if model:
+                name = _file("model", self.ranks.rank, plan.writers)
                 files[name] = write_file(self.partial / name, model)
             if self.ranks.rank in plan.state_writers:
-                files[other] = write_file(self.partial / other, moments, {PIECES: json.dumps(ranges)})
-            return _Written(files, {lazy.name: name for lazy in model}, sum(lazy.nbytes for lazy in model))
+                name = _file("state", self.ranks.rank, plan.state_writers)
+                about = {PIECES: json.dumps(ranges)} if ranges else None
+                files[name] = write_file(self.partial / name, moments, about)
+            return files
 
-        self.finish = lambda written: self._finish(step, config, plan.dtype, written, values, tokenizer_from)
+        self.finish = functools.partial(self._finish, step, config, plan, values, tokenizer_from)
         self._begin(write)
         if not fits:
             self.wait()
+
+    def _planned(
+        self, config: ModelConfig, weights: Sequence[Piece], state: Sequence[Piece]
+    ) -> tuple[bool, shares.Plan]:
+        """Whether every node has memory for its ranks' copies, and who writes what."""
+        need = sum(piece.tensor.nbytes for piece in (*weights, *state))
+        own = [socket.gethostname(), need, available(), shares.entries(weights), shares.entries(state)]
+        hosts, needs, free, all_weights, all_state = zip(*self.ranks.gather(own), strict=True)
+        together = Counter[str]()
+        for host, size in zip(hosts, needs, strict=True):
+            together[host] += size
+        # twice: the next step needs memory too
+        fits = all(2 * together[host] <= size for host, size in zip(hosts, free, strict=True))
+        return fits, shares.plan(config, list(map(shares.heard, all_weights)), list(map(shares.heard, all_state)))
 
     def poll(self) -> None:
         """Take a checkpoint that is being written as far as goes without waiting; costs nothing if there is none.
@@ -161,17 +154,20 @@ class Writer:
         while self.task is not None:
             if wait:
                 self.task.join(1.0)  # no longer: a rank that is not heard of counts as one that hangs
-            found = self.ranks.gather(self.task.found)
-            if None in found:
-                if wait:
-                    continue
+            try:
+                files = agreed(self.ranks, self.task.found)
+            except (InputError, RunError):
+                self.task = None
+                if self.ranks.rank == 0:
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                raise
+            if files is None and wait:
+                continue
+            if files is None:
                 return
             self.task, finish, self.finish = None, self.finish, None
-            if any(isinstance(one, Failure) for one in found) and self.ranks.rank == 0:
-                shutil.rmtree(self.partial, ignore_errors=True)
-            written = agreed(self.ranks, found)
             if finish is not None:
-                self._begin(functools.partial(finish, written) if self.ranks.rank == 0 else bool)
+                self._begin(functools.partial(finish, files) if self.ranks.rank == 0 else lambda: None)
 
     def _begin(self, work: Callable[[], object]) -> None:
         def guarded() -> object:
@@ -186,37 +182,33 @@ class Writer:
         Raises:
             RunError, InputError: it cannot be written, or a rank has another file system there.
         """
-
-        def make() -> str:
-            mark = secrets.token_hex(8)
+        mark = self.ranks.gather(secrets.token_hex(8))[0]
+        with failing_together(self.ranks):
             if self.ranks.rank == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 with writing(self.run, "make room"):
                     self.partial.mkdir(parents=True)
                     (self.partial / _MADE).write_text(mark, encoding="ascii")
-            return mark
-
-        mark = agreed(self.ranks, self.ranks.gather(outcome(make)))[0]
-        agreed(self.ranks, self.ranks.gather(outcome(lambda: _see(self.partial, mark))))
+        with failing_together(self.ranks):
+            _see(self.partial, mark)
 
     def _finish(
         self,
         step: int,
         config: ModelConfig,
-        dtype: torch.dtype,
-        found: list[_Written],
+        plan: shares.Plan,
         values: dict[str, Any],
         tokenizer_from: Path,
-    ) -> bool:
+        written: list[dict[str, list[int]]],
+    ) -> None:
         """Write what there is once a checkpoint, sync everything, and give the folder its name."""
         (self.partial / _MADE).unlink()
-        write_config(config, dtype_keys(dtype), self.partial)
+        write_config(config, dtype_keys(plan.dtype), self.partial)
         copy_tokenizer(tokenizer_from, self.partial, config)
-        weights = {name: file for one in found for name, file in one.weights.items()}
-        if len(set(weights.values())) > 1:
-            total = sum(one.weight_bytes for one in found)
-            write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weights})
-        files = {name: size for one in found for name, size in one.files.items()}
+        if len(plan.writers) > 1:
+            weights = {one.name: _file("model", one.owner, plan.writers) for one in plan.tensors.values()}
+            write_json(self.partial / INDEX, {"metadata": {"total_size": plan.bytes}, "weight_map": weights})
+        files = {name: size for one in written for name, size in one.items()}
         files |= {p.name: [p.stat().st_size, crc32(p)] for p in sorted(self.partial.iterdir()) if p.name not in files}
         state = values | {"step": step, "files": files}
         text = json.dumps(state | {"checksum": checksum(state)}, indent=1)
@@ -227,7 +219,6 @@ class Writer:
         self.partial.rename(final)
         _sync(final.parent)
         prune(self.run, self.keep_last, self.keep_every)
-        return True
 
 
 def _file(kind: str, rank: int, writers: list[int]) -> str:
@@ -235,14 +226,6 @@ def _file(kind: str, rank: int, writers: list[int]) -> str:
     if len(writers) == 1 or rank not in writers:
         return f"{kind}.safetensors"
     return f"{kind}-{writers.index(rank) + 1:05}-of-{len(writers):05}.safetensors"
-
-
-def _fits(heard: list[_Told]) -> bool:
-    """Whether every node has twice the memory that its ranks' copies take: the next step needs some too."""
-    need: dict[str, int] = {}
-    for one in heard:
-        need[one.host] = need.get(one.host, 0) + one.need
-    return all(2 * need[one.host] <= one.available for one in heard)
 
 
 def _see(partial: Path, mark: str) -> None:

@@ -166,9 +166,9 @@ def describe(name: str, plans: list[Plan], tokens: float) -> dict[str, Any]:
             for again in (False, True)
         },
         "memory_as_in_paper_bytes": memory(config, recipe, layout, best.gpu.node, paper=True),
-        "step_seconds": {"total": step.seconds, **dataclasses.asdict(step)},
+        "step_seconds": {"total": step.seconds, **{k: v for k, v in dataclasses.asdict(step).items() if k != "hidden"}},
         "bubble_fraction": step.bubble / step.seconds,
-        "exchange_hidden_fraction": max(0.0, 1 - step.exposed / step.exchange) if step.exchange else 1.0,
+        "exchange_hidden_fraction": step.hidden,
         "tokens_per_second_per_gpu": best.tokens_per_second_per_gpu,
         "mfu": best.mfu,
         "days": hours / layout.gpus / 24,
@@ -279,6 +279,7 @@ def _time(found: dict[str, Any]) -> Table:
     labels = {"exposed": "exchange, not hidden", "slowed": "lost to exchanges beside"}
     parts = ("compute", "bubble", "slowed", "exposed", "gradients", "optimizer")
     rows: Rows = [(labels.get(k, k), f"{step[k]:,.3f} s", f"{step[k] / step['total']:.1%}") for k in parts]
+    rows.append(("exchange of all ranks, hidden", "", f"{found['exchange_hidden_fraction']:.1%}"))
     title = f"A step of {found['batch_size']:,} x {found['seq_len']:,} tokens, slowest rank: {step['total']:,.2f} s"
     return _table(title, ("", "", ""), rows)
 

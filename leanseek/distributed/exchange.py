@@ -11,16 +11,19 @@ same exchange the other way round: it needs no sizes, and a rank enters it also 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.distributed.turns import give_way, started
 from leanseek.distributed.watch import phase
 from leanseek.ops import Dispatched, expert_combine, expert_dispatch, quantize
 from leanseek.ops.experts import combine_rows
+from leanseek.ops.formats import TILE
 from leanseek.ops.operands import FP8, Kept
 
 
@@ -31,15 +34,15 @@ class Peers:
     """
 
     def __init__(self, group: dist.ProcessGroup, experts: int, layer: int | None = None):
-        self.group, self.experts, self.size, self.layer = group, experts, dist.get_world_size(group), layer
+        self.group, self.experts, self.layer = group, experts, layer
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.sent_bytes = 0
 
     def send(self, rows: Tensor, out: list[int], into: list[int], what: str) -> Flight:
         """Start to send rows [sum(out), ...], out[p] of them to peer p, and to receive into[p] from it."""
         arriving = rows.new_empty(sum(into), *rows.shape[1:])
-        work = dist.all_to_all_single(arriving, rows.contiguous(), into, out, group=self.group, async_op=True)
-        others = rows.shape[0] - out[dist.get_rank(self.group)]
-        self.sent_bytes += others * rows[:1].numel() * rows.element_size()
+        work = dist.all_to_all_single(arriving, rows, into, out, group=self.group, async_op=True)
+        self.sent_bytes += (rows.shape[0] - out[self.rank]) * rows[:1].numel() * rows.element_size()
         return Flight(work, arriving, rows, phase(what, self.layer, "exchange"))
 
     def swap(self, counts: Tensor) -> Tensor:
@@ -63,11 +66,10 @@ class Flight(NamedTuple):
 
 
 class Addresses(NamedTuple):
-    """Which rows go to which peer, and what they say of themselves."""
+    """Which tokens go to which peer."""
 
-    token: Tensor  # [S] int64, the token of each row, by peer, then token
+    token: Tensor  # [S] int64, the token of each row that leaves, by peer, then token
     place: Tensor  # [N·K] int64, the row of each choice; -1 where the row of an earlier choice carries it, or none
-    experts: Tensor  # [S, K] int64, the experts as the peer numbers them; those of other peers have its last + 1
     counts: Tensor  # [P, 2] int64: rows for each peer, and choices in them
 
 
@@ -76,17 +78,12 @@ def addresses(indices: Tensor, peers: int, experts: int) -> Addresses:
     peer = indices // experts
     goes = torch.zeros(peers + 1, indices.shape[0], dtype=torch.bool, device=indices.device)
     goes = goes.scatter_(0, peer.t(), True)[:peers]  # [P, N]
-    row = goes.flatten().cumsum(0).view_as(goes) - 1  # where goes
-    to, token = goes.nonzero(as_tuple=True)
+    row = goes.flatten().cumsum(0).view_as(goes) - 1  # where it goes
     carried = (peer[:, :, None] == peer[:, None, :]).tril(-1).any(-1)  # [N, K]
     place = row.gather(0, peer.t().clamp(max=peers - 1)).t().masked_fill(carried | (peer == peers), -1)
-    there = indices[token] - to[:, None] * experts
     choices = torch.zeros(peers + 1, dtype=torch.int64, device=indices.device)
     choices = choices.scatter_add_(0, peer.flatten(), torch.ones_like(peer).flatten())[:peers]
-    return Addresses(
-        token, place.flatten(), there.where((there >= 0) & (there < experts), experts),
-        torch.stack((goes.sum(1), choices), dim=1),
-    )  # fmt: skip
+    return Addresses(goes.nonzero()[:, 1], place.flatten(), torch.stack((goes.sum(1), choices), dim=1))
 
 
 class Trip:
@@ -95,29 +92,73 @@ class Trip:
 
     def __init__(self, peers: Peers, indices: Tensor, fp8: bool):
         """Asks the peers how much will come; waits for them, and for the device."""
-        self.peers, self.fp8, self.tokens = peers, fp8, indices.shape[0]
-        self.token, self.place, self.experts, counts = addresses(indices, peers.size, peers.experts)
+        self.peers, self.fp8, (self.tokens, self.choices) = peers, fp8, indices.shape
+        self.token, self.place, counts = addresses(indices, peers.size, peers.experts)
         with phase("the counts", peers.layer, "device" if counts.is_cuda else "exchange"):
-            (self.out, _), (self.into, choices) = torch.stack((counts, peers.swap(counts))).transpose(1, 2).tolist()
-        self.choices = sum(choices)  # that came here
-        self._flights: list[Flight] = []
+            (self.out, _), (self.into, chosen) = torch.stack((counts, peers.swap(counts))).transpose(1, 2).tolist()
+        self.chosen = sum(chosen)  # the choices that come here
+        self._flight: Flight | None = None
 
     def there(self, *of_tokens: Tensor) -> None:
         """Send what belongs to the tokens, [N, ...] each."""
-        rows = (t.index_select(0, self.token) for t in of_tokens)
-        self._flights = [self.peers.send(t, self.out, self.into, "dispatch") for t in rows]
+        rows = join(*of_tokens).index_select(0, self.token)
+        self._flight = self.peers.send(rows, self.out, self.into, "dispatch")
 
     def back(self, *of_rows: Tensor) -> None:
         """Send what belongs to the rows that came here, [R, ...] each."""
-        self._flights = [self.peers.send(t, self.into, self.out, "combine") for t in of_rows]
+        self._flight = self.peers.send(join(*of_rows), self.into, self.out, "combine")
 
-    def land(self) -> list[Tensor]:
-        flights, self._flights = self._flights, []
-        return [flight.land() for flight in flights]
+    def land(self, *kinds: tuple[int, torch.dtype]) -> list[Tensor]:
+        """What was sent, with its columns and dtypes."""
+        assert self._flight is not None, "nothing is under way"
+        rows, self._flight = self._flight.land(), None
+        return list(split(rows, *kinds))
 
     def summed(self, rows: Tensor) -> Tensor:
         """The sum of each token's rows: [S, ...] -> [N, ...]."""
         return combine_rows(rows, self.place, self.tokens)
+
+    # x on its way there
+
+    def packed(self, x: Tensor) -> tuple[Tensor, ...]:
+        return pack(x) if self.fp8 else (x,)
+
+    def kinds(self, width: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
+        return ((width, FP8), (-(-width // TILE), torch.uint8)) if self.fp8 else ((width, dtype),)
+
+    def unpacked(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return unpack(parts[0], parts[1], dtype) if self.fp8 else parts[0]
+
+
+def join(*parts: Tensor) -> Tensor:
+    """[N, ...] each -> [N, bytes]; every part begins at a multiple of 8 bytes."""
+    rows = [_dense(part).view(torch.uint8) for part in parts]
+    return torch.cat([F.pad(part, (0, -part.shape[1] % 8)) if part.shape[1] % 8 else part for part in rows], dim=1)
+
+
+def _dense(part: Tensor) -> Tensor:
+    """Contiguous, also by its strides: a column alone may have any, and bytes are not seen through them."""
+    return part if part.is_contiguous() and part.stride(-1) == 1 else part.clone(memory_format=torch.contiguous_format)
+
+
+def split(rows: Tensor, *kinds: tuple[int, torch.dtype]) -> Iterator[Tensor]:
+    """The inverse, for parts of so many columns of a dtype: views of rows."""
+    begin = 0
+    for columns, dtype in kinds:
+        end = begin + columns * dtype.itemsize
+        yield rows[:, begin:end].view(dtype)
+        begin = -(-end // 8) * 8
+
+
+def pack(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, D] in FP8: codes [N, D] and the exponents of their scales, [N, ceil(D / 128)] bytes."""
+    _, kept = quantize.rows(x.contiguous(), True)
+    return kept.codes, (kept.scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+def unpack(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse, [N, D]: exact in BF16 too, and quantised again it is the same values."""
+    return quantize.wide(Kept(codes, (exponents.int() << 23).view(torch.float32)), dtype)
 
 
 # Autograd runs backward what was called last, first. So a layer's compute between leaving and arriving runs between
@@ -126,27 +167,33 @@ class Trip:
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, trip):  # type: ignore[no-untyped-def]
-        ctx.trip = trip
-        trip.there(pack(x, trip.fp8), weights)
+    def forward(ctx, x, weights, indices, trip):  # type: ignore[no-untyped-def]
+        ctx.trip, ctx.width = trip, x.shape[1]
+        trip.there(weights, indices, *trip.packed(x))
         return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx, _):  # type: ignore[no-untyped-def]
-        # only the row that carried a gate value has a gradient for it
-        return *map(ctx.trip.summed, ctx.trip.land()), None
+    def backward(ctx, ticket):  # type: ignore[no-untyped-def]
+        trip = ctx.trip
+        give_way()
+        weights, rows = trip.land((trip.choices, torch.float32), (ctx.width, ticket.dtype))
+        # of the rows of a token, the one that carried a gate value has its gradient, the others zeros
+        return trip.summed(rows), trip.summed(weights), None, None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ticket, trip, width):  # type: ignore[no-untyped-def]
         ctx.trip = trip
-        rows, weights = trip.land()
-        return unpack(rows, width, ticket.dtype, trip.fp8), weights
+        values, numbers = (trip.choices, torch.float32), (trip.choices, torch.int64)
+        weights, indices, *x = trip.land(values, numbers, *trip.kinds(width, ticket.dtype))
+        ctx.mark_non_differentiable(indices)
+        return trip.unpacked(x, ticket.dtype), weights, indices
 
     @staticmethod
-    def backward(ctx, rows, weights):  # type: ignore[no-untyped-def]
-        ctx.trip.back(rows, weights)
+    def backward(ctx, rows, weights, _):  # type: ignore[no-untyped-def]
+        ctx.trip.back(weights, rows)
+        started()
         return rows.new_empty(0), None, None
 
 
@@ -159,82 +206,73 @@ class _LeaveBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ticket):  # type: ignore[no-untyped-def]
-        (rows,) = ctx.trip.land()
-        return unpack(rows, ctx.width, ticket.dtype, ctx.trip.fp8), None
+        give_way()
+        return ctx.trip.unpacked(ctx.trip.land(*ctx.trip.kinds(ctx.width, ticket.dtype)), ticket.dtype), None
 
 
 class _ArriveBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ticket, trip):  # type: ignore[no-untyped-def]
+    def forward(ctx, ticket, trip, width):  # type: ignore[no-untyped-def]
         ctx.trip = trip
-        (rows,) = trip.land()
+        give_way()
+        (rows,) = trip.land((width, ticket.dtype))
         return trip.summed(rows)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        ctx.trip.there(pack(grad, ctx.trip.fp8))
-        return grad.new_empty(0), None
-
-
-def pack(x: Tensor, fp8: bool) -> Tensor:
-    """x [N, D] as it travels: itself, or [N, D + ceil(D / 128)] bytes: codes, then the exponents of their scales."""
-    if not fp8:
-        return x
-    _, kept = quantize.rows(x.contiguous(), True)
-    exponents = (kept.scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
-    return torch.cat((kept.codes.view(torch.uint8), exponents), dim=1)
-
-
-def unpack(rows: Tensor, width: int, dtype: torch.dtype, fp8: bool) -> Tensor:
-    """The inverse, [R, width]: exact in BF16 too, and quantised again it is the same values."""
-    if not fp8:
-        return rows
-    scales = (rows[:, width:].int() << 23).view(torch.float32)
-    return quantize.wide(Kept(rows[:, :width].view(FP8), scales), dtype)
+        ctx.trip.there(*ctx.trip.packed(grad))
+        started()
+        return grad.new_empty(0), None, None
 
 
 class Dispatching:
-    """Tokens under way to their experts."""
+    """Tokens under way to their experts.
+
+    `ticket` joins leaving and arriving in the graph. Who runs backward in segments, with other work between them, cuts
+    the graph there: a leaf takes the ticket's place, and the ticket's backward waits for what the leaf's has sent.
+    """
 
     def __init__(self, hops: Sequence[Peers], x: Tensor, indices: Tensor, weights: Tensor, fp8: bool):
-        self.hops, self.width, self.fp8 = hops, x.shape[1], fp8
-        self.trips: list[Trip] = []
+        self.width, self.fp8 = x.shape[1], fp8
+        self._further, self._trips = list(hops), list[Trip]()
         self._leave(x, indices, weights)
 
     def _leave(self, x: Tensor, indices: Tensor, weights: Tensor) -> None:
-        trip = Trip(self.hops[len(self.trips)], indices, self.fp8)
-        self.numbers = trip.peers.send(trip.experts, trip.out, trip.into, "dispatch")
-        self.trips.append(trip)
-        self.ticket = _Leave.apply(x, weights, trip)
+        trip = Trip(self._further.pop(0), indices, self.fp8)
+        self._trips.append(trip)
+        self.ticket = _Leave.apply(x, weights, indices, trip)
 
     def wait(self) -> Dispatched:
         """The rows of this rank's experts, in their order; an expert's by source rank, then token."""
         while True:
-            trip = self.trips[-1]
-            indices = self.numbers.land()
-            x, weights = _Arrive.apply(self.ticket, trip, self.width)
-            if len(self.trips) == len(self.hops):
-                self.sent = expert_dispatch(x, indices, weights, trip.peers.experts, trip.choices)
+            give_way()
+            trip = self._trips[-1]
+            x, weights, indices = _Arrive.apply(self.ticket, trip, self.width)
+            indices = indices - trip.peers.rank * trip.peers.experts
+            indices = indices.where((indices >= 0) & (indices < trip.peers.experts), trip.peers.experts)
+            if not self._further:
+                self.sent = expert_dispatch(x, indices, weights, trip.peers.experts, trip.chosen)
                 return self.sent
             self._leave(x, indices, weights)
 
     def combine(self, rows: Tensor) -> Combining:
         """Start to send back the experts' results, rows [M, D] of what `wait` returned."""
         out = expert_combine(rows, self.sent)
-        for trip in self.trips[:0:-1]:
-            out = _ArriveBack.apply(_LeaveBack.apply(out, trip), trip)
-        return Combining(_LeaveBack.apply(out, self.trips[0]), self.trips[0])
+        for trip in self._trips[:0:-1]:
+            out = Combining(_LeaveBack.apply(out, trip), trip, self.width).wait()
+        return Combining(_LeaveBack.apply(out, self._trips[0]), self._trips[0], self.width)
 
 
 class Combining(NamedTuple):
-    """Results under way to their tokens."""
+    """Results under way to their tokens; `ticket` as in `Dispatching`."""
 
     ticket: Tensor
     trip: Trip
+    width: int
 
     def wait(self) -> Tensor:
         """[N, D], the sum of each token's experts."""
-        return _ArriveBack.apply(self.ticket, self.trip)
+        return _ArriveBack.apply(self.ticket, self.trip, self.width)
 
 
 class Exchange:

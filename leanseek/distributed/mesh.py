@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.model import Stage
 from leanseek.planning import schedules
+from leanseek.planning.layout import split_layers
 from leanseek.training.config import ParallelConfig, RunConfig
 from leanseek.training.schedules import batch_size
 
@@ -133,13 +134,8 @@ def _fitting(ranks: int) -> str:
 
 
 def stages(config: ModelConfig, p: ParallelConfig, rank: int) -> list[Stage]:
-    """The stages of a rank of the pipeline, of as equal numbers of layers as there can be.
+    """The stages of a rank of the pipeline, of as equal work as there can be.
 
     In the V of DualPipeV, rank r holds stages r and 2·pp - 1 - r: the first and the last are on one rank (3.2.2).
     """
-    two = p.pp > 1 and p.schedule == "dualpipev"
-    count, layers = p.pp * (1 + two), config.num_hidden_layers
-    return [
-        Stage(range(i * layers // count, (i + 1) * layers // count), i == 0, i == count - 1)
-        for i in ([rank, count - 1 - rank] if two else [rank])
-    ]
+    return [Stage(chunk.layers, chunk.first, chunk.last) for chunk in split_layers(config, p.pp, p.schedule)[rank]]

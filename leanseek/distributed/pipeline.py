@@ -10,6 +10,8 @@ import contextlib
 import functools
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,9 +20,21 @@ from torch import Tensor, nn
 
 from leanseek.config import ConfigError
 from leanseek.distributed.links import Form, Groups, Links
+from leanseek.distributed.turns import Turns
 from leanseek.distributed.watch import phase
 from leanseek.ops import WeightGradients
-from leanseek.planning.schedules import Action, Message, Schedule, Span, Timeline, Times, build, forwards, simulate
+from leanseek.planning.schedules import (
+    Action,
+    Message,
+    Schedule,
+    Span,
+    Step,
+    Timeline,
+    build,
+    forwards,
+    measured,
+    simulate,
+)
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses
 from leanseek.training.part import Forward, MicroBatch
@@ -40,6 +54,7 @@ class Pipeline:
     schedule: "1f1b", "zb1p" or "dualpipev". Hidden states are [b, T, width] of `dtype` for tokens [b, T + lookahead].
     copied: the embedding, on the first and the last rank where each holds one of its own. Its gradients are summed
     over both (Megatron#844), so that the copies stay equal (Megatron-Bridge#5380).
+    overlap: the two of a pair take turns at the exchanges between the ranks of expert parallelism (turns.py).
     trace: note when each action ran. On a GPU each is then waited for.
     """
 
@@ -53,11 +68,14 @@ class Pipeline:
         dtype: torch.dtype,
         device: torch.device,
         copied: nn.Parameter | None = None,
+        overlap: bool = False,
         trace: bool = False,
     ):
         self.place, self.copied, self.trace = place, copied, trace
+        self.thread = ThreadPoolExecutor(max_workers=1) if overlap else None
         self.lookahead, self.width, self.dtype, self.device = lookahead, width, dtype, device
-        self.recorded: list[Span] = []  # with `trace`, actions of the latest `accumulate`, in seconds since the epoch
+        self.recorded: list[Span] = []  # with `trace`, steps of the latest `accumulate`, in seconds since the epoch
+        self.micro_batches = 0  # of the latest `accumulate`
         self._schedule = functools.cache(functools.partial(build, schedule, place.ranks))
         self._forwards = functools.cache(functools.partial(forwards, place.ranks, two=schedule == "dualpipev"))
 
@@ -74,7 +92,7 @@ class Pipeline:
             assert self.copied.grad is not None, "both stages read the embedding"
             other = self.place.ranks - 1 - self.place.rank
             self.copied.grad += batch.links.exchange(other, self.copied.grad)
-        self.recorded = batch.recorded
+        self.recorded, self.micro_batches = batch.recorded, len(batches)
         return batch.sums, batch.counts
 
     @torch.no_grad()
@@ -91,39 +109,44 @@ class Pipeline:
             )
         batch = _Batch(self, schedule, batches, forward)
         for step in schedule.steps[self.place.rank]:
-            for action in step:
-                batch.run(action)
+            if len(step) == 2 and self.thread:
+                batch.overlap(*step, self.thread)
+            else:
+                for action in step:
+                    batch.run(action)
         batch.links.finish()
         return batch
 
     def timeline(self) -> Timeline:
         """What all ranks recorded of the latest `accumulate`, in seconds from the first start; every rank calls it.
 
-        A pair is recorded as the two actions that it is made of. Clocks are the machines' own.
+        A pair that does not overlap is recorded as two steps. Clocks are the machines' own.
         """
         found: Timeline = []
         times = torch.tensor([span[1:] for span in self.recorded], dtype=torch.float64, device=self.device)
-        micro_batches = 1 + max(span.step[0].micro for span in self.recorded)
-        for rank, steps in enumerate(self._schedule(micro_batches).steps):
-            actions = [action for step in steps for action in step]
-            theirs = times if rank == self.place.rank else times.new_empty(len(actions), 2)
+        schedule = self._schedule(self.micro_batches)
+        for rank in range(self.place.ranks):
+            ran = schedule.steps[rank] if self.thread else [(action,) for action in schedule.actions(rank)]
+            theirs = times if rank == self.place.rank else times.new_empty(len(ran), 2)
             with phase("the timeline"):
                 dist.broadcast(theirs, group=self.place.groups[0], group_src=rank)
-            found.append([Span((action,), *pair) for action, pair in zip(actions, theirs.tolist(), strict=True)])
+            found.append([Span(step, *pair) for step, pair in zip(ran, theirs.tolist(), strict=True)])
         begin = min(own[0].start for own in found)
         return [[Span(step, start - begin, end - begin) for step, start, end in own] for own in found]
 
-    def planned(self, recorded: Timeline) -> Timeline:
-        """The plan of a timeline, with its mean times; a pair takes as long as its two actions."""
-        spans = [(step[0], end - start) for own in recorded for step, start, end in own]
-        mean = {kind: _mean([s for action, s in spans if action.kind == kind]) for kind in "FBIW"}
-        whole = mean["B"] or mean["I"] + mean["W"]
-        times = Times(mean["F"], whole, mean["W"], mean["F"] + whole)
-        return simulate(self._schedule(1 + max(action.micro for action, _ in spans)), times)
+    def draw(self, out: Path) -> None:
+        """Draw the timeline of the latest `accumulate` into `out`, if it was recorded: as planned from its steps' mean
+        times, and as run. Every rank calls it, and the first one draws."""
+        if not self.recorded:
+            return
+        ran = self.timeline()
+        if self.place.rank == 0:
+            schedule = self._schedule(self.micro_batches)
+            title = f"{schedule.name}, {schedule.ranks} ranks, {schedule.micro_batches} micro-batches, seconds"
+            plan = simulate(schedule, measured(ran))
+            from leanseek.planning.timeline import draw  # matplotlib takes a second to import
 
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+            draw({f"{title}, as planned": plan, f"{title}, as run": ran}, out)
 
 
 class _Chunk(NamedTuple):
@@ -144,7 +167,9 @@ class _Batch:
         form = Form((size, length - pipeline.lookahead, pipeline.width), pipeline.dtype, pipeline.device)
         self.rank, self.links = rank, Links(schedule, rank, groups, form)
         self.stages = schedule.stages_of(rank)
-        self.halved = {a[1:] for step in schedule.steps[rank] for a in step if a.kind == "I"}
+        self.deferred = {a[1:] for a in schedule.actions(rank) if a.kind == "I"}
+        if pipeline.thread:
+            self.deferred |= {step[1][1:] for step in schedule.steps[rank] if len(step) == 2}
         self.chunks: dict[tuple[int, int], _Chunk] = {}
         self.later: dict[tuple[int, int], WeightGradients] = {}
         self.here: dict[Message, Tensor] = {}  # what one of the rank's stages has made for the other
@@ -154,24 +179,36 @@ class _Batch:
 
     def run(self, action: Action) -> None:
         """Wait for what an action needs, compute, and send on what it gives."""
-        kind, stage, micro = action
-        before, after = (stage - 1, stage + 1) if kind == "F" else (stage + 1, stage - 1)
-        message = "F" if kind == "F" else "B"
-        taken = None if kind == "W" else self._take(Message(message, stage, micro), before)
+        taken = self._take(action)
         start = self._now()
+        made = self._compute(action, taken)
+        self._record((action,), start)
+        self._give(action, made)
+
+    def overlap(self, forward: Action, backward: Action, thread: ThreadPoolExecutor) -> None:
+        """The same of two actions that take turns."""
+        hidden, gradient = self._take(forward), self._take(backward)
+        start = self._now()
+        later = self.chunks[backward[1:]].later
+        assert later is not None
+        halves = functools.partial(self._compute, forward, hidden), functools.partial(self._compute, backward, gradient)
+        state, sent_back = Turns(later).run(*halves, thread)
+        del self.later[backward[1:]]  # computed on the way
+        self._record((forward, backward), start)
+        self._give(forward, state)
+        self._give(backward, sent_back)
+
+    def _compute(self, action: Action, taken: Tensor | None) -> Tensor | None:
+        kind, stage, micro = action
+        if kind == "F":
+            return self._forward(stage, micro, taken)
         if kind == "W":
-            self.later.pop((stage, micro)).compute()
-            made = None
-        else:
-            made = (self._forward if kind == "F" else self._backward)(stage, micro, taken)
-        if self.trace:
-            self.recorded.append(Span((action,), start, self._now()))
-        if made is not None:
-            self._give(Message(message, after, micro), made)
+            return self.later.pop((stage, micro)).compute()
+        return self._backward(stage, micro, taken)
 
     def _forward(self, stage: int, micro: int, hidden: Tensor | None) -> Tensor | None:
         tokens, share = self.batches[micro]
-        later = WeightGradients() if (stage, micro) in self.halved else None
+        later = WeightGradients() if (stage, micro) in self.deferred else None
         if hidden is not None:
             hidden.requires_grad_(torch.is_grad_enabled())
         with later or contextlib.nullcontext():
@@ -191,19 +228,27 @@ class _Batch:
             self.later[stage, micro] = later
         return None if hidden is None else hidden.grad
 
-    def _take(self, message: Message, maker: int) -> Tensor | None:
-        """A message from the stage `maker`; None where there is no such stage."""
-        if not 0 <= maker < self.schedule.stages:
+    def _take(self, action: Action) -> Tensor | None:
+        """What an action needs of another stage, if anything."""
+        if not (needed := self.schedule.needs(action)):
             return None
-        rank = self.schedule.rank_of(maker)
+        rank, message = needed
         return self.here.pop(message) if rank == self.rank else self.links.receive(rank, message)
 
-    def _give(self, message: Message, tensor: Tensor) -> None:
-        rank = self.schedule.rank_of(message.stage)
+    def _give(self, action: Action, made: Tensor | None) -> None:
+        """Hand on what an action made for another stage, if anything."""
+        if not (given := self.schedule.gives(action)):
+            return
+        assert made is not None
+        rank, message = given
         if rank == self.rank:
-            self.here[message] = tensor
+            self.here[message] = made
         else:
-            self.links.send(rank, message, tensor)
+            self.links.send(rank, message, made)
+
+    def _record(self, step: Step, start: float) -> None:
+        if self.trace:
+            self.recorded.append(Span(step, start, self._now()))
 
     def _now(self) -> float:
         if self.trace and self.sums.is_cuda:

@@ -22,7 +22,7 @@ from leanseek.distributed.sharding import Bucket, FullySharded, Held, buckets, f
 from leanseek.model import Transformer
 from leanseek.model.moe import Experts
 from leanseek.training.config import RunConfig
-from leanseek.training.part import TIMELINE, Forward, MicroBatch, Norms, Part, Slice, squares
+from leanseek.training.part import Forward, MicroBatch, Norms, Part, Slice, squares
 from leanseek.training.trainer import compute_dtype
 
 
@@ -60,10 +60,11 @@ class RankPart(Part):
                 dtype=compute_dtype(self.run, device),
                 device=device,
                 copied=model.embed_tokens.weight if self.copied and rank in (0, size - 1) else None,
+                overlap=self.mesh.experts.size > 1,
                 trace=self.run.parallel.trace,
             )
         if self.mesh.experts.size > 1:
-            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision != "bf16")
+            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision == "fp8")
         if self.run.parallel.fsdp:
             self.shards = FullySharded(model, *self.mesh.shards)  # moves each module to the device by itself
         model.to(device)
@@ -156,6 +157,10 @@ class RankPart(Part):
             dist.all_reduce(sums, group=self.mesh.pipeline.group)
         return sums[:2]
 
+    def draw(self, out: Path) -> None:
+        if self.pipeline is not None and self.mesh.data.rank == 0:
+            self.pipeline.draw(out)
+
     # ---- where ranks meet ----
 
     def reduce(self, slices: Mapping[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
@@ -213,16 +218,6 @@ class RankPart(Part):
             dist.all_reduce(table, group=self.objects)
         names = ("compute_s", "exchange_s", "wait_s")
         return {name: [round(s, 5) for s in own] for name, own in zip(names, table.T.tolist(), strict=True)}
-
-    def draw(self, folder: Path) -> None:
-        if self.pipeline is None or not self.pipeline.trace:
-            return
-        recorded = self.pipeline.timeline()
-        if self.writes:
-            from leanseek.planning.timeline import draw  # matplotlib takes a second to import
-
-            planned = self.pipeline.planned(recorded)
-            draw({"the plan, with the mean times of the recorded": planned, "recorded": recorded}, folder / TIMELINE)
 
     def _gather(self, value: Any, what: str) -> list[Any]:
         found: list[Any] = [None] * self.ranks

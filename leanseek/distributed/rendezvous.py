@@ -33,17 +33,16 @@ def meet(timeout: float) -> dist.Store:
             is_master=rank == 0 and holder() == "rank 0",
             timeout=timedelta(seconds=timeout), multi_tenant=True, wait_for_workers=False,
         )  # fmt: skip
-    except RuntimeError:
+        store = group_store(server)
+        store.set(f"here/{rank}", socket.gethostname())
+        missing, end = list(range(world)), time.monotonic() + timeout
+        while missing := [r for r in missing if not store.check([f"here/{r}"])]:
+            if time.monotonic() > end:
+                raise RunError(f"{ranks_in_words(missing)} of {world} did not come within {timeout:.0f} s")
+            time.sleep(0.05)
+        return store
+    except dist.DistError:
         raise RunError(f"rank {rank}: {holder()} does not answer at {host}:{port} within {timeout:.0f} s") from None
-    store = group_store(server)
-    store.set(f"here/{rank}", socket.gethostname())
-    end = time.monotonic() + timeout
-    missing = list(range(world))
-    while missing := [r for r in missing if not store.check([f"here/{r}"])]:
-        if time.monotonic() > end:
-            raise RunError(f"{ranks_in_words(missing)} of {world} did not come within {timeout:.0f} s")
-        time.sleep(0.05)
-    return store
 
 
 def group_store(server: dist.Store) -> dist.Store:

@@ -111,7 +111,8 @@ class FullySharded:
         self.model = model
         for module in model.modules():
             if isinstance(module, Experts) and replicas != data:
-                register_fsdp_forward_method(fully_shard(module, mesh=replicas), "products")
+                fully_shard(module, mesh=replicas)
+                register_fsdp_forward_method(module, "products")
         head = [] if model.lm_head is None else [model.lm_head]
         for module in (*model.layers, *model.mtp, *head, model):
             fully_shard(module, mesh=data)

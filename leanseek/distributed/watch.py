@@ -55,8 +55,7 @@ _board = _Board()
 class phase:
     """Around a wait for other ranks: `with watch.phase("dispatch", layer=7): dist.all_to_all_single(...)`.
 
-    kind: what its seconds count as, "wait" or "exchange" (of rows for experts); "device" where they cannot be told
-    from work that the process waits for too: they do not count.
+    kind: what its seconds count as, "wait" or "exchange" (of rows for experts).
 
     Raises:
         Lost: in place of what a collective raises when another rank is gone; names that rank.
@@ -81,8 +80,7 @@ class phase:
             _board.now = self.before
         else:
             now = time.monotonic()
-            if self.kind in _board.spent:
-                _board.spent[self.kind] += now - _board.now.since
+            _board.spent[self.kind] += now - _board.now.since
             _board.now = _Now(False, self.what, now)
 
 
@@ -197,19 +195,16 @@ def ranks_in_words(ranks: list[int]) -> str:
 
 class _Watcher:
     def __init__(self, store: Store, rank: int, world: int, timeout: float, holder: str, start: float):
-        self.origin, self.rank, self.world, self.timeout, self.holder = store, rank, world, timeout, holder
-        self.start = start
-        self.store = self._connect()
+        self.rank, self.world, self.timeout, self.holder, self.start = rank, world, timeout, holder, start
+        # connections of their own: a store's is taken while one of its users waits, which may be for ever
+        self.notes, self.court = (PrefixStore("watch", store.clone()) for _ in range(2))  # type: ignore[attr-defined]
         self.beat = 0
-        self.first = self.failed = False
+        self.failed = False  # the thread that works is free again, and says itself what is wrong
+        self.judging = threading.Lock()
         self.closed = threading.Event()
         self._publish()
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self.thread.start()
-
-    def _connect(self) -> Store:
-        """A connection of its own: a store's is taken while one of its users waits for a key."""
-        return PrefixStore("watch", self.origin.clone())  # type: ignore[attr-defined]  # not in its stub
 
     def close(self, ended: str, told: bool = False) -> None:
         self.closed.set()
@@ -217,37 +212,53 @@ class _Watcher:
         self._publish(ended, told)
 
     def reason(self, error: RuntimeError) -> str:
-        """Why a collective failed in this process, whose working thread is free to say so; "" if a rank has said it."""
-        self.failed = True
-        line, said = self._verdict(), str(error).partition("\n")[0] or type(error).__name__
-        return line.replace(NOBODY, f"{_board.now.what} failed on rank {self.rank} ({shorten(said, 200)})")
+        """Why a collective failed in this process; "" if a rank has said it."""
+        with self.judging:
+            self.failed = True
+            line, _ = self._verdict()
+            self._outlast()
+        said = shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
+        return line.replace(NOBODY, f"{_board.now.what} failed on rank {self.rank} ({said})")
+
+    def _outlast(self) -> None:
+        """Give the others time to ask, if the store ends with this process."""
+        if self.holder == f"rank {self.rank}":
+            time.sleep(SILENT * BEAT)
 
     def _publish(self, ended: str = "", told: bool = False) -> None:
         self.beat += 1
         now = _board.now
         note = Note(self.beat, now.waits, now.what, _board.step, time.monotonic() - now.since, ended, told)
         try:
-            self.store.set(str(self.rank), json.dumps(note))
-            _board.stop = _board.stop or self.store.check(["stop"])
-        except RuntimeError:  # the store is gone: who waits for something will notice
+            self.notes.set(str(self.rank), json.dumps(note))
+            _board.stop = _board.stop or self.notes.check(["stop"])
+        except RuntimeError:  # the store is gone: whoever waits for something will notice
             _board.stop = True
 
     def _watch(self) -> None:
         while not self.closed.wait(BEAT):
             self._publish()
             now, limit = _board.now, self.start if _board.step is None else self.timeout
-            if now.waits and not self.failed and time.monotonic() - now.since > limit:
-                line = self._verdict()
-                if _board.now is not now:  # it went on meanwhile
-                    continue
-                if self.first and line:
-                    print(f"leanseek: {line}", file=sys.stderr, flush=True)
-                os._exit(1)  # the thread that works is inside the backend and cannot be interrupted
+            if now.waits and time.monotonic() - now.since > limit:
+                with self.judging:
+                    if not self.failed:
+                        self._end(now)
 
-    def _verdict(self) -> str:
-        """What is wrong, found by the rank that asks first; the others get the same line. Takes a bounded time."""
-        self.first = True  # as far as it knows
-        found: list[str] = []
+    def _end(self, now: _Now) -> None:
+        """Ends the process, unless it goes on with its work meanwhile (the machine was asleep)."""
+        line, first = self._verdict()
+        if _board.now is now:
+            if first and line:
+                print(f"leanseek: {line}", file=sys.stderr, flush=True)
+            self._outlast()
+            os._exit(1)  # the thread that works is inside the backend and cannot be interrupted
+        if first:
+            self.court.delete_key("verdict")
+            self.court.delete_key("judges")
+
+    def _verdict(self) -> tuple[str, bool]:
+        """What is wrong, and whether this rank was the first to ask; the others get its line. Takes a bounded time."""
+        found: list[tuple[str, bool]] = []
         thread = threading.Thread(target=lambda: found.append(self._judge()), daemon=True)  # may never return
         thread.start()
         for _ in range(4 * SILENT):
@@ -256,35 +267,36 @@ class _Watcher:
                 return found[0]
             self._publish()
         waited = time.monotonic() - _board.now.since
-        return f"{self.holder}, which holds the store, does not answer; rank {self.rank} has waited for {waited:.0f} s"
+        lost = f"{self.holder}, which holds the store, does not answer; rank {self.rank} has waited for {waited:.0f} s"
+        return lost, True
 
-    def _judge(self) -> str:
+    def _judge(self) -> tuple[str, bool]:
         try:
-            store = self._connect()
-            self.first = store.add("judges", 1) == 1
-            if not self.first:
-                return store.get("verdict").decode()
-            before, silent = self._read(store), set[int]()
+            if self.court.add("judges", 1) > 1:
+                for _ in range(2 * SILENT):
+                    if self.court.check(["verdict"]):
+                        return self.court.get("verdict").decode(), False
+                    time.sleep(BEAT)
+                # the first is lost itself
+            before, silent = self._read(), set[int]()
             for _ in range(SILENT):
                 time.sleep(BEAT)
-                notes = self._read(store)
+                notes = self._read()
                 if any(note.ended for note in notes.values()):
                     break
             else:
                 silent = {rank for rank, note in notes.items() if rank in before and note.beat == before[rank].beat}
-            if any(note.told for note in notes.values()):
-                line = ""
-            else:
-                fault, waits = verdict(notes, silent, self.world, self.timeout)
-                line = "; ".join(filter(None, (fault or NOBODY, waits)))
-            store.set("verdict", line)
-            return line
+            fault, waits = verdict(notes, silent, self.world, self.timeout)
+            told = any(note.told for note in notes.values())
+            line = "" if told else "; ".join(filter(None, (fault or NOBODY, waits)))
+            self.court.set("verdict", line)
+            return line, True
         except RuntimeError:
-            return f"{self.holder}, which held the store, is gone"
+            return f"{self.holder}, which held the store, is gone", True
 
-    def _read(self, store: Store) -> dict[int, Note]:
-        there = [rank for rank in range(self.world) if store.check([str(rank)])]
-        return {rank: Note(*json.loads(store.get(str(rank)))) for rank in there}
+    def _read(self) -> dict[int, Note]:
+        there = [rank for rank in range(self.world) if self.court.check([str(rank)])]
+        return {rank: Note(*json.loads(self.court.get(str(rank)))) for rank in there}
 
 
 # ---- for whoever starts the ranks and holds the store ----

@@ -87,20 +87,28 @@ class _FeedForward(torch.autograd.Function):
         cast, recipe, groups, dtype, grad = ctx.cast, ctx.cast.recipe, ctx.groups, grad.dtype, grad.contiguous()
         cast.note("gradient", grad)
         w_up, w_down = _weights(cast, dtype, down, ups)
-        g = recipe.both(grad, groups)
-        dact = grouped_product(g.rows, w_down.transpose(1, 2), groups, dtype)
-        found = recipe.swiglu_backward(dact, Kept(hidden_codes, hidden_scales), weights, groups)
-        turned, x = (g.turned, found.act, found.hidden.turned), Kept(codes, scales)
-        products = partial(_feed_forward_gradients, recipe, turned, x, token, groups, dtype, down, len(ups) == 2)
-        gradients = weight_gradients((down, *ups), products)
-        dx = grouped_product(found.hidden.rows, w_up.transpose(1, 2), groups, dtype)
+        by_rows, turned = recipe.both(grad, groups)
+        # memory peaks here: besides grad, at most two [M, D] at a time
+        dact = grouped_product(by_rows, w_down.transpose(1, 2), groups, dtype)
+        dhidden, act, dweights = recipe.swiglu_backward(dact, Kept(hidden_codes, hidden_scales), weights, groups)
+        del by_rows, dact
+        (ddown,) = weight_gradients((down,), partial(_down_gradient, turned, act, groups, down))
+        del turned, act
+        dx = grouped_product(dhidden.rows, w_up.transpose(1, 2), groups, dtype)
         dx = dx if token is None else combine_rows(dx, place, ctx.tokens)
-        return dx, None, None, found.weight, None, None, None, None, *gradients
+        x, apart = Kept(codes, scales), len(ups) == 2
+        products = partial(_up_gradients, recipe, dhidden.turned, x, token, groups, dtype, down, apart)
+        return dx, None, None, dweights, None, None, None, None, ddown, *weight_gradients(tuple(ups), products)
 
 
-def _feed_forward_gradients(
+def _down_gradient(grad: Activation, act: Activation, groups: Groups, down: Tensor) -> tuple[Tensor]:
+    """Both turned."""
+    return (grouped_gradient(grad, act, groups, down.dtype)[..., : down.shape[-1]].reshape(down.shape),)
+
+
+def _up_gradients(
     recipe: Tilewise,
-    turned: tuple[Activation, Activation, Activation],
+    grad: Activation,
     x: Kept,
     token: Tensor | None,
     groups: Groups,
@@ -108,14 +116,11 @@ def _feed_forward_gradients(
     down: Tensor,
     apart: bool,
 ) -> tuple[Tensor, ...]:
-    """Of down, and of gate_up or, `apart`, of gate and up. turned: the gradient, the activation and the gradient
-    before it; x is still to be turned, from activations in `dtype`."""
+    """Of gate_up or, `apart`, of gate and up: grad turned, x still to be turned, from activations in `dtype`."""
     (d, i), inner = down.shape[-2:], _inner(down)
-    grad, act, grad_hidden = turned
-    ddown = grouped_gradient(grad, act, groups, down.dtype)[..., :i]
-    dups = grouped_gradient(grad_hidden, recipe.turn(x, groups, dtype, token), groups, down.dtype)
+    dups = grouped_gradient(grad, recipe.turn(x, groups, dtype, token), groups, down.dtype)
     dups = dups.view(-1, 2, inner, d)[:, :, :i].reshape(-1, 2 * i, d)
-    return ddown.reshape(down.shape), *(dups[0].chunk(2) if apart else [dups])
+    return tuple(dups[0].chunk(2)) if apart else (dups,)
 
 
 def _inner(down: Tensor) -> int:

@@ -140,6 +140,7 @@ class Cast:
             if (rows, columns) != stacked.shape[-2:]:
                 stacked = F.pad(stacked, (0, columns - stacked.shape[-1], 0, rows - stacked.shape[-2]))
             stacked = stacked.view(-1, stack * rows, columns)
+            self._casts.pop(place, None)  # before the new one is made: it takes the old one's memory
             found = (key, self.recipe.blocks(stacked, dtype))
             self._casts[place] = found
             self.note("weight", stacked, (TILE, TILE))

@@ -179,17 +179,19 @@ def combine(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
     d = rows.shape[1]
     out = torch.empty(tokens, d, dtype=rows.dtype, device=rows.device)
     if tokens:
-        _combine[(tokens, triton.cdiv(d, 1024))](rows, place, out, d, place.numel() // tokens, 1024)
+        _combine[(tokens, triton.cdiv(d, 1024))](rows, place, out, d, rows.stride(0), place.numel() // tokens, 1024)
     return out
 
 
 @triton.jit
-def _combine(rows, place, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(rows, place, out, D, stride, K: tl.constexpr, BLOCK: tl.constexpr):
     token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(place + token * K + k)
-        total += tl.load(rows + row * D + columns, mask=(columns < D) & (row >= 0), other=0.0).to(tl.float32)
+        total += tl.load(rows + row * stride + columns, mask=columns < tl.where(row >= 0, D, 0), other=0.0).to(
+            tl.float32
+        )
     tl.store(out + token * D + columns, narrow(total, out.dtype.element_ty), mask=columns < D)
 
 

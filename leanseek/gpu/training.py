@@ -174,12 +174,14 @@ def _on_tensor_cores(a: Tensor, b: Tensor, *_: object) -> bool:
 
 
 @implements(ops.grouped_product, _on_tensor_cores)
-def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
+    a = a if index is None else a.index_select(0, index)
     return F.grouped_mm(a, b.to(a.dtype).transpose(1, 2), offs=groups.offsets).to(dtype)
 
 
 @implements(ops.grouped_gradient, _on_tensor_cores)
-def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
+    b = b if index is None else b.index_select(0, index)
     return F.grouped_mm(a.t(), b, offs=groups.offsets).to(dtype)
 
 

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.native.library import DTYPES, accepts, implements, kernel
+from leanseek.native.library import DTYPES, accepts, implements, kernel, pointers
 from leanseek.ops.dispatch import Rows
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.grouped import Groups
 
-_product = kernel("grouped_product", "nnn pp pn pn p")
-_gradient = kernel("grouped_gradient", "nn pp ppp")
-_combine = kernel("combine_rows", "n pp nnn p")
+_product = kernel("grouped_product", "nnn pp pnp pn p")
+_gradient = kernel("grouped_gradient", "nn pp pppp")
+_combine = kernel("combine_rows", "n pn p nnn p")
 
 
 def _first(groups: Groups) -> Tensor:
     return torch.tensor([0, *groups.ends])
 
 
-def _takes_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> bool:
+def _takes_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> bool:
     if not isinstance(a, Tensor):
         return False
     stored = b if b.is_contiguous() else b.transpose(1, 2)
@@ -31,17 +31,17 @@ def _takes_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> 
 
 
 @implements(ops.grouped_product, _takes_product)
-def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
     across, first, shape = int(not b.is_contiguous()), _first(groups), torch.tensor(b.shape)
-    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+    out = torch.empty(groups.rows, b.shape[1], dtype=dtype)
     _product(
-        DTYPES[a.dtype], DTYPES[b.dtype], DTYPES[dtype], shape.data_ptr(), first.data_ptr(), a.data_ptr(), a.stride(0),
-        b.data_ptr(), across, out.data_ptr(),
+        DTYPES[a.dtype], DTYPES[b.dtype], DTYPES[dtype], *pointers(shape, first, a), a.stride(0), *pointers(index, b),
+        across, out.data_ptr(),
     )  # fmt: skip
     return out
 
 
-def _takes_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> bool:
+def _takes_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> bool:
     return (
         isinstance(a, Tensor)
         and accepts(a, b)
@@ -53,19 +53,19 @@ def _takes_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) ->
 
 
 @implements(ops.grouped_gradient, _takes_gradient)
-def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
     out = torch.empty(len(groups.ends), a.shape[1], b.shape[1], dtype=dtype)
     first, shape = _first(groups), torch.tensor(out.shape)
-    _gradient(
-        DTYPES[a.dtype], DTYPES[dtype], shape.data_ptr(), first.data_ptr(), a.data_ptr(), b.data_ptr(), out.data_ptr()
-    )
+    _gradient(DTYPES[a.dtype], DTYPES[dtype], *pointers(shape, first, a, b, index, out))
     return out
 
 
-@implements(combine_rows, lambda rows, *_: accepts(rows) and rows.is_contiguous(), Rows.BOTH)
+@implements(combine_rows, lambda rows, *_: accepts(rows) and rows.stride(1) == 1, Rows.BOTH)
 def combined(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
     d = rows.shape[1]
     out = torch.empty(tokens, d, dtype=rows.dtype)
     k = place.numel() // max(1, tokens)
-    _combine(DTYPES[rows.dtype], rows.data_ptr(), place.data_ptr(), tokens, k, d, out.data_ptr())
+    _combine(
+        DTYPES[rows.dtype], rows.data_ptr(), rows.stride(0), place.data_ptr(), tokens, k, d, out.data_ptr()
+    )  # fmt: skip
     return out

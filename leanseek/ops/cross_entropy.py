@@ -56,11 +56,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def softmax_cross_entropy(logits: Tensor, targets: Tensor, share: float, need: bool) -> tuple[Tensor, Tensor]:
     """-log softmax(logits)[target] of each row, [R] float32, and with `need` `share` times its gradient in the place of
     logits [R, V] and their dtype."""
-    wide, target = logits.float(), targets[:, None]
-    log_sum = wide.logsumexp(-1, keepdim=True)
-    lost = (log_sum - wide.gather(1, target)).squeeze(1)
+    most, target = logits.amax(-1, keepdim=True), targets[:, None]
+    lost = most.float() - logits.gather(1, target)
+    wide = logits.float().sub_(most).exp_()  # the one [R, V] besides logits
+    total = wide.sum(-1, keepdim=True)
+    lost = (lost + total.log()).squeeze(1)
     if need:
-        wide.sub_(log_sum).exp_()  # softmax, in place
+        wide.div_(total)  # softmax
         wide.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide.dtype))
-        logits = wide.mul_(share).to(logits.dtype)
+        logits.copy_(wide.mul_(share))
     return lost, logits

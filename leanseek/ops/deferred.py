@@ -46,6 +46,18 @@ class WeightGradients:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
+def set_aside() -> list[WeightGradients]:
+    """Close what is open, for somebody else to compute meanwhile; give it to `take_up` afterwards."""
+    opened = _OPEN.copy()
+    _OPEN.clear()
+    return opened
+
+
+def take_up(opened: list[WeightGradients]) -> None:
+    """Open again what was set aside."""
+    _OPEN[:] = opened
+
+
 def deferring() -> bool:
     """Whether a `WeightGradients` is open."""
     return bool(_OPEN)

@@ -8,7 +8,7 @@ All three are differentiable. Expert parallelism exchanges rows between them: wh
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ends, weights, token, place, gate_up, down):  # type: ignore[no-untyped-def]
         groups = Groups(weights.shape[0], x.device, ends)
-        hidden = grouped_product(rows_of(x, token), gate_up, groups, x.dtype)  # [M, 2I]
+        hidden = grouped_product(x, gate_up, groups, x.dtype, token)  # [M, 2I]
         out = grouped_product(weighted_swiglu(hidden, weights), down, groups, x.dtype)  # [M, D]
         ctx.save_for_backward(x, weights, token, place, gate_up, down, hidden)
         ctx.groups = groups
@@ -153,21 +153,21 @@ class _Products(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weights, token, place, gate_up, down, hidden = ctx.saved_tensors
         groups, grad = ctx.groups, grad.contiguous()
-        # [M, I] and [M, D] tensors end as soon as they were read: this is where memory peaks
+        # memory peaks here: besides grad, at most one [M, D] at a time
         act, grad_hidden, grad_weights = weighted_swiglu_backward(
             hidden, weights, grouped_product(grad, down.transpose(1, 2), groups, x.dtype)
         )
-        (grad_down,) = weight_gradients((down,), partial(_gradient, grad, act, None, groups, down.dtype))  # [E, D, I]
-        del act, grad
-        products = partial(_gradient, grad_hidden, x, token, groups, gate_up.dtype)  # [E, 2I, D]
-        (grad_gate_up,) = weight_gradients((gate_up,), products)
+        (grad_down,) = weight_gradients((down,), partial(_gradient, grad, act, groups, down.dtype))  # [E, D, I]
+        del act
         grad_x = grouped_product(grad_hidden, gate_up.transpose(1, 2), groups, x.dtype)
         grad_x = grad_x if token is None else combine_rows(grad_x, place, x.shape[0])
+        products = partial(_gradient, grad_hidden, x, groups, gate_up.dtype, token)  # [E, 2I, D]
+        (grad_gate_up,) = weight_gradients((gate_up,), products)
         return grad_x, None, grad_weights, None, None, grad_gate_up, grad_down
 
 
-def _gradient(grad: Tensor, x: Tensor, token: Tensor | None, groups: Groups, dtype: torch.dtype) -> tuple[Tensor]:
-    return (grouped_gradient(grad, rows_of(x, token), groups, dtype),)
+def _gradient(*arguments: Any) -> tuple[Tensor]:
+    return (grouped_gradient(*arguments),)
 
 
 def rows_of(x: Tensor, token: Tensor | None) -> Tensor:

@@ -74,12 +74,16 @@ class Groups:
 
 
 @op("grouped_product")
-def grouped_product(a: Activation, b: Weight, groups: Groups, dtype: torch.dtype) -> Tensor:
+def grouped_product(
+    a: Activation, b: Weight, groups: Groups, dtype: torch.dtype, index: Tensor | None = None
+) -> Tensor:
     """Each group's rows of a [M, K] times its b [G, N, K]ᵀ -> [M, N], rounded once to `dtype`. Sums are float32.
 
-    Tensors: b may be a transposed view, and of another dtype, in which it is read or cast to a's. Or both in FP8.
+    Tensors: row r is a[index[r]] where index [M] int64 is given; b may be a transposed view, and of another dtype, in
+    which it is read or cast to a's. Or both in FP8.
     """
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    a = a if index is None else a.index_select(0, index)
     out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     for group, (start, stop) in enumerate(pairwise([0, *groups.ends])):
         if stop > start:
@@ -88,9 +92,15 @@ def grouped_product(a: Activation, b: Weight, groups: Groups, dtype: torch.dtype
 
 
 @op("grouped_gradient")
-def grouped_gradient(a: Activation, b: Activation, groups: Groups, dtype: torch.dtype) -> Tensor:
-    """aᵀ · b over each group's own rows of a [M, N] and b [M, K] -> [G, N, K]; zero without rows. In FP8 turned."""
+def grouped_gradient(
+    a: Activation, b: Activation, groups: Groups, dtype: torch.dtype, index: Tensor | None = None
+) -> Tensor:
+    """aᵀ · b over each group's own rows of a [M, N] and b [M, K] -> [G, N, K]; zero without rows. In FP8 turned.
+
+    Tensors: row r of b is b[index[r]] where index [M] int64 is given.
+    """
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    b = b if index is None else b.index_select(0, index)
     out = torch.empty(len(groups.ends), a.shape[1], b.shape[1], dtype=dtype, device=a.device)
     for group, (start, stop) in enumerate(pairwise([0, *groups.ends])):
         if stop > start:

@@ -106,9 +106,15 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     2·(dk + dv) FLOPs a head each in forward and twice that in backward. MTP modules count with their own head.
     """
     c = config
-    layers = c.num_hidden_layers + c.num_nextn_predict_layers
     elements = sum(matrices(c, i) for i in range(c.num_hidden_layers)) + matrices_after_layers(c)
-    return 6.0 * elements + 3 * attention_flops(c, seq_len) * layers
+    return 6.0 * elements + 3 * attention_flops(c, seq_len) * (c.num_hidden_layers + c.num_nextn_predict_layers)
+
+
+def split_flops(c: ModelConfig, seq_len: int) -> tuple[float, float]:
+    """`train_flops_per_token` of the last layer, which stands for all, and of what follows it: head and MTP modules."""
+    core = 3 * attention_flops(c, seq_len)
+    layer = 6.0 * matrices(c, c.num_hidden_layers - 1) + core
+    return layer, 6.0 * matrices_after_layers(c) + c.num_nextn_predict_layers * core
 
 
 def attention_flops(c: ModelConfig, seq_len: int) -> float:

@@ -38,6 +38,11 @@ class Layout:
     def gpus(self) -> int:
         return self.pp * self.dp
 
+    @property
+    def folded(self) -> bool:
+        """Whether each rank holds two stages, the pipeline's way down and up again."""
+        return self.schedule == "dualpipev" and self.pp > 1
+
     def micro_batches(self, recipe: Recipe) -> int:
         """Of each rank, in a step."""
         return recipe.batch_size // (self.dp * self.micro_batch_size)
@@ -63,14 +68,15 @@ def split_layers(config: ModelConfig, pp: int, schedule: str) -> tuple[tuple[Chu
     """The chunks of each rank: one, or with dualpipev two, the second in the reverse order of ranks (a V).
 
     Each rank gets as many layers as brings it nearest to the others' FLOPs; head and MTP modules count for the rank
-    that holds the end.
+    with them. Every chunk has a layer, except that the last may have none.
     """
     folded = schedule == "dualpipev" and pp > 1
-    each, end = flops.matrices(config, config.num_hidden_layers - 1), 0 if folded else pp - 1
-    loads = [(each + flops.matrices_after_layers(config) * (rank == end), -rank) for rank in range(pp)]
+    end = 0 if folded else pp - 1
+    each, after = flops.split_flops(config, min(config.max_position_embeddings, 4096))
+    counts = [(2 if folded else 1) - (rank == end and pp > 1) for rank in range(pp)]
+    loads = [(each * n + after * (rank == end), -rank) for rank, n in enumerate(counts)]
     heapq.heapify(loads)
-    counts = [1] * pp  # no rank without a layer
-    for _ in range(config.num_hidden_layers - pp):
+    for _ in range(config.num_hidden_layers - sum(counts)):
         load, rank = heapq.heappop(loads)  # the least loaded; of equals the last
         counts[-rank] += 1
         heapq.heappush(loads, (load + each, rank))

@@ -11,6 +11,7 @@ from leanseek.planning.layout import Chunk, Held, Layout, Recipe, held, split_la
 
 BF16, FLOAT32 = 2, 4
 CODES = 1 + 4 / 128  # bytes a value of a 1×128 tile: E4M3 and a float32 scale
+WIRE = 1 + 1 / 128  # between ranks a scale is the exponent alone (distributed/exchange.py)
 LOGITS = 2**27 * (BF16 + FLOAT32)  # of one piece of the head's loss on a GPU (ops/cross_entropy.py)
 RESERVE = 4 * GiB  # CUDA context, NCCL's channels, gaps of the allocator: a guess
 
@@ -42,7 +43,7 @@ def rank_memory(
         "gradients": FLOAT32 * resident,
         "moments": 2 * moment * kept,
         "ema": FLOAT32 * kept if recipe.ema and not paper else 0,
-        "weight_casts": 0 if layout.fsdp else _casts(has, layout, flying),
+        "weight_casts": _casts(has, layout, flying),
         "gathered_weights": _gathered(config, layout) if layout.fsdp else 0,
         "activations": _activations(config, layout, chunks, flying, node) * tokens,
         "workspace": _workspace(config, layout) * tokens,
@@ -57,7 +58,7 @@ def in_flight(layout: Layout, rank: int, micro_batches: int) -> tuple[int, ...]:
     """Micro-batches of which a rank keeps activations at most, for each of its chunks (planning/schedules.py)."""
     if layout.pp == 1:
         return (1,)
-    if layout.schedule == "dualpipev":  # forwards of either chunk before the first chunk's first backward
+    if layout.folded:  # forwards of either chunk before the first chunk's first backward
         return min(micro_batches, 2 * layout.pp - rank), min(micro_batches, rank + 1)
     return (min(micro_batches, layout.pp - (rank if layout.schedule == "1f1b" else 0)),)
 
@@ -66,17 +67,17 @@ def in_flight(layout: Layout, rank: int, micro_batches: int) -> tuple[int, ...]:
 
 
 def _casts(has: Held, layout: Layout, flying: tuple[int, ...]) -> float:
-    """FP8: blocks of linears and experts in both orders, made once a step. BF16: autograd keeps the cast weight of a
-    linear with each forward, except where weight gradients can wait; experts are cast again in backward."""
+    """FP8: blocks of linears and experts in both orders, also of what FSDP has gathered. BF16: autograd keeps the cast
+    weight of a linear with each forward, unless its gradient can wait; experts are cast again in backward."""
     if layout.precision == "fp8":
         return 2 * (1 + FLOAT32 / 128**2) * (has.linears + has.experts // layout.ep)
-    return BF16 * has.linears * sum(flying) if len(flying) == 1 and layout.schedule == "1f1b" else 0.0
+    return BF16 * has.linears * sum(flying) if layout.pp == 1 or layout.schedule == "1f1b" else 0.0
 
 
 def _gathered(config: ModelConfig, layout: Layout) -> float:
-    """FSDP: one block computing and one on its way, in BF16, and the float32 gradients of the one before."""
+    """FSDP: one block computing and one on its way, and the gradients of the one before, in float32."""
     blocks = (held(config, (Chunk(range(i, i + 1), False, False),)) for i in range(config.num_hidden_layers))
-    return max(block.total(layout.ep) for block in blocks) * (2 * BF16 + FLOAT32)
+    return max(block.total(layout.ep) for block in blocks) * 3 * FLOAT32
 
 
 # ---- activations: bytes a token ----
@@ -170,8 +171,7 @@ def _exchange_buffers(config: ModelConfig, layout: Layout, node: int) -> float:
     if layout.ep == 1:
         return 0
     to = reach(config, layout.ep, node)
-    pairs = 2 if layout.schedule == "dualpipev" and layout.pp > 1 else 1
-    return pairs * BF16 * config.hidden_size * (to.nodes + to.ranks)
+    return (2 if layout.folded else 1) * BF16 * config.hidden_size * (to.nodes + to.ranks)
 
 
 # ---- where a token's rows go ----

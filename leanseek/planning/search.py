@@ -45,37 +45,39 @@ class Plan:
 
 def layouts(config: ModelConfig, gpus: int, gpu: Gpu, recipe: Recipe, fixed: dict[str, Any]) -> Iterator[Layout]:
     """Every layout of so many GPUs that divides; `fixed` holds values of Layout's fields that are given."""
-    depth, experts = config.num_hidden_layers, config.n_routed_experts
-    for pp in _divisors(gpus, min(gpus, depth)):
+    experts = config.n_routed_experts or 1
+    for pp in _divisors(gpus, min(gpus, config.num_hidden_layers)):
         dp = gpus // pp
-        for ep in _divisors(dp, experts or 1):
-            if (experts or 1) % ep:
-                continue
-            for values in _choices(pp, dp, gpu):
+        for ep in _divisors(dp, experts):
+            for values in _choices(pp, dp, gpu, fixed) if experts % ep == 0 else ():
                 layout = Layout(pp=pp, dp=dp, ep=ep, **values)
-                if all(getattr(layout, name) == value for name, value in fixed.items()) and _divides(layout, recipe):
+                given = all(getattr(layout, name) == value for name, value in fixed.items())
+                if given and _divides(config, layout, recipe):
                     yield layout
 
 
-def _choices(pp: int, dp: int, gpu: Gpu) -> Iterator[dict[str, Any]]:
+def _choices(pp: int, dp: int, gpu: Gpu, fixed: dict[str, Any]) -> Iterator[dict[str, Any]]:
     sharding = [(False, False)]  # zero, fsdp
     if dp > 1:
         sharding += [(True, False), (False, True)] if pp == 1 else [(True, False)]
-    schedules, precisions = tuple(SCHEDULES) if pp > 1 else ("1f1b",), ("fp8", "bf16") if gpu.fp8 else ("bf16",)
-    every = itertools.product(sharding, schedules, precisions, (False, True), MICRO_BATCHES)
-    for (zero, fsdp), schedule, precision, recompute, size in every:
+    schedules = tuple(SCHEDULES) if pp > 1 else (fixed.get("schedule", "1f1b"),)
+    precisions = ("fp8", "bf16") if gpu.fp8 else ("bf16",)
+    sizes = (fixed["micro_batch_size"],) if "micro_batch_size" in fixed else MICRO_BATCHES
+    for (zero, fsdp), schedule, precision, recompute, size in itertools.product(
+        sharding, schedules, precisions, (False, True), sizes
+    ):
         yield {
             "zero": zero, "fsdp": fsdp, "schedule": schedule, "precision": precision, "recompute": recompute,
             "micro_batch_size": size,
         }  # fmt: skip
 
 
-def _divides(layout: Layout, recipe: Recipe) -> bool:
+def _divides(config: ModelConfig, layout: Layout, recipe: Recipe) -> bool:
     """Whether the step is whole micro-batches, and enough of them for the schedule."""
     if recipe.batch_size % (layout.dp * layout.micro_batch_size):
         return False
-    stages = layout.pp * (2 if layout.schedule == "dualpipev" else 1)
-    return layout.micro_batches(recipe) >= stages
+    stages = layout.pp * (2 if layout.folded else 1)
+    return stages <= config.num_hidden_layers and layout.micro_batches(recipe) >= stages
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -108,11 +110,11 @@ def search(config: ModelConfig, gpus: int, gpu: Gpu, recipe: Recipe, fixed: dict
 
 def _indivisible(config: ModelConfig, gpus: int, recipe: Recipe, fixed: dict[str, Any]) -> str:
     given = ", ".join(f"{name} = {str(value).lower()}" for name, value in fixed.items())
+    depth, experts = config.num_hidden_layers, config.n_routed_experts
     return (
-        f"no layout divides {gpus:,} GPUs{' with ' + given if given else ''}: pp must divide the GPUs and be at most "
-        f"the {config.num_hidden_layers} layers, ep divide dp = GPUs / pp and the {config.n_routed_experts} experts, "
-        f"dp times train.micro_batch_size divide train.batch_size = {recipe.batch_size:,} into a micro-batch for each "
-        "stage at least; fsdp needs pp = 1"
+        f"no layout divides {gpus:,} GPUs{' with ' * bool(given)}{given}: pp must divide the GPUs, the stages be at "
+        f"most the {depth} layers, ep divide dp = GPUs / pp and the {experts} experts, dp times train.micro_batch_size "
+        f"divide train.batch_size = {recipe.batch_size:,} into a micro-batch for each stage at least; fsdp needs pp = 1"
     )
 
 

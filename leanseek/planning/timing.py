@@ -11,7 +11,7 @@ from leanseek.config import ModelConfig
 from leanseek.planning import flops, hardware
 from leanseek.planning.hardware import Gpu
 from leanseek.planning.layout import Chunk, Layout, Recipe, held, split_layers
-from leanseek.planning.memory import BF16, CODES, FLOAT32, reach
+from leanseek.planning.memory import BF16, CODES, FLOAT32, WIRE, reach
 from leanseek.planning.schedules import Times
 
 
@@ -150,7 +150,7 @@ def exchange(config: ModelConfig, gpu: Gpu, ep: int, precision: str) -> float:
     """Seconds a token of one dispatch and one combine: the slower of the network, which a row crosses once a node,
     and NVLink, once a rank. FP8 goes out in codes; what comes back is BF16 (3.3.3)."""
     to = reach(config, ep, gpu.node)
-    sent = config.hidden_size * ((CODES if precision == "fp8" else BF16) + BF16)
+    sent = config.hidden_size * ((WIRE if precision == "fp8" else BF16) + BF16)
     return max(to.ranks * sent / gpu.nvlink, to.away * sent / (gpu.network * hardware.NETWORK))
 
 
@@ -168,6 +168,7 @@ class Step:
     slowed: float  # what compute loses to the multiprocessors that exchange beside it
     gradients: float  # reduced and weights gathered again, not hidden
     optimizer: float
+    hidden: float  # share of all ranks' exchanges that is
 
     @property
     def seconds(self) -> float:
@@ -185,8 +186,14 @@ def step_time(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> 
     reduced, optimizer = _update(config, layout, gpu, batches)
     if layout.fsdp:
         reduced = max(0.0, reduced * batches - slowest.compute)
-    waiting = max(step.bubble for step in ranks)
-    return dataclasses.replace(slowest, bubble=waiting, gradients=reduced, optimizer=optimizer)
+    moved, seen = sum(step.exchange for step in ranks), sum(step.exposed for step in ranks)
+    return dataclasses.replace(
+        slowest,
+        bubble=max(step.bubble for step in ranks),
+        gradients=reduced,
+        optimizer=optimizer,
+        hidden=max(0.0, 1 - seen / moved) if moved else 1.0,
+    )
 
 
 def stage_times(config: ModelConfig, recipe: Recipe, layout: Layout, gpu: Gpu) -> Times:
@@ -233,13 +240,13 @@ def _pipelined(works: list[Work], times: Times, rank: int, layout: Layout, batch
     total, ranks = sum(works[1:], works[0]), layout.pp
     chunks = len(works) * batches
     pairs = 0
-    if layout.schedule == "dualpipev" and ranks > 1:  # planning/schedules.py, steps 4 and 5
+    if layout.folded:  # planning/schedules.py, steps 4 and 5
         pairs = 2 * (batches - 2 * ranks + rank + 1) + (ranks - rank - 1) - (rank == ranks - 1)
     busy = pairs * times.pair + (chunks - pairs) * (times.forward + times.backward)
     compute = batches * (total.forward + total.backward)
     slowed = pairs * (total.forward + total.backward) / len(works) * (_slower(total, gpu) - 1)
     waiting = bubble_seconds(layout.schedule, ranks, times)
-    return Step(compute, waiting, 2 * batches * total.exchange, busy - compute - slowed, slowed, 0.0, 0.0)
+    return Step(compute, waiting, 2 * batches * total.exchange, busy - compute - slowed, slowed, 0.0, 0.0, 0.0)
 
 
 def _slower(work: Work, gpu: Gpu) -> float:
@@ -249,8 +256,8 @@ def _slower(work: Work, gpu: Gpu) -> float:
 
 def _update(config: ModelConfig, layout: Layout, gpu: Gpu, batches: int) -> tuple[float, float]:
     """Seconds to reduce the gradients and gather the weights (ZeRO-1 and all-reduce move the same), and of AdamW with
-    its casts, on the fullest rank. With FSDP the first is a micro-batch's: gathered twice in BF16, reduced once."""
-    moved = 2 * BF16 + FLOAT32 if layout.fsdp else 2 * FLOAT32
+    its casts, on the fullest rank. With FSDP the first is a micro-batch's: gathered twice, reduced once."""
+    moved = FLOAT32 * (3 if layout.fsdp else 2)
     link = gpu.nvlink if layout.dp <= gpu.node else gpu.network * hardware.NETWORK
     replicas = layout.dp // layout.ep
     slowest = longest = 0.0
@@ -265,7 +272,7 @@ def _update(config: ModelConfig, layout: Layout, gpu: Gpu, batches: int) -> tupl
         state = updated * (3 * FLOAT32 + 2 * moments)  # read weight, gradient and moments, write all but the gradient
         casts = 0.0
         if layout.precision == "fp8":  # once a step; of what FSDP gathers, each time
-            casts = 2 * batches * has.total(layout.ep) * (BF16 + 2) if layout.fsdp else own * (FLOAT32 + 2)
+            casts = (2 * batches * has.total(layout.ep) if layout.fsdp else own) * (FLOAT32 + 2)
         clip = own * FLOAT32
         slowest = max(slowest, seconds)
         longest = max(longest, (state + casts + clip) / (gpu.bandwidth * hardware.MEMORY))

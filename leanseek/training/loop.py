@@ -149,6 +149,7 @@ def _train(
                 if part.any(signals.received):
                     loop.checkpoint(step + 1)
                     raise Interrupted(f"stopped at step {step + 1}; continue with --resume")
+    part.draw(folder / "timeline.svg")
     if part.writes:
         from leanseek.training.report import write_report  # matplotlib takes a second to import
 
@@ -280,7 +281,6 @@ class _Loop:
         metrics: Metrics,
         writer: Writer,
     ):
-        self.folder = folder
         self.run, self.trainer, self.skipped, self.writer = run, start.trainer, start.skipped, writer
         self.data, self.held_out, self.metrics, self.part = data, held_out, metrics, start.trainer.part
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
@@ -327,8 +327,6 @@ class _Loop:
         self._note_skipped(done, result)
         if self.held_out.samples_per_epoch and (done % t.eval_every == 0 or done == t.steps):
             self._evaluate(done)
-        if done % t.eval_every == 0 or done == t.steps:
-            self.part.draw(self.folder)
         if done % self.run.checkpoint.every == 0 or done == t.steps:
             self.checkpoint(done)
 

@@ -16,8 +16,6 @@ from leanseek.model import Transformer
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses
 
-TIMELINE = "timeline.svg"  # in the run's folder: what a pipeline has recorded, beside its plan
-
 
 class MicroBatch(NamedTuple):
     tokens: Tensor  # [b, T + lookahead] int64
@@ -123,6 +121,9 @@ class Part(Ranks):
         found = forward(tokens)
         return torch.stack((found.main, found.mtp))
 
+    def draw(self, out: Path) -> None:
+        """Draw the timeline of the last step on a pipeline's ranks into `out`, if the run has recorded one."""
+
     # ---- where ranks meet ----
 
     def reduce(self, slices: Mapping[str, Slice], sums: Tensor, counts: Tensor) -> Norms:
@@ -155,14 +156,6 @@ class Part(Ranks):
     def seconds(self, whole: float) -> dict[str, list[float]]:
         """What each rank spent the step on that took this one `whole` seconds so far; nothing for one process."""
         return {}
-
-    def draw(self, folder: Path) -> None:
-        """Draw what a pipeline has recorded of a step into `TIMELINE` of the run's folder."""
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes the run's files and speaks to its user."""
-        return self.rank == 0
 
 
 def _counted(number: int, what: str) -> str:

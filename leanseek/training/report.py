@@ -23,7 +23,6 @@ from leanseek import planning
 from leanseek.config import ModelConfig
 from leanseek.reading import read_text, read_toml
 from leanseek.training.metrics import read_rows
-from leanseek.training.part import TIMELINE
 
 Rows = list[dict[str, Any]]
 INK = "#7b8494"  # readable on white and on black
@@ -62,36 +61,22 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     charts = [_card(title, _svg(draw)) for title, draw in _line_charts(rows, other, run.name, compare)]
     charts += [_card("Load per expert over the run", _svg(draw, wide=True), wide=True) for draw in _load_maps(trained)]
     charts += [_card(title, _svg(draw, wide=True), wide=True) for title, draw in _rank_chart(trained)]
+    if (run / "timeline.svg").is_file():
+        charts.append(
+            _card("The last step on the pipeline's ranks", _inline(read_text(run / "timeline.svg")), wide=True)
+        )
     written = read_text(run / "config.toml")
-    link = f'<p><a href="{TIMELINE}">The pipeline\'s timeline, beside its plan</a></p>'
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(run.name)} · leanseek</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>{html.escape(run.name)}</h1><p>{html.escape(_sentence(model, trained))}</p>
 <div class="figures">{"".join(_figure(*f) for f in _figures(model, rows, trained))}</div>
-<div class="charts">{"".join(charts)}</div>{link if (run / TIMELINE).is_file() else ""}<br>{_cache_table(model)}
+<div class="charts">{"".join(charts)}</div><br>{_cache_table(model)}
 <section><h2>Configuration</h2><pre>{html.escape(written)}</pre></section></body></html>
 """
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def write_picture(run: Path, out: Path, compare: Path | None = None) -> Path:
-    """One PNG of a run: loss, bits per byte, max violation and the load of one layer's experts."""
-    _, rows = _read(run)
-    other = _read(compare) if compare else None
-    charts = dict(_line_charts(rows, other, run.name, compare))
-    figure = Figure(figsize=(11, 6.4), layout="constrained", facecolor="white")
-    axes = figure.subplots(2, 2).ravel()
-    for ax, title in zip(axes, ("Loss", "Bits per byte, validation", "Max violation"), strict=False):
-        if title in charts:
-            charts[title](ax)
-        ax.set_title(title, fontsize=11, loc="left", color="#333")
-    if maps := _load_maps([r for r in rows if "loss" in r]):
-        maps[-1](axes[3])
-    figure.savefig(out, dpi=110)
-    return out
 
 
 def _read(run: Path) -> tuple[dict[str, Any], Rows]:
@@ -266,4 +251,9 @@ def _svg(draw: Draw, wide: bool = False) -> str:
         draw(ax)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.S)
+    return _inline(out.getvalue())
+
+
+def _inline(picture: str) -> str:
+    """An SVG file as part of a page."""
+    return re.sub(r"^.*?(?=<svg)", "", picture, flags=re.S)

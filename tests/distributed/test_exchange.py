@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -91,7 +91,7 @@ def alone(case: Case, precision: str = "bf16", rounded: bool = False) -> list[Te
     leaves = [t.clone().requires_grad_() for t in (case.x, case.weights, case.gate_up, case.down)]
     sent = ops.expert_dispatch(leaves[0], case.indices, leaves[1], case.down.shape[0])
     out = ops.expert_combine(products(sent, *leaves[2:], precision), sent)
-    probe = unpack(pack(case.probe, True), case.x.shape[1], out.dtype, True) if rounded else case.probe
+    probe = unpack(*pack(case.probe), out.dtype) if rounded else case.probe
     out.backward(probe)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -142,7 +142,7 @@ def test_four_ranks_and_nodes_are_one_process(run_ranks: Run, case: Case, nodes:
     equal(spread(run_ranks, 4, case, nodes), alone(case), 1e-6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, phases=[Phase.explicit, Phase.generate])  # each failure costs new processes
 @given(
     counts=st.tuples(*[st.integers(0, 12)] * 4),
     shape=st.sampled_from([(4, 1), (4, 4), (8, 2), (12, 5), (16, 3)]),
@@ -192,11 +192,12 @@ def test_what_was_packed_is_quantised_to_the_same_values(dtype: torch.dtype, wid
     x = torch.randn(40, width) * torch.logspace(-44, 38, 40)[:, None]
     x[0, 0], x[1], x[2, 0], x[3, 0] = 224.5, 0.0, torch.nan, torch.inf
     x = x.to(dtype)
-    packed = pack(x, True)
-    once = unpack(packed, width, dtype, True)
-    assert packed.dtype == torch.uint8 and packed.shape == (40, width + -(-width // 128))
+    codes, exponents = pack(x)
+    once = unpack(codes, exponents, dtype)
+    assert codes.shape == (40, width) and exponents.shape == (40, -(-width // 128))
+    assert codes.itemsize == exponents.itemsize == 1
     assert torch.equal(once.isfinite(), x.isfinite())
-    assert torch.equal(unpack(pack(once, True), width, dtype, True).nan_to_num(), once.nan_to_num())
+    assert torch.equal(unpack(*pack(once), dtype).nan_to_num(), once.nan_to_num())
     for backend in ("torch", "native"):
         with ops.use(backend):
             a, b = (quantize.rows(t, True)[1].wide().nan_to_num() for t in (x, once))
@@ -222,7 +223,7 @@ def test_a_token_goes_to_each_of_its_nodes_once(
     node_of_token = torch.arange(ranks).repeat_interleave(torch.tensor(case.counts)) // (ranks // nodes)
     pairs = {(t, e * nodes // experts) for t, chosen in enumerate(case.indices.tolist()) for e in chosen}
     away = sum(int(node_of_token[t]) != node for t, node in pairs)
-    a_row = width * 4 + k * (4 + 8)  # float32 token, gate values, numbers of experts
+    a_row = width * 4 + k * (4 + 8)  # a token in float32, its gate values, the numbers of its experts
     sizes = ranks * (nodes - 1) * 16  # two int64 for each peer
     assert sum(sent[0] for _, sent in found) == away * a_row + sizes
     assert away <= topk_group * case.x.shape[0]
@@ -245,7 +246,6 @@ def test_v3_sends_a_token_to_four_nodes_at_most(seed: int) -> None:
             if p in nodes[t]:
                 first = next(k for k, e in enumerate(indices[t].tolist()) if e // 32 == p)
                 assert place[t][first] == row
-                assert found.experts[row].tolist() == [e - 32 * p if e // 32 == p else 32 for e in indices[t].tolist()]
                 row += 1
     assert sum(r >= 0 for rows in place for r in rows) == row
 
@@ -284,27 +284,53 @@ def test_nan_of_a_token_stays_its_own(run_ranks: Run) -> None:
 
 
 def interleaved(rank: int, first: Case, second: Case) -> list[Tensor]:
-    """Two micro-batches, as an overlapped pair runs them: what leaves for one travels while the other computes."""
-    exchange = Exchange(groups(1), first.down.shape[0])
-    held = slice(rank * 4, rank * 4 + 4)
-    gate_up, down = (t[held].clone().requires_grad_() for t in (first.gate_up, first.down))
-    cut, parts = [], []
-    for case in (first, second):
-        mine = slice(sum(case.counts[:rank]), sum(case.counts[: rank + 1]))
-        parts.append((case.x[mine].clone().requires_grad_(), case.weights[mine].clone().requires_grad_()))
-        cut.append(exchange.dispatch(parts[-1][0], case.indices[mine], parts[-1][1]))
-    rows = [ops.expert_products(sending.wait(), gate_up, down) for sending in reversed(cut)][::-1]
-    back = [sending.combine(r) for sending, r in zip(cut, rows, strict=True)]
-    outs = [returning.wait() for returning in reversed(back)][::-1]
-    probes = [c.probe[sum(c.counts[:rank]) : sum(c.counts[: rank + 1])] for c in (first, second)]
-    torch.autograd.backward(outs, probes)
-    return [*(o.detach() for o in outs), *(t.grad for part in parts for t in part), gate_up.grad, down.grad]
+    """Two micro-batches: what leaves for one travels while the other computes."""
+    exchange, gate_up, down, mine = _shared(rank, first, second)
+    sending = [exchange.dispatch(x, indices, weights) for x, indices, weights, _ in mine]
+    rows = [ops.expert_products(s.wait(), gate_up, down) for s in reversed(sending)][::-1]
+    back = [s.combine(r) for s, r in zip(sending, rows, strict=True)]
+    outs = [b.wait() for b in reversed(back)][::-1]
+    torch.autograd.backward(outs, [m[3] for m in mine])
+    return [*(o.detach() for o in outs), *(t.grad for m in mine for t in (m[0], m[2])), gate_up.grad, down.grad]
 
 
-def test_two_exchanges_at_a_time(run_ranks: Run) -> None:
-    first, second = problem((7, 9), 8, 3), problem((13, 2), 8, 3, seed=5)
+def overlapped(rank: int, first: Case, second: Case) -> list[Tensor]:
+    """An overlapped pair: the segments of the first's backward and of the second's forward take turns, and each
+    exchange runs beside a segment of the other (profile-data's order)."""
+    exchange, gate_up, down, mine = _shared(rank, first, second)
+    (x, indices, weights, probe), (x2, indices2, weights2, probe2) = mine
+    sending = exchange.dispatch(x, indices, weights)
+    leave, sending.ticket = sending.ticket, sending.ticket.detach().requires_grad_()
+    back = sending.combine(ops.expert_products(sending.wait(), gate_up, down))
+    cut = back._replace(ticket=back.ticket.detach().requires_grad_())
+    out = cut.wait()
+    # the pair
+    gradient = torch.autograd.grad(out, cut.ticket, probe)  # combine(B) leaves
+    sending2 = exchange.dispatch(x2, indices2, weights2)  # attn(F), dispatch(F) leaves
+    torch.autograd.backward(back.ticket, gradient, inputs=[gate_up, down, sending.ticket])  # mlp(B), dispatch(B) leaves
+    back2 = sending2.combine(ops.expert_products(sending2.wait(), gate_up, down))  # mlp(F), combine(F) leaves
+    torch.autograd.backward(leave, sending.ticket.grad)  # attn(B)
+    out2 = back2.wait()
+    out2.backward(probe2)
+    return [out.detach(), out2.detach(), x.grad, weights.grad, x2.grad, weights2.grad, gate_up.grad, down.grad]
+
+
+def _shared(rank: int, *cases: Case) -> tuple[Exchange, Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    held, mine = slice(rank * 4, rank * 4 + 4), []
+    for case in cases:
+        rows = slice(sum(case.counts[:rank]), sum(case.counts[: rank + 1]))
+        x, weights = (t[rows].clone().requires_grad_() for t in (case.x, case.weights))
+        mine.append((x, case.indices[rows], weights, case.probe[rows]))
+    gate_up, down = (t[held].clone().requires_grad_() for t in (cases[0].gate_up, cases[0].down))
+    return Exchange(groups(1), 8), gate_up, down, mine
+
+
+@pytest.mark.parametrize("turns", [interleaved, overlapped])
+@pytest.mark.parametrize("counts", [(13, 2), (0, 7)])
+def test_two_exchanges_at_a_time(run_ranks: Run, turns: Callable[..., list[Tensor]], counts: tuple[int, int]) -> None:
+    first, second = problem((7, 9), 8, 3), problem(counts, 8, 3, seed=5)
     second = second._replace(gate_up=first.gate_up, down=first.down)
-    found = [torch.cat(parts) for parts in zip(*run_ranks(2, interleaved, first, second), strict=True)]
+    found = [torch.cat(parts) for parts in zip(*run_ranks(2, turns, first, second), strict=True)]
     a, b = alone(first), alone(second)
     equal([found[0], *found[2:4], found[6], found[7]], [*a[:3], a[3] + b[3], a[4] + b[4]], 1e-6)
     equal([found[1], *found[4:6]], b[:3], 1e-6)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from leanseek import ModelConfig, Transformer, fp8
 from leanseek.config import ConfigError
+from leanseek.distributed import exchange, experts, turns
 from leanseek.distributed.pipeline import Pipeline, Place
+from leanseek.distributed.turns import Turns
 from leanseek.model import Stage
-from leanseek.planning.schedules import SCHEDULES, Action, Span, build, simulate
-from leanseek.planning.timeline import draw
+from leanseek.ops import WeightGradients
+from leanseek.planning.schedules import SCHEDULES, Action, Span, bubble, build, measured, simulate
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses, losses
-from leanseek.training.part import MicroBatch
+from leanseek.training.part import MicroBatch, Part
 
 pytestmark = pytest.mark.distributed
 Run = Callable[..., list[Any]]
@@ -102,7 +105,7 @@ def place(rank: int, pp: int) -> Place:
     return _PLACES[pp]
 
 
-def pipeline(case: Case, place: Place, model: Transformer, trace: bool = False) -> Pipeline:
+def pipeline(case: Case, place: Place, model: Transformer, device: str = "cpu", **options: bool) -> Pipeline:
     first, last = (getattr(model.stages[i], end) for i, end in ((0, "first"), (-1, "last")))
     copied = first != last and (case.tied or case.mtp > 0)
     return Pipeline(
@@ -111,9 +114,9 @@ def pipeline(case: Case, place: Place, model: Transformer, trace: bool = False) 
         lookahead=case.config.lookahead,
         width=case.config.hidden_size,
         dtype=case.dtype,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         copied=model.embed_tokens.weight if copied else None,
-        trace=trace,
+        **options,
     )
 
 
@@ -200,14 +203,189 @@ def test_evaluation_takes_any_number_of_micro_batches(run_ranks: Run, schedule: 
     torch.testing.assert_close(sum(run_ranks(4, evaluate, case, timeout=120)), whole(case)[0], rtol=1e-6, atol=0)
 
 
+# ---- pairs that overlap, two stages of two ranks that share the experts ----
+
+
+@functools.cache
+def two_by_two() -> tuple[Place, int, dist.ProcessGroup]:
+    """Ranks in rows of a stage: the place in the column's pipeline, that in the row, and the row's group."""
+    rank = dist.get_rank()
+    columns = [(dist.new_group([c, c + 2]), dist.new_group([c, c + 2])) for c in range(2)]
+    rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    return Place(2, rank // 2, columns[rank % 2]), rank % 2, rows[rank // 2]
+
+
+def shared_experts_of(case: Case, overlap: bool) -> tuple[Pipeline, Transformer, list[MicroBatch]]:
+    place, column, row = two_by_two()
+    model = Transformer(case.config, stages=case.stages(2, place.rank), experts=range(4 * column, 4 * column + 4))
+    fp8.apply(model.init_weights(5), case.precision)
+    experts.apply(model, [row], fp8=case.precision == "fp8")
+    batches = [MicroBatch(tokens[column : column + 1], share / 2) for tokens, share in case.parts()]
+    return pipeline(case, place, model, overlap=overlap, trace=True), model, batches
+
+
+def overlapped(rank: int, case: Case, overlap: bool) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor], list[Span]]:
+    own, model, batches = shared_experts_of(case, overlap)
+    sums, counts = own.accumulate(batches, case.forward(model))
+    assert own.timeline()[own.place.rank][0].start >= 0
+    return sums, counts, gradients(model), [span.step for span in own.recorded]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(micro_batches=6),
+        Case(micro_batches=4, tied=True, mtp=0, recompute=True),
+        Case(micro_batches=4, precision="fp8", dtype=torch.bfloat16),
+    ],
+    ids=name,
+)
+def test_pairs_that_overlap_change_no_bit(run_ranks: Run, case: Case) -> None:
+    """And together the ranks have one process's gradients, in FP8 but for the rounding of exchanged gradients."""
+    found = run_ranks(4, overlapped, case, True, timeout=120)
+    plain = run_ranks(4, overlapped, case, False, timeout=120)
+    plan = build("dualpipev", 2, case.micro_batches)
+    for rank, ((*own, steps), (*other, _)) in enumerate(zip(found, plain, strict=True)):
+        assert steps == plan.steps[rank // 2] and any(len(step) == 2 for step in steps)
+        assert torch.equal(own[0], other[0]) and own[1].keys() == other[1].keys() and own[2].keys() == other[2].keys()
+        assert all(torch.equal(own[i][key], other[i][key]) for i in (1, 2) for key in own[i])
+    sums, counts, expected = whole(case)
+    torch.testing.assert_close(
+        sum(own[0] for own in found), sums, rtol=1e-2 if case.precision == "fp8" else 1e-5, atol=0
+    )
+    if case.precision == "fp8":
+        return
+    for left, right in (found[:2], found[2:]):
+        assert all(torch.equal(left[1][layer] + right[1][layer], counts[layer]) for layer in left[1])
+        for name, a in left[2].items():
+            b = right[2][name]
+            gradient = torch.cat((a, b)) if ".experts." in name else a + b
+            assert (gradient - expected[name]).norm() <= 5e-6 * expected[name].norm(), name
+
+
+def pair_events(rank: int, case: Case) -> list[str]:
+    """What the first pair of a rank starts, in order: F or B, and which way rows go, or its weight gradients."""
+    own, model, batches = shared_experts_of(case, True)
+    pairs: list[list[str]] = []
+    undo: list[Callable[[], None]] = []
+
+    def noted(kind: type, method: str, does: Callable[[Any], bool]) -> None:
+        original = getattr(kind, method)
+
+        def called(self: Any, *arguments: Any) -> Any:
+            if turns._RUNNING and does(self):
+                pairs[-1].append(f"{'FB'[turns._RUNNING[0]._turn]} {method}")
+            elif kind is Turns:
+                pairs.append([])
+            return original(self, *arguments)
+
+        undo.append(functools.partial(setattr, kind, method, original))
+        setattr(kind, method, called)
+
+    noted(exchange.Trip, "there", lambda _: True)
+    noted(exchange.Trip, "back", lambda _: True)
+    noted(WeightGradients, "compute", lambda store: bool(store._later))
+    noted(Turns, "run", lambda _: False)
+    try:
+        own.accumulate(batches, case.forward(model))
+    finally:
+        for put_back in undo:
+            put_back()
+    return pairs[0]
+
+
+def test_the_order_within_a_pair_is_the_papers(run_ranks: Run) -> None:
+    """Figure 4: rows of one direction travel while the other computes, weight gradients come when rows have left.
+
+    Of two layers. Backward, "there" is the combine's gradients and "back" the dispatch's.
+    """
+    found = run_ranks(4, pair_events, Case(micro_batches=5), timeout=120)[2:]
+    layer = ["F there", "B back", "B compute", "F back"]
+    expected = ["B there", *layer, "B there", "B compute", *layer, "B compute"]
+    assert found == [expected, expected]
+
+
+def failing(rank: int, half: str) -> str:
+    ran: list[str] = []
+
+    def run(own: str) -> None:
+        for i in range(3):
+            ran.append(f"{own}{i}")
+            turns.give_way()
+            if own == half and i == 1:
+                raise ValueError(f"{own} failed")
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        try:
+            Turns(WeightGradients()).run(lambda: run("F"), lambda: run("B"), thread)
+        except ValueError as error:
+            return f"{error}: {' '.join(ran)}"
+        return " ".join(ran)
+
+
+@pytest.mark.parametrize(
+    ("half", "said"),
+    [
+        ("", "B0 F0 B1 F1 B2 F2"),
+        ("F", "F failed: B0 F0 B1 F1 B2"),  # the other goes on to its end
+        ("B", "B failed: B0 F0 B1 F1"),  # the other ends
+    ],
+)
+def test_halves_of_a_pair_take_turns_and_a_failure_ends_both(half: str, said: str) -> None:
+    assert failing(0, half) == said
+    assert failing(0, "") == "B0 F0 B1 F1 B2 F2"
+
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def only_rank(request: pytest.FixtureRequest) -> Iterator[tuple[torch.device, dist.ProcessGroup]]:
+    """A group of this process alone."""
+    backend = "gloo" if request.param == "cpu" else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield torch.device(request.param), dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_both_stages_on_one_rank(
+    only_rank: tuple[torch.device, dist.ProcessGroup], overlap: bool, precision: str
+) -> None:
+    """Halves and pairs without messages; to the bit on a CPU, and to rounding where a GPU adds in another order."""
+    device, group = only_rank
+    case = Case(micro_batches=4, precision=precision, dtype=torch.bfloat16 if precision == "fp8" else torch.float32)
+    batches = [MicroBatch(tokens.to(device), share) for tokens, share in case.parts()]
+    model, loop = case.model(*case.stages(1, 0)).to(device), case.model().to(device)
+    for network in (model, loop):
+        experts.apply(network, [group])
+    own = pipeline(case, Place(1, 0, (group, group)), model, overlap=overlap, device=device, trace=True)
+    sums, counts = own.accumulate(batches, case.forward(model))
+    expected, numbers = Part().accumulate(loop, batches, case.forward(loop))
+    assert [len(span.step) for span in own.recorded].count(2) == (5 if overlap else 0)
+    torch.testing.assert_close(sums, expected, rtol=1e-6 if device.type == "cpu" else 1e-3, atol=0)
+    assert all(torch.equal(counts[layer], numbers[layer]) for layer in numbers)
+    bound = 0.0 if device.type == "cpu" else {"bf16": 1e-4, "fp8": 2e-2}[precision]
+    for name, gradient in gradients(loop).items():
+        limit = max(bound, 1e-6 * (name == "embed_tokens.weight")) * gradient.norm()
+        assert (gradients(model)[name] - gradient).norm() <= limit, name
+
+
 # ---- order ----
 
 
-def traced(rank: int, case: Case) -> tuple[list[Span], list[list[Span]]]:
+def traced(rank: int, case: Case, out: Path) -> tuple[list[Span], list[list[Span]]]:
     here = place(rank, 4)
     model = case.model(*case.stages(4, here.rank))
     own = pipeline(case, here, model, trace=True)
+    own.draw(out)  # nothing yet
+    assert not out.exists()
     own.accumulate(case.parts(), case.forward(model))
+    own.draw(out)
     return own.recorded, own.timeline()
 
 
@@ -215,7 +393,8 @@ def traced(rank: int, case: Case) -> tuple[list[Span], list[list[Span]]]:
 def test_the_recorded_order_is_the_plans(run_ranks: Run, schedule: str, tmp_path: Path) -> None:
     """Every rank has the whole timeline afterwards, which is drawn beside the plan's."""
     case, plan = Case(schedule, micro_batches=8), build(schedule, 4, 8)
-    found = run_ranks(4, traced, case, timeout=120)
+    out = tmp_path / "timeline.svg"
+    found = run_ranks(4, traced, case, out, timeout=120)
     for (recorded, timeline), steps in zip(found, plan.steps, strict=True):
         assert [span.step for span in recorded] == [(action,) for step in steps for action in step]
         times = [time for span in recorded for time in span[1:]]
@@ -226,8 +405,9 @@ def test_the_recorded_order_is_the_plans(run_ranks: Run, schedule: str, tmp_path
     made = {span.step[0]: span for span in (span for own in timeline for span in own)}
     after = [made[Action("F", s + 1, m)].start - made[Action("F", s, m)].end for s in range(3) for m in range(8)]
     assert min(after) >= 0  # one clock: none starts before the one that it waits for has ended
-    picture = draw({"plan": simulate(plan), "run": timeline}, tmp_path / "both.svg").read_text(encoding="utf-8")
-    assert "plan: " in picture and "run: " in picture
+    picture, times = out.read_text(encoding="utf-8"), measured(timeline)
+    assert f"as planned: {bubble(simulate(plan, times)):.1%}" in picture
+    assert f"as run: {bubble(timeline):.1%}" in picture
 
 
 def posted(rank: int, case: Case) -> dict[tuple[int, int], list[int]]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leanseek import ops
+from leanseek.ops.experts import combine_rows
 
 
 def loop(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -167,3 +168,36 @@ def test_no_copy_of_the_weights_is_kept_for_backward(master: torch.dtype, backen
     assert own <= {t.data_ptr() for t in kept} | {weights.data_ptr()}
     wide = [t for t in kept if t.data_ptr() not in own and t.is_floating_point() and t.ndim > 1]
     assert [t.shape for t in wide] == [(36, 32)]  # [N·K, 2I]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_choice_without_a_row_adds_nothing(dtype: torch.dtype, form: str) -> None:
+    """Also where there are no rows at all, beside rows that are not finite, and of rows that are parts of longer ones."""
+    rows = torch.randn(5, 70).to(dtype)
+    rows[3] = torch.nan
+    place = torch.tensor([[0, -1, 2], [-1, -1, -1], [4, 1, 0], [-1, 3, -1]])
+    found = combine_rows(rows[:, 3:67], place.flatten(), 4)
+    expected = torch.stack([rows[[r for r in mine if r >= 0], 3:67].float().sum(0) for mine in place.tolist()])
+    torch.testing.assert_close(found, expected.to(dtype), equal_nan=True)
+    none = combine_rows(rows[:0], torch.full((6,), -1), 2)
+    assert none.shape == (2, 70) and none.dtype == dtype and not none.any()
+
+
+@pytest.mark.parametrize("rows", [0, 3, 11])
+def test_experts_elsewhere_have_no_rows_here(rows: int, backend: str) -> None:
+    """Choices of other experts leave no trace in the sum and in the gradients."""
+    x, indices, weights, gate_up, down = problem(6, 8, 2, 16, 12)
+    here = indices.flatten().sort().values[rows] if rows < 12 else 8  # the experts before it are here
+    rows, n = int((indices < here).sum()), int(here)
+    local = indices.where(indices < n, n)
+    leaves = [t.clone().requires_grad_() for t in (x, weights, gate_up[:n], down[:n])]
+    sent = ops.expert_dispatch(leaves[0], local, leaves[1], n, rows)
+    assert sent.weights.shape == (rows,) and sent.ends.tolist()[-1:] == ([rows] if n else [])
+    out = ops.expert_combine(ops.expert_products(sent, *leaves[2:]), sent)
+    expected = loop(x, indices, weights * (indices < n), gate_up, down)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    out.sum().backward()
+    whole = [t.clone().requires_grad_() for t in (x, weights, gate_up, down)]
+    loop(whole[0], indices, whole[1] * (indices < n), *whole[2:]).sum().backward()
+    for ours, theirs in zip(leaves, whole, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad[: len(ours)], rtol=1e-4, atol=1e-4)

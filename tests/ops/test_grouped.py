@@ -41,6 +41,12 @@ def test_the_three_products(
         forward = ops.grouped_product(a, b, groups, out)
         inward = ops.grouped_product(c, b.transpose(1, 2), groups, out)
         gradient = ops.grouped_gradient(c, a, groups, out)
+        # rows by index, some of them twice
+        index = torch.randint(max(1, len(a)), (len(a),), generator=generator)
+        assert torch.equal(ops.grouped_product(a, b, groups, out, index), ops.grouped_product(a[index], b, groups, out))
+        assert torch.equal(
+            ops.grouped_gradient(c, a, groups, out, index), ops.grouped_gradient(c, a[index], groups, out)
+        )
     rounding = 2**-8 if out == torch.bfloat16 else 2**-23
 
     def close(found: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanseek import ops
 from leanseek.gpu.training import _attends as attends
+from leanseek.ops.experts import combine_rows
 
 pytest.importorskip("triton")
 
@@ -130,3 +131,15 @@ def test_adamw_is_torchs_in_float32_rounded_once() -> None:
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     for a, b in zip(ours[1:3], theirs[1:3], strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_choice_without_a_row_adds_nothing(dtype: torch.dtype) -> None:
+    rows = torch.randn(5, 1100).to(dtype)
+    rows[3] = torch.nan
+    rows, place = rows.to(DEVICE)[:, 4:1094], torch.tensor([0, -1, 2, -1, -1, -1, 4, 1, 0], device=DEVICE)
+    found = []
+    for backend in ("gpu", "torch"):
+        with ops.use(backend):
+            found.append(combine_rows(rows, place, 3))
+    torch.testing.assert_close(*found)

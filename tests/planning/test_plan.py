@@ -64,6 +64,9 @@ def test_given_parts_of_a_layout_stay() -> None:
     fixed = {"pp": 8, "ep": 64, "schedule": "zb1p", "precision": "fp8"}
     for plan in search(V3, 1024, GPUS["h200"], Recipe(batch_size=8192), fixed):
         assert fixed == {name: getattr(plan.layout, name) for name in fixed}
+    small = {"schedule": "dualpipev", "micro_batch_size": 3}  # one GPU has no pipeline, whatever its schedule
+    (plan, *_) = search(ModelConfig.preset("demo"), 1, GPUS["h100"], Recipe(seq_len=256), small)
+    assert (plan.layout.pp, plan.layout.micro_batch_size, plan.step.bubble) == (1, 3, 0)
 
 
 def test_a_gpu_without_fp8_is_offered_none() -> None:
@@ -110,14 +113,14 @@ def test_too_few_gpus_are_told_by_how_much_and_what_would_do() -> None:
 
 
 def test_a_network_that_nothing_holds() -> None:
-    huge = dataclasses.replace(V3, hidden_size=2**19, num_hidden_layers=4096)
+    huge = dataclasses.replace(V3, hidden_size=2**20, num_hidden_layers=61)
     with pytest.raises(ConfigError, match=r"no layout fits 8 x b200: .*; nor do up to 65,536 GPUs hold it"):
         search(huge, 8, GPUS["b200"], Recipe(), {"pp": 8, "ep": 1})
 
 
 @pytest.mark.parametrize(
     "fixed",
-    [{"pp": 3}, {"ep": 3}, {"pp": 2, "fsdp": True}, {"pp": 64}, {"micro_batch_size": 7}, {"schedule": "zb1p", "pp": 1}],
+    [{"pp": 3}, {"ep": 3}, {"pp": 2, "fsdp": True}, {"pp": 64}, {"micro_batch_size": 7}, {"zero": True, "fsdp": True}],
 )
 def test_a_layout_that_does_not_divide(fixed: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="no layout divides 2,048 GPUs with ") as refused:
@@ -228,8 +231,10 @@ def test_the_tables_say_the_same() -> None:
 
 
 def test_the_timeline_is_drawn(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["plan", "v3-671b", "--schedule", str(tmp_path / "v3.svg"), "--json"])
-    assert done.exit_code == 0 and "<svg" in (tmp_path / "v3.svg").read_text(encoding="utf-8")[:600]
+    done = CliRunner().invoke(
+        app, ["plan", "moonlight-16b", "--gpus", "8", "parallel.pp=4", "--schedule", str(tmp_path / "x.svg")]
+    )
+    assert done.exit_code == 0 and "<svg" in (tmp_path / "x.svg").read_text(encoding="utf-8")[:600]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from leanseek.planning.schedules import (
     faults,
     forwards,
     idle,
+    measured,
     simulate,
 )
 
@@ -39,7 +40,7 @@ def test_send_recv_order_checked_over_all_schedules_pytorch_172668(name: str) ->
 def test_gradients_overtake_hidden_states_in_dualpipev() -> None:
     """The order of use is not the order of sending: why receives are posted by `link`."""
     schedule = build("dualpipev", 4, 8)
-    used = [m for step in schedule.steps[1] for sender, m in schedule.inputs(1, step) if sender == 0]
+    used = [m for rank, m in filter(None, map(schedule.needs, schedule.actions(1))) if rank == 0]
     sent = schedule.link(0, 1)
     assert used != sent and sorted(used) == sorted(sent)
 
@@ -112,6 +113,15 @@ def test_micro_batches_below_stages_torchtitan_775() -> None:
 def test_what_is_no_schedule_is_refused(name: str, ranks: int, micro_batches: int) -> None:
     with pytest.raises(ConfigError, match=r"is not one of 1f1b, zb1p, dualpipev|are too few"):
         build(name, ranks, micro_batches)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_measured_times_are_those_of_a_simulation(name: str) -> None:
+    times = Times(2.0, 3.5, 1.5, 4.5)
+    found = measured(simulate(build(name, 4, 9), times))
+    assert found.forward == 2.0 and found.backward == 3.5
+    assert found.weight == (1.5 if name != "1f1b" else 0.0)
+    assert found.pair == (4.5 if name == "dualpipev" else 5.5)
 
 
 @pytest.mark.parametrize("two", [False, True])

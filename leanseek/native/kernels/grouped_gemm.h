@@ -181,7 +181,8 @@ void tasks(int64_t groups, int64_t M, int64_t N, const Body& body) {
     });
 }
 
-// A's rows as cells, K wide: A itself where it is that already, else copies in `scratch`.
+// A's rows, or those of `index` where it is given, as cells, K wide: A itself where it is that already, else copies in
+// `scratch`.
 template <class Cell>
 struct Left {
     const Cell* data;
@@ -189,16 +190,17 @@ struct Left {
 };
 
 template <class A, class Cell = cell_of<A>>
-Left<Cell> as_cells(const A* a, int64_t lda, int64_t rows, int64_t K) {
+Left<Cell> as_cells(const A* a, int64_t lda, const int64_t* index, int64_t rows, int64_t K) {
     const int64_t width = padded<Cell>(K);
     if constexpr (std::is_same_v<A, Cell>)
-        if (width == K) return {a, lda};
+        if (width == K && !index) return {a, lda};
     Cell* copy = scratch<Cell>(1, rows * width);
     parallel_ranges(rows, 64, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
             Cell* to = copy + r * width;
+            const A* from = a + (index ? index[r] : r) * lda;
             if (width > K) put(to + K, 0.0f);
-            lanes_of(K, [&](int64_t k, int lanes) { store(to + k, load(a + r * lda + k, lanes), lanes); });
+            lanes_of(K, [&](int64_t k, int lanes) { store(to + k, load(from + k, lanes), lanes); });
         }
     });
     return {copy, width};
@@ -238,9 +240,10 @@ Left<Cell> in_steps(const Groups& groups, const A* a, int64_t M) {
     return {copy, wide};
 }
 
-// C [groups, M, N] = A_gᵀ · B_g, summed over each group's rows of A [.., M] and B [.., N]. Zero without rows.
+// C [groups, M, N] = A_gᵀ · B_g, summed over each group's rows of A [.., M] and B [.., N]. Zero without rows. B's rows are
+// those of `index` where it is given.
 template <class A, class T>
-void sum_groups(const Groups& groups, const A* left, int64_t M, const A* right, int64_t N, T* C) {
+void sum_groups(const Groups& groups, const A* left, int64_t M, const A* right, const int64_t* index, int64_t N, T* C) {
     using Cell = cell_of<A>;
     const Left<Cell> turned = in_steps(groups, left, M);
     const bool copied = (const void*)turned.data != left;
@@ -253,9 +256,9 @@ void sum_groups(const Groups& groups, const A* left, int64_t M, const A* right, 
             return;
         }
         Cell* panels = scratch<Cell>(0, cells<Cell>(K, columns));
-        const A* first = right + groups.begin(g) * N + n;
-        pack_across([&](int64_t k) { return first + k * N; }, K, columns, panels);
-        const int64_t step = groups.begin(g) / STEP<Cell> + (copied ? g : 0);
+        const int64_t begin = groups.begin(g);
+        pack_across([&](int64_t k) { return right + (index ? index[begin + k] : begin + k) * N + n; }, K, columns, panels);
+        const int64_t step = begin / STEP<Cell> + (copied ? g : 0);
         multiply_cells(rows, columns, K, turned.data + step * turned.stride + m * STEP<Cell>, STEP<Cell>, turned.stride, panels,
                        c, N);
     });

@@ -108,8 +108,9 @@ KERNEL swiglu_backward(int64_t dtype, const void* gate_, const void* up_, int64_
     });
 }
 
-// out [tokens, D]: the sum of rows [.., D] at the K places of each token, in their order; -1 is no row.
-KERNEL combine_rows(int64_t dtype, const void* rows_, const int64_t* place, int64_t tokens, int64_t K, int64_t D, void* out_) {
+// out [tokens, D]: the sum of rows [.., D], stride ldr, at the K places of each token, in their order; -1 is no row.
+KERNEL combine_rows(int64_t dtype, const void* rows_, int64_t ldr, const int64_t* place, int64_t tokens, int64_t K, int64_t D,
+                    void* out_) {
     with_type(dtype, [&](auto* type) {
         using T = ELEMENT(type);
         const T* rows = (const T*)rows_;
@@ -118,7 +119,7 @@ KERNEL combine_rows(int64_t dtype, const void* rows_, const int64_t* place, int6
                 vec sum = zero();
                 for (int64_t k = 0; k < K; k++) {
                     const int64_t row = place[token * K + k];
-                    if (row >= 0) sum = sum + load(rows + row * D + d, lanes);
+                    if (row >= 0) sum = sum + load(rows + row * ldr + d, lanes);
                 }
                 store((T*)out_ + token * D + d, sum, lanes);
             });

@@ -1,0 +1,219 @@
+"""Runs on several ranks whose processes are killed: all stop, the last checkpoint is whole, any layout goes on from it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from leanseek import cli, load
+from leanseek.checkpoint.training import newest_checkpoint, steps_on_disk
+from leanseek.data.prepare import prepare
+from leanseek.training import RunConfig, train
+from leanseek.training.metrics import read_rows
+
+CONFIG = """
+name = "run"
+[model]
+vocab_size = 300
+hidden_size = 32
+intermediate_size = 48
+moe_intermediate_size = 16
+num_hidden_layers = 4
+num_attention_heads = 2
+q_lora_rank = 16
+kv_lora_rank = 16
+qk_nope_head_dim = 8
+qk_rope_head_dim = 8
+v_head_dim = 8
+n_routed_experts = 8
+num_experts_per_tok = 2
+n_group = 1
+topk_group = 1
+first_k_dense_replace = 1
+num_nextn_predict_layers = 1
+initializer_range = 0.05
+[data]
+seq_len = 24
+[train]
+steps = 24
+batch_size = 4
+micro_batch_size = 1
+eval_every = 12
+eval_sequences = 8
+dtype = "float32"
+device = "cpu"
+[optimizer]
+lr = 3e-3
+ema = 0.9
+[schedule]
+warmup_steps = 3
+[checkpoint]
+every = 5
+"""
+LAYOUTS = {
+    "one": (1, []),
+    "dp2": (2, []),
+    "zero2": (2, ["parallel.zero=true"]),
+    "zero3": (3, ["parallel.zero=true"]),
+    "ep2": (2, ["parallel.ep=2"]),
+    "ep4zero": (4, ["parallel.ep=4", "parallel.zero=true"]),
+    "pp2": (2, ["parallel.pp=2", "parallel.schedule=1f1b"]),
+    "pp2v": (2, ["parallel.pp=2", "parallel.schedule=dualpipev"]),
+    "pp2ep2": (4, ["parallel.pp=2", "parallel.ep=2", "parallel.zero=true", "parallel.schedule=zb1p"]),
+}
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("without_report")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards and a configuration."""
+    folder = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+    words = ["war", "peace", "king", "queen", "and", "of", "the"]
+    rows = [json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(80)]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    prepare([folder / "text.jsonl"], folder / "shards", train_vocab=290, validation_fraction=0.2, workers=1)
+    (folder / "run.toml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that one process went through with."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    train(RunConfig.load(str(place / "run.toml"), [f"data.path={place / 'shards'}"]), runs=folder)
+    return folder / "run"
+
+
+def start(place: Path, folder: Path, layout: str, *flags: str) -> list[BaseProcess]:
+    """The command on every rank, each a fork of this process; what rank 1 says is in folder/said-1."""
+    ranks, settings = LAYOUTS[layout]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+
+    def run(rank: int) -> None:
+        os.chdir(folder)
+        torch.set_num_threads(1)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        sys.stdout = sys.stderr = open(f"said-{rank}", "w", encoding="utf-8")  # noqa: SIM115
+        data = f"data.path={place / 'shards'}"
+        sys.argv = ["leanseek", "train", str(place / "run.toml"), data, *settings, *flags]
+        cli.main()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def wait_for(processes: list[BaseProcess], moment: Callable[[], bool], folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not moment():
+        assert all(p.is_alive() for p in processes), said(folder, len(processes))
+        assert time.monotonic() < deadline, said(folder, len(processes))
+        time.sleep(0.0005)
+
+
+def said(folder: Path, ranks: int) -> str:
+    return "\n".join((folder / f"said-{rank}").read_text(encoding="utf-8")[-3000:] for rank in range(ranks))
+
+
+def end(processes: list[BaseProcess], seconds: float = 60) -> list[int | None]:
+    """The exit codes of all, None of those that had to be killed for not ending by themselves."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+
+
+def partial(run: Path) -> bool:
+    return any(run.glob("checkpoints/.step-*.partial"))
+
+
+def rows(run: Path, count: int) -> bool:
+    return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= count
+
+
+def same_run(run: Path, whole: Path) -> None:
+    """Every step once, with the losses of one process, and its weights at the end."""
+    assert [step for step, _ in losses(run)] == [step for step, _ in losses(whole)]
+    np.testing.assert_allclose([x for _, x in losses(run)], [x for _, x in losses(whole)], rtol=2e-6)
+    ours, theirs = load(run).state_dict(), load(whole).state_dict()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("pp2", "ep2", "one"),
+        pytest.param(("one", "ep4zero", "pp2v"), marks=pytest.mark.slow),
+        pytest.param(("pp2ep2", "dp2", "zero3"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_in_other_layouts(layouts: tuple[str, ...], place: Path, whole: Path, tmp_path: Path) -> None:
+    """And each layout's checkpoints are those of one process."""
+    for number, layout in enumerate(layouts):
+        processes = start(place, tmp_path, layout, *["--resume"] * (number > 0))
+        if number < 2:
+            wait_for(processes, lambda at=6 + 9 * number: rows(tmp_path / "runs/run", at), tmp_path)
+            os.kill(int(str(processes[-1].pid)), signal.SIGTERM)
+            assert set(end(processes)) == {130}, said(tmp_path, len(processes))
+        else:
+            assert set(end(processes)) == {0}, said(tmp_path, len(processes))
+    same_run(tmp_path / "runs/run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_rank_stops_all_and_the_run_goes_on_in_a_smaller_layout(
+    seed: int, place: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Killed while a checkpoint is written, and at any other instant; a rank that writes and one that does not."""
+    rng, run = random.Random(seed), tmp_path / "runs/run"
+    layouts = [["zero3", "zero3", "zero2", "zero2", "one"], ["ep4zero", "ep4zero", "pp2", "pp2v", "ep2"]][seed % 2]
+    for number, layout in enumerate(layouts):
+        processes = start(place, tmp_path, layout, *["--resume"] * (number > 0))
+        if number == len(layouts) - 1:
+            assert set(end(processes)) == {0}, said(tmp_path, len(processes))
+            break
+        at = (len(losses(run)) if number else 0) + rng.randrange(1, 6)
+        moment = (lambda: partial(run)) if number % 2 else (lambda at=at: rows(run, at))
+        wait_for(processes, moment, tmp_path)
+        time.sleep(rng.random() * 0.02)
+        victim = rng.randrange(len(processes))
+        processes[victim].kill()
+        codes = end(processes)
+        assert None not in codes, f"ranks went on after rank {victim} was killed: {said(tmp_path, len(processes))}"
+        assert codes[victim] == -signal.SIGKILL
+        assert all(code == 1 for rank, code in enumerate(codes) if rank != victim), said(tmp_path, len(processes))
+        if steps_on_disk(run):
+            found, passed = newest_checkpoint(run)
+            assert found is not None
+            assert not passed
+    same_run(run, whole)
