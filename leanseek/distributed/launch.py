@@ -119,13 +119,11 @@ def launch(processes: int, saves: bool = True) -> int:
         codes = [process.returncode for process in ranks]
         if not any(codes):
             return 0
-        said = [
-            text.strip() for path, code in zip(words, codes, strict=True) if code > 0 and (text := _text(path)).strip()
-        ]
+        said = [line for rank in range(processes) for line in _words(words[rank], codes[rank], whole=rank == first)]
         if not any(code > 0 for code in codes):  # nobody could say anything
             said = ["leanseek: stopped" if received else f"leanseek: rank {first} was ended by {_how(codes[first])}"]
-        for text in dict.fromkeys(said):
-            print(text, file=sys.stderr)
+        for line in said:
+            print(line, file=sys.stderr)
     if received and not set(codes) & {1, 2}:
         return 130
     return next((code for code in (2, 1, 130) if code in codes), 1)
@@ -175,5 +173,9 @@ def _how(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+def _words(path: Path, code: int, whole: bool) -> list[str]:
+    """What a rank that ended by itself has written: its own lines, and a traceback if it was the first to fail."""
+    if code <= 0 or not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if whole or line.startswith("leanseek: ")]

@@ -144,6 +144,11 @@ class Part(Ranks):
         """The ranks as `checkpoint` sees them; `what` they exchange is said where one waits for another in vain."""
         return self
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files and speaks to its user."""
+        return self.rank == 0
+
     # ---- what is said of it ----
 
     def in_words(self, threads: int) -> str:

@@ -18,6 +18,7 @@ except ValueError:  # MPLBACKEND names another environment's backend, such as a 
     import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from leanseek import planning
 from leanseek.config import ModelConfig
@@ -226,7 +227,7 @@ def _rank_chart(trained: Rows) -> list[tuple[str, Draw]]:
             ax.bar(range(len(idle)), median[kind], bottom=below, color=color, label=label, width=0.8)
             below = [a + b for a, b in zip(below, median[kind], strict=True)]
         ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylabel("seconds of a step", color=INK, fontsize=9)
         _quiet(ax)
         ax.set_xlabel("rank", color=INK, fontsize=9)
