@@ -197,7 +197,7 @@ class _Watcher:
     def __init__(self, store: Store, rank: int, world: int, timeout: float, holder: str, start: float):
         self.rank, self.world, self.timeout, self.holder, self.start = rank, world, timeout, holder, start
         # connections of their own: a store's is taken while one of its users waits, which may be for ever
-        self.notes, self.court = (PrefixStore("watch", store.clone()) for _ in range(2))  # type: ignore[attr-defined]
+        self.notes, self.court, self.orders = (PrefixStore("watch", store.clone()) for _ in range(3))  # type: ignore[attr-defined]
         self.beat = 0
         self.failed = False  # the thread that works is free again, and says itself what is wrong
         self.judging = threading.Lock()
@@ -205,6 +205,7 @@ class _Watcher:
         self._publish()
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self.thread.start()
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
     def close(self, ended: str, told: bool = False) -> None:
         self.closed.set()
@@ -229,10 +230,15 @@ class _Watcher:
         self.beat += 1
         now = _board.now
         note = Note(self.beat, now.waits, now.what, _board.step, time.monotonic() - now.since, ended, told)
-        try:
+        with contextlib.suppress(RuntimeError):  # the store is gone: whoever waits for something will notice
             self.notes.set(str(self.rank), json.dumps(note))
-            _board.stop = _board.stop or self.notes.check(["stop"])
-        except RuntimeError:  # the store is gone: whoever waits for something will notice
+
+    def _listen(self) -> None:
+        """Asks whether to stop, in a thread of its own: an answer may never come."""
+        try:
+            while not (self.closed.wait(BEAT) or _board.stop):
+                _board.stop = self.orders.check(["stop"])
+        except RuntimeError:  # the store is gone, and with it who holds it
             _board.stop = True
 
     def _watch(self) -> None:
