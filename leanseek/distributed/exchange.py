@@ -30,11 +30,11 @@ from leanseek.ops.operands import FP8, Kept
 class Peers:
     """The ranks of one hop: the p-th serves, or leads to, the experts from p · `experts` on.
 
-    `sent_bytes`: to other ranks so far. `layer`: whose experts they are, for `watch`.
+    `sent_bytes`: to other ranks so far.
     """
 
-    def __init__(self, group: dist.ProcessGroup, experts: int, layer: int | None = None):
-        self.group, self.experts, self.layer = group, experts, layer
+    def __init__(self, group: dist.ProcessGroup, experts: int):
+        self.group, self.experts = group, experts
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.sent_bytes = 0
 
@@ -43,7 +43,7 @@ class Peers:
         arriving = rows.new_empty(sum(into), *rows.shape[1:])
         work = dist.all_to_all_single(arriving, rows, into, out, group=self.group, async_op=True)
         self.sent_bytes += (rows.shape[0] - out[self.rank]) * rows[:1].numel() * rows.element_size()
-        return Flight(work, arriving, rows, phase(what, self.layer, "exchange"))
+        return Flight(work, arriving, rows, phase(what, kind="exchange"))
 
     def swap(self, counts: Tensor) -> Tensor:
         """counts [peers, n]: a row for each peer -> the row that each peer had for this rank."""
@@ -94,7 +94,7 @@ class Trip:
         """Asks the peers how much will come; waits for them, and for the device."""
         self.peers, self.fp8, (self.tokens, self.choices) = peers, fp8, indices.shape
         self.token, self.place, counts = addresses(indices, peers.size, peers.experts)
-        with phase("the counts", peers.layer, "device" if counts.is_cuda else "exchange"):
+        with phase("the counts", kind="device" if counts.is_cuda else "exchange"):
             (self.out, _), (self.into, chosen) = torch.stack((counts, peers.swap(counts))).transpose(1, 2).tolist()
         self.chosen = sum(chosen)  # the choices that come here
         self._flight: Flight | None = None
@@ -131,9 +131,10 @@ class Trip:
 
 
 def join(*parts: Tensor) -> Tensor:
-    """[N, ...] each -> [N, bytes]; every part begins at a multiple of 8 bytes."""
+    """[N, ...] each -> [N, bytes / 8] int64; every part begins at a multiple of 8 bytes."""
     rows = [_dense(part).view(torch.uint8) for part in parts]
-    return torch.cat([F.pad(part, (0, -part.shape[1] % 8)) if part.shape[1] % 8 else part for part in rows], dim=1)
+    rows = [F.pad(part, (0, -part.shape[1] % 8)) if part.shape[1] % 8 else part for part in rows]
+    return torch.cat(rows, dim=1).view(torch.int64)
 
 
 def _dense(part: Tensor) -> Tensor:
@@ -143,10 +144,10 @@ def _dense(part: Tensor) -> Tensor:
 
 def split(rows: Tensor, *kinds: tuple[int, torch.dtype]) -> Iterator[Tensor]:
     """The inverse, for parts of so many columns of a dtype: views of rows."""
-    begin = 0
+    plain, begin = rows.view(torch.uint8), 0
     for columns, dtype in kinds:
         end = begin + columns * dtype.itemsize
-        yield rows[:, begin:end].view(dtype)
+        yield plain[:, begin:end].view(dtype)
         begin = -(-end // 8) * 8
 
 
@@ -279,15 +280,15 @@ class Exchange:
     """Between the ranks of expert parallelism, the first of which serves the first experts.
 
     groups: all of them; for two hops, the ranks at this rank's place on every node, then the ranks of this node.
-    fp8: rows travel to experts, and gradients to before the down-projection, in FP8 (3.3.2). layer: for `watch`.
+    fp8: rows travel to experts, and gradients to before the down-projection, in FP8 (3.3.2).
     """
 
-    def __init__(self, groups: Sequence[dist.ProcessGroup], experts: int, fp8: bool = False, layer: int | None = None):
+    def __init__(self, groups: Sequence[dist.ProcessGroup], experts: int, fp8: bool = False):
         self.hops: list[Peers] = []
         self.fp8 = fp8
         for group in groups:
             experts //= dist.get_world_size(group)
-            self.hops.append(Peers(group, experts, layer))
+            self.hops.append(Peers(group, experts))
 
     def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor) -> Dispatching:
         """Start to send x [N, D] to the experts [N, K] of each token, with their gate values [N, K] float32."""

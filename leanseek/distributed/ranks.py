@@ -16,6 +16,7 @@ from leanseek.checkpoint.pieces import Piece
 from leanseek.checkpoint.ranks import Ranks
 from leanseek.config import ModelConfig
 from leanseek.distributed import experts, watch
+from leanseek.distributed.exchange import Exchange
 from leanseek.distributed.mesh import Mesh, stages
 from leanseek.distributed.pipeline import Pipeline, Place
 from leanseek.distributed.sharding import Bucket, FullySharded, Held, buckets, first_row, local
@@ -64,7 +65,8 @@ class RankPart(Part):
                 trace=self.run.parallel.trace,
             )
         if self.mesh.experts.size > 1:
-            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision == "fp8")
+            wire = self.run.train.precision == "fp8"
+            experts.apply(model, Exchange(self.mesh.hops, self.run.model.n_routed_experts, fp8=wire))
         if self.run.parallel.fsdp:
             self.shards = FullySharded(model, *self.mesh.shards)  # moves each module to the device by itself
         model.to(device)
