@@ -141,8 +141,8 @@ def gone(pids: dict[int, int]) -> bool:
 @pytest.mark.parametrize(
     ("number", "says"),
     [
-        (signal.SIGSTOP, "stopped, or is gone with its process or machine; last seen .*step \\d+"),
-        (signal.SIGKILL, "ended after .*step \\d+: SIGKILL"),
+        (signal.SIGSTOP, "stopped, or is gone with its process or machine; last seen .*"),
+        (signal.SIGKILL, "ended after .*: SIGKILL"),
     ],
 )
 def test_a_rank_that_is_lost_is_named_in_one_line(
