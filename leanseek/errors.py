@@ -9,5 +9,9 @@ class RunError(RuntimeError):
     """Work that cannot go on (a full disk, a diverged loss): one line that says where it stands. Exit code 1."""
 
 
+class Lost(RunError):
+    """Another process of the run is gone or hangs: nothing can be agreed with it any more."""
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived and what was done is safe on disk. Exit code 130."""

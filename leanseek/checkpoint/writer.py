@@ -32,7 +32,7 @@ from leanseek.checkpoint.ranks import Outcome, Ranks, agreed, failing_together, 
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.checkpoint.training import PIECES, STATE, checkpoint_folder, checksum, crc32, prune
 from leanseek.config import ModelConfig
-from leanseek.errors import Interrupted, RunError
+from leanseek.errors import Interrupted, Lost, RunError
 from leanseek.machine.memory import available
 from leanseek.writing import writing
 
@@ -71,7 +71,7 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         everywhere = (RunError, Interrupted) if self.ranks.ranks > 1 else Exception
-        if kind is None or issubclass(kind, everywhere):
+        if kind is None or (issubclass(kind, everywhere) and not issubclass(kind, Lost)):
             self.wait()
 
     def save(
@@ -153,7 +153,7 @@ class Writer:
     def _advance(self, wait: bool) -> None:
         while self.task is not None:
             if wait:
-                self.task.join()
+                self.task.join(1.0)  # no longer: a rank that is not heard of counts as one that hangs
             try:
                 files = agreed(self.ranks, self.task.found)
             except Exception:
@@ -161,6 +161,8 @@ class Writer:
                 if self.ranks.rank == 0:
                     shutil.rmtree(self.partial, ignore_errors=True)
                 raise
+            if files is None and wait:
+                continue
             if files is None:
                 return
             self.task, finish, self.finish = None, self.finish, None

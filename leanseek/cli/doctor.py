@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -143,7 +142,7 @@ def doctor(
     if nproc > 1 and not group:
         from leanseek.distributed import launch
 
-        raise typer.Exit(launch(nproc, sys.argv[1:]))
+        raise typer.Exit(launch(nproc, saves=False))
     if group:
         if (found := examine_group(timeout)) is not None:
             print(json.dumps(found) if as_json else group_text(found))

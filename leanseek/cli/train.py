@@ -39,7 +39,7 @@ def train(
 
     if nproc > 1 and not launched():
         check_layout(settings, nproc)
-        raise typer.Exit(launch(nproc, sys.argv[1:]))
+        raise typer.Exit(launch(nproc))
     with join(settings) as part:
         if minutes is not None:
             settings, line = fit_steps(settings, minutes, part)

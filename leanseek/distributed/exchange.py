@@ -11,7 +11,6 @@ same exchange the other way round: it needs no sizes, and a rank enters it also 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek.distributed.turns import give_way, started
+from leanseek.distributed.watch import phase
 from leanseek.ops import Dispatched, expert_combine, expert_dispatch, quantize
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.formats import TILE
@@ -30,39 +30,38 @@ from leanseek.ops.operands import FP8, Kept
 class Peers:
     """The ranks of one hop: the p-th serves, or leads to, the experts from p · `experts` on.
 
-    `sent_bytes`: to other ranks so far; `waited`: seconds in which this process had nothing to do but wait for them.
+    `sent_bytes`: to other ranks so far.
     """
 
     def __init__(self, group: dist.ProcessGroup, experts: int):
         self.group, self.experts = group, experts
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.sent_bytes, self.waited = 0, 0.0
+        self.sent_bytes = 0
 
-    def send(self, rows: Tensor, out: list[int], into: list[int]) -> Flight:
+    def send(self, rows: Tensor, out: list[int], into: list[int], what: str) -> Flight:
         """Start to send rows [sum(out), ...], out[p] of them to peer p, and to receive into[p] from it."""
         arriving = rows.new_empty(sum(into), *rows.shape[1:])
         work = dist.all_to_all_single(arriving, rows, into, out, group=self.group, async_op=True)
         self.sent_bytes += (rows.shape[0] - out[self.rank]) * rows[:1].numel() * rows.element_size()
-        return Flight(self, work, arriving, rows)
+        return Flight(work, arriving, rows, phase(what, kind="exchange"))
 
     def swap(self, counts: Tensor) -> Tensor:
         """counts [peers, n]: a row for each peer -> the row that each peer had for this rank."""
         ones = [1] * self.size
-        return self.send(counts, ones, ones).land()
+        return self.send(counts, ones, ones, "the counts").land()
 
 
 class Flight(NamedTuple):
     """Rows under way, and those that left, whose memory must stay."""
 
-    peers: Peers
     work: dist.Work
     arriving: Tensor
     leaving: Tensor
+    waiting: phase
 
     def land(self) -> Tensor:
-        start = time.perf_counter()
-        self.work.wait()
-        self.peers.waited += time.perf_counter() - start
+        with self.waiting:
+            self.work.wait()
         return self.arriving
 
 
@@ -95,17 +94,19 @@ class Trip:
         """Asks the peers how much will come; waits for them, and for the device."""
         self.peers, self.fp8, (self.tokens, self.choices) = peers, fp8, indices.shape
         self.token, self.place, counts = addresses(indices, peers.size, peers.experts)
-        (self.out, _), (self.into, chosen) = torch.stack((counts, peers.swap(counts))).transpose(1, 2).tolist()
+        with phase("the counts", kind="device" if counts.is_cuda else "exchange"):
+            (self.out, _), (self.into, chosen) = torch.stack((counts, peers.swap(counts))).transpose(1, 2).tolist()
         self.chosen = sum(chosen)  # the choices that come here
         self._flight: Flight | None = None
 
     def there(self, *of_tokens: Tensor) -> None:
         """Send what belongs to the tokens, [N, ...] each."""
-        self._flight = self.peers.send(join(*of_tokens).index_select(0, self.token), self.out, self.into)
+        rows = join(*of_tokens).index_select(0, self.token)
+        self._flight = self.peers.send(rows, self.out, self.into, "dispatch")
 
     def back(self, *of_rows: Tensor) -> None:
         """Send what belongs to the rows that came here, [R, ...] each."""
-        self._flight = self.peers.send(join(*of_rows), self.into, self.out)
+        self._flight = self.peers.send(join(*of_rows), self.into, self.out, "combine")
 
     def land(self, *kinds: tuple[int, torch.dtype]) -> list[Tensor]:
         """What was sent, with its columns and dtypes."""

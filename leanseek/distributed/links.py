@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from leanseek.distributed.watch import phase
 from leanseek.planning.schedules import Message, Schedule
 
 Groups = tuple[ProcessGroup, ProcessGroup]  # of the pipeline's ranks: for messages to higher ranks, to lower ranks
@@ -61,7 +62,8 @@ class Links:
         work, tensor = posted.pop(message)
         if not posted:
             self._post(sender)
-        work.wait()
+        with phase(f"the {'hidden states' if message.kind == 'F' else 'gradients'} of micro-batch {message.micro}"):
+            work.wait()
         return tensor
 
     def _post(self, sender: int) -> None:
@@ -83,12 +85,14 @@ class Links:
         out, back = self._groups if other > self._rank else self._groups[::-1]
         works = [dist.isend(tensor, group=out, tag=tag, group_dst=other)]
         works.append(dist.irecv(found, group=back, tag=tag, group_src=other))
-        for work in works:
-            assert work is not None
-            work.wait()
+        with phase("the other copy's gradients"):
+            for work in works:
+                assert work is not None
+                work.wait()
         return found
 
     def finish(self) -> None:
         """Wait until all that was sent has gone."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        with phase("the last messages of the pipeline"):
+            while self._sent:
+                self._sent.popleft()[0].wait()

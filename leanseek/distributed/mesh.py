@@ -97,6 +97,8 @@ def check_layout(run: RunConfig, ranks: int) -> None:
             f"parallel.fsdp gathers a stage's weights for every micro-batch, so it is for pp = 1, not {p.pp}; "
             "use parallel.zero"
         )
+    if p.trace and p.pp == 1:
+        raise ConfigError("parallel.trace draws the timeline of a pipeline, but parallel.pp = 1; set it to false")
     stages = p.pp * (2 if p.pp > 1 and p.schedule == "dualpipev" else 1)
     if stages > m.num_hidden_layers:
         raise ConfigError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from leanseek.config import ConfigError
 from leanseek.distributed.links import Form, Groups, Links
 from leanseek.distributed.turns import Turns
+from leanseek.distributed.watch import phase
 from leanseek.ops import WeightGradients
 from leanseek.planning.schedules import (
     Action,
@@ -127,7 +128,8 @@ class Pipeline:
         for rank in range(self.place.ranks):
             ran = schedule.steps[rank] if self.thread else [(action,) for action in schedule.actions(rank)]
             theirs = times if rank == self.place.rank else times.new_empty(len(ran), 2)
-            dist.broadcast(theirs, group=self.place.groups[0], group_src=rank)
+            with phase("the timeline"):
+                dist.broadcast(theirs, group=self.place.groups[0], group_src=rank)
             found.append([Span(step, *pair) for step, pair in zip(ran, theirs.tolist(), strict=True)])
         begin = min(own[0].start for own in found)
         return [[Span(step, start - begin, end - begin) for step, start, end in own] for own in found]

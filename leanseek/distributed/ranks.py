@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leanseek.checkpoint.pieces import Piece
+from leanseek.checkpoint.ranks import Ranks
 from leanseek.config import ModelConfig
-from leanseek.distributed import experts
+from leanseek.distributed import experts, watch
 from leanseek.distributed.exchange import Exchange
 from leanseek.distributed.mesh import Mesh, stages
 from leanseek.distributed.pipeline import Pipeline, Place
@@ -154,7 +155,8 @@ class RankPart(Part):
         if self.pipeline is None:
             return super().evaluate(model, tokens, forward)
         sums = self.pipeline.evaluate([MicroBatch(tokens, 1.0)], forward)
-        dist.all_reduce(sums, group=self.mesh.pipeline.group)
+        with watch.phase("the losses of an evaluation"):
+            dist.all_reduce(sums, group=self.mesh.pipeline.group)
         return sums[:2]
 
     def draw(self, out: Path) -> None:
@@ -170,26 +172,70 @@ class RankPart(Part):
         own = {name: s.parameter.grad for name, s in slices.items() if s.first}
         sizes[[self.order[name] for name in own]] = squares(list(own.values()))
         figures = torch.cat((sums.double(), sizes))
-        dist.all_reduce(figures)
-        dist.all_reduce(counts)
+        with watch.phase("the sum of losses and counts", kind="device" if figures.is_cuda else "wait"):
+            dist.all_reduce(figures)
+            dist.all_reduce(counts)
+            if figures.is_cuda:
+                torch.cuda.current_stream().synchronize()  # here a rank waits for all that its device waits for
         sums.copy_(figures[:3])
         return Norms(list(self.order), figures[3:])
 
     def total(self, values: Tensor) -> Tensor:
         if self.mesh.data.group is not None:
             values = values.to(self.device)
-            dist.all_reduce(values, group=self.mesh.data.group)
+            with watch.phase("the sum of an evaluation"):
+                dist.all_reduce(values, group=self.mesh.data.group)
         return values
 
     def any(self, flag: bool) -> bool:
-        found = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(found)
-        return bool(found)
+        """Also on whoever has started the ranks."""
+        found = torch.tensor(int(flag or watch.stop_wanted()), device=self.device)
+        with watch.phase("the end of a step"):
+            dist.all_reduce(found)
+            return bool(found)
 
     def gather(self, value: Any) -> list[Any]:
+        return self._gather(value, "an exchange of figures")
+
+    def about(self, what: str) -> Ranks:
+        return _About(self, what)
+
+    # ---- what is said of it ----
+
+    def in_words(self, threads: int) -> str:
+        p, (_, data, _) = self.run.parallel, self.mesh.data
+        layout = [f"pp {p.pp} ({p.schedule})" if p.pp > 1 else "pp 1", f"dp {data}"]
+        more = [f"ep {p.ep}"] * (p.ep > 1) + ["ZeRO-1"] * p.zero + ["FSDP"] * p.fsdp
+        return ", ".join([f"{self.ranks} processes of {super().in_words(threads)}: {' × '.join(layout)}", *more])
+
+    def begin(self, step: int) -> None:
+        watch.step(step + 1)
+
+    def seconds(self, whole: float) -> dict[str, list[float]]:
+        spent = watch.spent()
+        own = [whole - sum(spent.values()), spent["exchange"], spent["wait"]]
+        table = torch.zeros(self.ranks, len(own), dtype=torch.float64)
+        table[self.rank] = torch.tensor(own, dtype=torch.float64)
+        with watch.phase("the figures of a step"):
+            dist.all_reduce(table, group=self.objects)
+        names = ("compute_s", "exchange_s", "wait_s")
+        return {name: [round(s, 5) for s in own] for name, own in zip(names, table.T.tolist(), strict=True)}
+
+    def _gather(self, value: Any, what: str) -> list[Any]:
         found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, value, group=self.objects)
+        with watch.phase(what):
+            dist.all_gather_object(found, value, group=self.objects)
         return found
+
+
+class _About(Ranks):
+    """The ranks of a part, whose waits have a name."""
+
+    def __init__(self, part: RankPart, what: str):
+        self.rank, self.ranks, self.part, self.what = part.rank, part.ranks, part, what
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.part._gather(value, self.what)
 
 
 def _routed(model: Transformer) -> dict[str, range]:

@@ -33,8 +33,7 @@ def meet(timeout: float) -> dist.Store:
             is_master=rank == 0 and holder() == "rank 0",
             timeout=timedelta(seconds=timeout), multi_tenant=True, wait_for_workers=False,
         )  # fmt: skip
-        # torchrun keeps its store when it starts all ranks again
-        store = dist.PrefixStore(f"leanseek/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+        store = group_store(server)
         store.set(f"here/{rank}", socket.gethostname())
         missing, end = list(range(world)), time.monotonic() + timeout
         while missing := [r for r in missing if not store.check([f"here/{r}"])]:
@@ -46,9 +45,14 @@ def meet(timeout: float) -> dist.Store:
         raise RunError(f"rank {rank}: {holder()} does not answer at {host}:{port} within {timeout:.0f} s") from None
 
 
+def group_store(server: dist.Store) -> dist.Store:
+    """This attempt's part of a launcher's store: torchrun keeps it when it starts all ranks again."""
+    return dist.PrefixStore(f"leanseek/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+
+
 def holder() -> str:
     """Who holds the store, in words."""
-    return "torchrun's agent" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
 def hosts(store: dist.Store, world: int) -> list[str]:

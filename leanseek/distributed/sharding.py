@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from leanseek import fp8
+from leanseek.distributed.watch import phase
 from leanseek.model import Transformer
 from leanseek.model.moe import Experts
 from leanseek.training.part import Slice
@@ -78,12 +79,13 @@ class Bucket:
             if held.parameter.grad is not None:
                 part.copy_(held.parameter.grad.flatten())
                 held.parameter.grad = None
-        if self.flat is None:
-            own = flat
-            dist.all_reduce(own, group=self.group)
-        else:
-            own = flat.new_empty(self.share)
-            _reduce_scatter(own, flat, group=self.group)
+        with phase("the sum of gradients"):
+            if self.flat is None:
+                own = flat
+                dist.all_reduce(own, group=self.group)
+            else:
+                own = flat.new_empty(self.share)
+                _reduce_scatter(own, flat, group=self.group)
         sizes = [piece.parameter.numel() for _, piece in self.pieces]
         for (name, (parameter, *_)), gradient in zip(
             self.pieces, own.split([*sizes, len(own) - sum(sizes)]), strict=False
@@ -94,7 +96,8 @@ class Bucket:
     def gather(self) -> None:
         """Each rank's share of the updated weights to all."""
         if self.flat is not None:
-            _all_gather(self.flat, self._own(self.flat).clone(), group=self.group)
+            with phase("the gathering of weights"):
+                _all_gather(self.flat, self._own(self.flat).clone(), group=self.group)
             torch.autograd.graph.increment_version([h.parameter for h in self.held])  # FP8 keeps casts of them
 
 

@@ -8,6 +8,7 @@ at fault, and ends its process with exit code 1, so that the launcher stops the 
     rank 3 has not moved for 61 s: at work after dispatch of layer 7, step 12; ranks 0-2 wait in combine of layer 7, ...
 
 A rank at work is left alone for as long as nobody waits for it. In one process the notes are written and never read.
+The same notes add up how long a step waits, and for what.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch.distributed import PrefixStore, Store
 
-from leanseek.errors import RunError
+from leanseek.errors import InputError, Interrupted, Lost, RunError
 from leanseek.reading import shorten
 
 BEAT = 1.0  # seconds between two notes of a rank
 SILENT = 4  # beats without a note after which a rank counts as stopped
+NOBODY = "no rank is at fault alone, each waits for something else"
 
 
 class _Now(NamedTuple):
@@ -43,6 +45,8 @@ class _Board:
     now = _Now(False, "", time.monotonic())
     step: int | None = None
     watcher: _Watcher | None = None
+    spent: ClassVar = {"exchange": 0.0, "wait": 0.0}  # seconds of this step in phases of each kind
+    stop = False  # whoever started the ranks wants them to stop, or is gone
 
 
 _board = _Board()
@@ -51,14 +55,17 @@ _board = _Board()
 class phase:
     """Around a wait for other ranks: `with watch.phase("dispatch", layer=7): dist.all_to_all_single(...)`.
 
+    kind: what its seconds count as, "wait" or "exchange" (of rows for experts).
+
     Raises:
-        RunError: in place of what a collective raises when another rank is gone; names that rank.
+        Lost: in place of what a collective raises when another rank is gone; names that rank.
+        SystemExit: the same, where that rank has said itself why it ended.
     """
 
-    __slots__ = ("before", "what")
+    __slots__ = ("before", "kind", "what")
 
-    def __init__(self, what: str, layer: int | None = None):
-        self.what = what if layer is None else f"{what} of layer {layer}"
+    def __init__(self, what: str, layer: int | None = None, kind: str = "wait"):
+        self.what, self.kind = what if layer is None else f"{what} of layer {layer}", kind
 
     def __enter__(self) -> None:
         self.before = _board.now
@@ -66,29 +73,52 @@ class phase:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(error, RuntimeError) and _board.watcher is not None and not isinstance(error, RunError):
-            raise RunError(_board.watcher.reason(error)) from error
-        _board.now = self.before if self.before.waits else _Now(False, self.what, time.monotonic())
+            if line := _board.watcher.reason(error):
+                raise Lost(line) from error
+            raise SystemExit(1) from error
+        if self.before.waits:
+            _board.now = self.before
+        else:
+            now = time.monotonic()
+            _board.spent[self.kind] += now - _board.now.since
+            _board.now = _Now(False, self.what, now)
 
 
 def step(number: int) -> None:
-    """Notes the step that this rank is in."""
+    """Notes the step that this rank begins."""
     _board.step = number
     _board.now = _Now(False, "", time.monotonic())
+    _board.spent.update(exchange=0.0, wait=0.0)
+
+
+def spent() -> dict[str, float]:
+    """Seconds in phases of each kind since the step began. On a GPU collectives are waited for by the device, and cost
+    the process nothing."""
+    return dict(_board.spent)
+
+
+def stop_wanted() -> bool:
+    """Whether whoever started the ranks wants them to stop, or is gone."""
+    return _board.stop
 
 
 @contextlib.contextmanager
-def watching(store: Store, rank: int, world: int, timeout: float, holder: str = "rank 0") -> Iterator[None]:
+def watching(
+    store: Store, rank: int, world: int, timeout: float, holder: str = "rank 0", start: float | None = None
+) -> Iterator[None]:
     """Publishes this rank's notes, and ends the process once it has waited for more than `timeout` seconds.
 
-    `timeout` must be longer than any rank's longest work between two waits, and shorter than the backend's own. `store`
-    is this attempt's alone (`meet`); `holder` says who holds it and is at fault when it does not answer.
+    `timeout` must be longer than any rank's longest work between two waits, and shorter than the backend's own; before
+    the first step it is `start`. `store` is this attempt's alone (`meet`); `holder` says who holds it and is at fault
+    when it does not answer.
     """
-    _board.now = _Now(False, "", time.monotonic())
-    watcher = _board.watcher = _Watcher(store, rank, world, timeout, holder)
+    _board.now, _board.step, _board.stop = _Now(False, "", time.monotonic()), None, False
+    watcher = _board.watcher = _Watcher(store, rank, world, timeout, holder, start or timeout)
     try:
         yield
     except BaseException as error:
-        watcher.close(f"{type(error).__name__}: {shorten(str(error), 300)}")
+        known = isinstance(error, InputError | RunError | Interrupted)
+        watcher.close(f"{type(error).__name__}: {shorten(str(error), 300)}", told=known)
         raise
     else:
         watcher.close("its work was done")
@@ -108,6 +138,7 @@ class Note(NamedTuple):
     step: int | None
     age: float  # seconds in this state
     ended: str = ""  # why it watches no more
+    told: bool = False  # it has said so itself
 
     def __str__(self) -> str:
         step = "" if self.step is None else f"step {self.step}"
@@ -163,10 +194,10 @@ def ranks_in_words(ranks: list[int]) -> str:
 
 
 class _Watcher:
-    def __init__(self, store: Store, rank: int, world: int, timeout: float, holder: str):
-        self.rank, self.world, self.timeout, self.holder = rank, world, timeout, holder
+    def __init__(self, store: Store, rank: int, world: int, timeout: float, holder: str, start: float):
+        self.rank, self.world, self.timeout, self.holder, self.start = rank, world, timeout, holder, start
         # connections of their own: a store's is taken while one of its users waits, which may be for ever
-        self.notes, self.court = (PrefixStore("watch", store.clone()) for _ in range(2))  # type: ignore[attr-defined]
+        self.notes, self.court, self.orders = (PrefixStore("watch", store.clone()) for _ in range(3))  # type: ignore[attr-defined]
         self.beat = 0
         self.failed = False  # the thread that works is free again, and says itself what is wrong
         self.judging = threading.Lock()
@@ -174,33 +205,47 @@ class _Watcher:
         self._publish()
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self.thread.start()
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
-    def close(self, ended: str) -> None:
+    def close(self, ended: str, told: bool = False) -> None:
         self.closed.set()
         self.thread.join()
-        self._publish(ended)
+        self._publish(ended, told)
 
     def reason(self, error: RuntimeError) -> str:
-        """Why a collective failed in this process."""
+        """Why a collective failed in this process; "" if a rank has said it."""
         with self.judging:
             self.failed = True
             line, _ = self._verdict()
-            time.sleep(SILENT * BEAT)
-        said = shorten(str(error).splitlines()[0], 100) if str(error) else type(error).__name__
-        return f"{line} ({_board.now.what} failed: {said})"
+            self._outlast()
+        said = shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
+        return line.replace(NOBODY, f"{_board.now.what} failed on rank {self.rank} ({said})")
 
-    def _publish(self, ended: str = "") -> None:
+    def _outlast(self) -> None:
+        """Give the others time to ask, if the store ends with this process."""
+        if self.holder == f"rank {self.rank}":
+            time.sleep(SILENT * BEAT)
+
+    def _publish(self, ended: str = "", told: bool = False) -> None:
         self.beat += 1
         now = _board.now
-        note = Note(self.beat, now.waits, now.what, _board.step, time.monotonic() - now.since, ended)
+        note = Note(self.beat, now.waits, now.what, _board.step, time.monotonic() - now.since, ended, told)
         with contextlib.suppress(RuntimeError):  # the store is gone: whoever waits for something will notice
             self.notes.set(str(self.rank), json.dumps(note))
+
+    def _listen(self) -> None:
+        """Asks whether to stop, in a thread of its own: an answer may never come."""
+        try:
+            while not (self.closed.wait(BEAT) or _board.stop):
+                _board.stop = self.orders.check(["stop"])
+        except RuntimeError:  # the store is gone, and with it who holds it
+            _board.stop = True
 
     def _watch(self) -> None:
         while not self.closed.wait(BEAT):
             self._publish()
-            now = _board.now
-            if now.waits and time.monotonic() - now.since > self.timeout:
+            now, limit = _board.now, self.start if _board.step is None else self.timeout
+            if now.waits and time.monotonic() - now.since > limit:
                 with self.judging:
                     if not self.failed:
                         self._end(now)
@@ -209,9 +254,9 @@ class _Watcher:
         """Ends the process, unless it goes on with its work meanwhile (the machine was asleep)."""
         line, first = self._verdict()
         if _board.now is now:
-            if first:
+            if first and line:
                 print(f"leanseek: {line}", file=sys.stderr, flush=True)
-            time.sleep(SILENT * BEAT)  # this process may hold the store, and others have not asked yet
+            self._outlast()
             os._exit(1)  # the thread that works is inside the backend and cannot be interrupted
         if first:
             self.court.delete_key("verdict")
@@ -239,12 +284,17 @@ class _Watcher:
                         return self.court.get("verdict").decode(), False
                     time.sleep(BEAT)
                 # the first is lost itself
-            before = self._read()
-            time.sleep(SILENT * BEAT)
-            notes = self._read()
-            silent = {rank for rank, note in notes.items() if rank in before and note.beat == before[rank].beat}
+            before, silent = self._read(), set[int]()
+            for _ in range(SILENT):
+                time.sleep(BEAT)
+                notes = self._read()
+                if any(note.ended for note in notes.values()):
+                    break
+            else:
+                silent = {rank for rank, note in notes.items() if rank in before and note.beat == before[rank].beat}
             fault, waits = verdict(notes, silent, self.world, self.timeout)
-            line = f"{fault or 'no rank is at fault alone, each waits for something else'}; {waits}"
+            told = any(note.told for note in notes.values())
+            line = "" if told else "; ".join(filter(None, (fault or NOBODY, waits)))
             self.court.set("verdict", line)
             return line, True
         except RuntimeError:
@@ -253,3 +303,22 @@ class _Watcher:
     def _read(self) -> dict[int, Note]:
         there = [rank for rank in range(self.world) if self.court.check([str(rank)])]
         return {rank: Note(*json.loads(self.court.get(str(rank)))) for rank in there}
+
+
+# ---- for whoever starts the ranks and holds the store ----
+
+
+def say_stop(store: Store) -> None:
+    """Ask all ranks to stop (`stop_wanted`)."""
+    PrefixStore("watch", store).set("stop", "")
+
+
+def say_ended(store: Store, rank: int, why: str) -> bool:
+    """Note that a rank's process has ended, unless it said so itself; False if it never got to work."""
+    notes = PrefixStore("watch", store)
+    if not notes.check([str(rank)]):
+        return False
+    note = Note(*json.loads(notes.get(str(rank))))
+    if not note.ended:
+        notes.set(str(rank), json.dumps(note._replace(ended=why)))
+    return True

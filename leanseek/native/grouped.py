@@ -48,7 +48,6 @@ def _takes_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, in
         and dtype in DTYPES
         and a.dtype == b.dtype
         and a.is_contiguous()
-        and b.is_contiguous()
     )
 
 
@@ -56,6 +55,7 @@ def _takes_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, in
 def grouped_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
     out = torch.empty(len(groups.ends), a.shape[1], b.shape[1], dtype=dtype)
     first, shape = _first(groups), torch.tensor(out.shape)
+    b = b.contiguous()  # rows that came from other ranks lie between other things
     _gradient(DTYPES[a.dtype], DTYPES[dtype], *pointers(shape, first, a, b, index, out))
     return out
 

@@ -98,7 +98,7 @@ def train(
         with writing(folder, "make room"), _alone(folder) if part.writes else contextlib.nullcontext():
             return _train(run, folder, resume, compare, prepare, part)
     except RunError as error:
-        raise RunError(f"{error}; {_standing(folder)}") from None
+        raise type(error)(f"{error}; {_standing(folder)}") from None
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def _train(
             prepare(start.trainer.model)
         keep = run.checkpoint.keep_last, run.checkpoint.keep_every
         output = Metrics(folder, run.train.steps, start.step) if part.writes else Silent()
-        with output as metrics, Writer(folder, *keep, part) as writer:
+        with output as metrics, Writer(folder, *keep, part.about("the checkpoint")) as writer:
             loop = _Loop(run, folder, start, data, held_out, metrics, writer)
             for step in range(start.step, run.train.steps):
                 loop.step(step)
@@ -191,7 +191,7 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _St
         pairs = ((f.name, getattr(before.model, f.name), getattr(run.model, f.name)) for f in fields(before.model))
         key, was, now = next((key, was, now) for key, was, now in pairs if was != now)
         raise ConfigError(f"model.{key} = {now!r}, but {folder} has {was!r}; a run keeps its network")
-    found, broken = newest_checkpoint(folder, part)
+    found, broken = newest_checkpoint(folder, part.about("the reading of a checkpoint"))
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
     if found is None:  # killed before the first checkpoint
@@ -295,8 +295,8 @@ class _Loop:
         metrics.event(
             start.step,
             what,
-            f"{folder} {what} at step {start.step}: {device.type}, {torch.get_num_threads()} threads, "
-            f"{_arithmetic(run, dtype)}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
+            f"{folder} {what} at step {start.step}: {device.type}, {_arithmetic(run, dtype)}, "
+            f"{self.part.in_words(torch.get_num_threads())}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
             f"{_held_out(held_out, run)}",
         )
         for note in run.notes:
@@ -314,6 +314,7 @@ class _Loop:
         t = self.run.train
         size = batch_size(self.run, step)
         self.writer.poll()
+        self.part.begin(step)
         started = time.perf_counter()
         own = self.part.share(size)
         tokens = self.data.batch(self.position.samples + own.start, len(own)).tokens
@@ -360,8 +361,9 @@ class _Loop:
         device = self.trainer.device
         if device.type == "cpu" or not self.peak:  # later, a GPU may not have the memory for it
             size = 1024 if device.type == "cpu" else None
+            self.part.gather(None)  # all ranks measure at the same time
             rate = gemm_rate(self.trainer.dtype, device, size, seconds=0.3)
-            self.peak = max(self.peak, sum(self.part.gather(rate)))  # of all ranks at the same time
+            self.peak = max(self.peak, sum(self.part.gather(rate)))
 
     def _log(self, step: int, size: int, seconds: float, result: StepResult) -> None:
         rate = size * self.run.data.seq_len / seconds
@@ -388,6 +390,8 @@ class _Loop:
         every = max(1, self.run.train.steps // 100)  # for about a hundred columns in the report's heat map
         if result.counts and step % every == 0:
             row["load"] = {str(k): [round(x, 5) for x in (c / c.sum()).tolist()] for k, c in result.counts.items()}
+        if ranks := self.part.seconds(seconds):
+            row["ranks"] = ranks
         self.metrics.write(row)
         self.metrics.show(step, f"loss {result.loss:.3f}  {rate:,.0f} tok/s  MFU {row['mfu']:.0%}")
 

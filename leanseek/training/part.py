@@ -140,10 +140,31 @@ class Part(Ranks):
         """Whether it is so on any rank."""
         return flag
 
+    def about(self, what: str) -> Ranks:
+        """The ranks as `checkpoint` sees them; `what` they exchange is said where one waits for another in vain."""
+        return self
+
     @property
     def writes(self) -> bool:
         """Whether this process writes the run's files and speaks to its user."""
         return self.rank == 0
+
+    # ---- what is said of it ----
+
+    def in_words(self, threads: int) -> str:
+        """How the run is laid out, for its first line; `threads`: of this process."""
+        return _counted(threads, "thread")
+
+    def begin(self, step: int) -> None:
+        """Called when step `step` begins: the clock starts."""
+
+    def seconds(self, whole: float) -> dict[str, list[float]]:
+        """What each rank spent the step on that took this one `whole` seconds so far; nothing for one process."""
+        return {}
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def squares(gradients: list[Tensor | None]) -> Tensor:

@@ -6,6 +6,7 @@ import html
 import io
 import os
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ except ValueError:  # MPLBACKEND names another environment's backend, such as a 
     import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from leanseek import planning
 from leanseek.config import ModelConfig
@@ -59,6 +61,7 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     trained = [r for r in rows if "loss" in r]
     charts = [_card(title, _svg(draw)) for title, draw in _line_charts(rows, other, run.name, compare)]
     charts += [_card("Load per expert over the run", _svg(draw, wide=True), wide=True) for draw in _load_maps(trained)]
+    charts += [_card(title, _svg(draw, wide=True), wide=True) for title, draw in _rank_chart(trained)]
     if (run / "timeline.svg").is_file():
         charts.append(
             _card("The last step on the pipeline's ranks", _inline(read_text(run / "timeline.svg")), wide=True)
@@ -207,6 +210,29 @@ def _load_maps(trained: Rows) -> list[Draw]:
         return draw
 
     return [one(layer) for layer in (rows[0]["load"] if rows else {})]
+
+
+def _rank_chart(trained: Rows) -> list[tuple[str, Draw]]:
+    """What each rank spends a step on, by the median of the steps; the one that waits least is waited for."""
+    rows = [r["ranks"] for r in trained if r.get("ranks")]
+    if not rows:
+        return []
+    kinds = {"compute_s": "compute", "exchange_s": "exchange of rows for experts", "wait_s": "waiting for other ranks"}
+    median = {kind: [statistics.median(v) for v in zip(*(r[kind] for r in rows), strict=True)] for kind in kinds}
+    idle = [a + b for a, b in zip(median["exchange_s"], median["wait_s"], strict=True)]
+
+    def draw(ax: Axes) -> None:
+        below = [0.0] * len(idle)
+        for (kind, label), color in zip(kinds.items(), COLORS, strict=False):
+            ax.bar(range(len(idle)), median[kind], bottom=below, color=color, label=label, width=0.8)
+            below = [a + b for a, b in zip(below, median[kind], strict=True)]
+        ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylabel("seconds of a step", color=INK, fontsize=9)
+        _quiet(ax)
+        ax.set_xlabel("rank", color=INK, fontsize=9)
+
+    return [(f"Time of each rank: rank {idle.index(min(idle))} waits least, so the others wait for it", draw)]
 
 
 def _quiet(ax: Axes) -> None:

@@ -29,7 +29,6 @@ def groups() -> dict[str, Ends]:
         ("sleeps", 1, "rank 1 has not moved for N s: at work after dispatch of layer 3, step 12; ranks 0, 2 wait in dispatch of layer 7, step 12"),
         ("stopped", 2, "rank 2 has stopped, or is gone with its process or machine; last seen at work after dispatch of layer 3, step 12; ranks 0-1 wait in"),
         ("holder stopped", 0, "rank 0, which holds the store, does not answer; rank"),
-        ("exits", 1, " (dispatch of layer 7 failed: ["),
         ("exits", 1, "rank 1 has stopped, or is gone with its process or machine; last seen at work after dispatch of layer 3, step 12"),
         ("raises", 1, "rank 1 has ended after dispatch of layer 3, step 12: ValueError: no such shard; ranks 0, 2 wait in dispatch of layer 7"),
         ("elsewhere", None, "no rank is at fault alone, each waits for something else; ranks 0, 2 wait in dispatch of layer 7, step 12; rank 1 waits in combine of layer 7, step 12"),
