@@ -43,12 +43,12 @@ def mount_point(path: Path) -> Path:
 
 @contextlib.contextmanager
 def alone(lock: Path, taken: InputError) -> Iterator[None]:
-    """Holds the file `lock`, created if needed. The kernel releases it when the process ends.
+    """Holds the file `lock`, created if needed and not through a link. The kernel releases it when the process ends.
 
     Raises:
         taken: another process holds it.
     """
-    with lock.open("a", encoding="utf-8") as file:
+    with open(os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

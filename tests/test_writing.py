@@ -69,3 +69,10 @@ def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         replace_file(tmp_path / "a.json", b"new")
     assert (tmp_path / "a.json").read_bytes() == b"old"
+
+
+def test_a_lock_is_not_made_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"), alone(tmp_path / "lock", InputError("taken")):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,9 +26,11 @@ from leanseek.backends.panels import EMBEDDING, HEAD, refusal
 from leanseek.checkpoint.files import CheckpointError, Lazy, Stored, open_file, write_file
 from leanseek.checkpoint.hf import read_config
 from leanseek.config import ModelConfig
+from leanseek.errors import InputError
 from leanseek.machine.memory import read_ahead
 from leanseek.model import Transformer
 from leanseek.ops.weights import FORMATS, QuantizedWeight, StoredWeight, named_weights
+from leanseek.writing import LOCK, alone
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +87,7 @@ class PackedCopy:
             self._folder.mkdir(exist_ok=True)
             if self._folder.is_symlink():
                 return
-            with open(os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600), "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else another start writes it
+            with alone(self._folder / LOCK, InputError("another start writes it")):
                 partial = self._folder / "partial"
                 partial.unlink(missing_ok=True)  # left by a start that was killed while writing
                 for old in self._folder.glob("packed-*.safetensors"):
@@ -102,8 +102,8 @@ class PackedCopy:
                 finally:
                     partial.unlink(missing_ok=True)
             log.info("wrote %s: the next start maps it", self.path)
-        except OSError as error:
-            log.info("no packed copy of the weights in %s: %s", self._folder, error.strerror)
+        except (OSError, InputError) as error:
+            log.info("no packed copy of the weights in %s: %s", self._folder, error)
 
 
 def _stamp(folder: Path) -> str:

@@ -32,7 +32,7 @@ from leanseek.checkpoint.ranks import Outcome, Ranks, agreed, failing_together, 
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.checkpoint.training import PIECES, STATE, checkpoint_folder, checksum, crc32, prune
 from leanseek.config import ModelConfig
-from leanseek.errors import InputError, Interrupted, RunError
+from leanseek.errors import Interrupted, RunError
 from leanseek.machine.memory import available
 from leanseek.writing import writing
 
@@ -156,7 +156,7 @@ class Writer:
                 self.task.join()
             try:
                 files = agreed(self.ranks, self.task.found)
-            except (InputError, RunError):
+            except Exception:
                 self.task = None
                 if self.ranks.rank == 0:
                     shutil.rmtree(self.partial, ignore_errors=True)

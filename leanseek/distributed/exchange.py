@@ -130,9 +130,10 @@ class Trip:
 
 
 def join(*parts: Tensor) -> Tensor:
-    """[N, ...] each -> [N, bytes]; every part begins at a multiple of 8 bytes."""
+    """[N, ...] each -> [N, bytes / 8] int64; every part begins at a multiple of 8 bytes."""
     rows = [_dense(part).view(torch.uint8) for part in parts]
-    return torch.cat([F.pad(part, (0, -part.shape[1] % 8)) if part.shape[1] % 8 else part for part in rows], dim=1)
+    rows = [F.pad(part, (0, -part.shape[1] % 8)) if part.shape[1] % 8 else part for part in rows]
+    return torch.cat(rows, dim=1).view(torch.int64)
 
 
 def _dense(part: Tensor) -> Tensor:
@@ -142,10 +143,10 @@ def _dense(part: Tensor) -> Tensor:
 
 def split(rows: Tensor, *kinds: tuple[int, torch.dtype]) -> Iterator[Tensor]:
     """The inverse, for parts of so many columns of a dtype: views of rows."""
-    begin = 0
+    plain, begin = rows.view(torch.uint8), 0
     for columns, dtype in kinds:
         end = begin + columns * dtype.itemsize
-        yield rows[:, begin:end].view(dtype)
+        yield plain[:, begin:end].view(dtype)
         begin = -(-end // 8) * 8
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from leanseek.distributed.deepep import DeepEP
 from leanseek.distributed.exchange import Exchange
 from leanseek.model import moe
 
@@ -15,7 +14,7 @@ from leanseek.model import moe
 class MoE(moe.MoE):
     """The gate and the shared experts run here, on this rank's tokens, and the routed experts on what comes."""
 
-    exchange: Exchange
+    exchange: Exchange | DeepEP
 
     def forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, moe.Route]:
         flat = x.reshape(-1, x.shape[-1])
@@ -26,12 +25,9 @@ class MoE(moe.MoE):
         return (out if shared is None else out + shared).view(x.shape), route
 
 
-def apply(model: nn.Module, groups: Sequence[dist.ProcessGroup], fp8: bool = False) -> None:
-    """Routed experts of `model`, of which this rank holds its share, serve the tokens of all ranks from now on.
-
-    groups, fp8: as `Exchange` takes them.
-    """
+def apply(model: nn.Module, exchange: Exchange | DeepEP) -> None:
+    """Routed experts of `model`, of which this rank holds its share, serve the tokens of all ranks from now on."""
     for module in model.modules():
         if isinstance(module, moe.MoE):
             module.__class__ = MoE
-            cast(MoE, module).exchange = Exchange(groups, module.gate.weight.shape[0], fp8)
+            cast(MoE, module).exchange = exchange

@@ -123,8 +123,9 @@ class Pipeline:
         """
         found: Timeline = []
         times = torch.tensor([span[1:] for span in self.recorded], dtype=torch.float64, device=self.device)
-        for rank, steps in enumerate(self._schedule(self.micro_batches).steps):
-            ran = steps if self.thread else [(action,) for step in steps for action in step]
+        schedule = self._schedule(self.micro_batches)
+        for rank in range(self.place.ranks):
+            ran = schedule.steps[rank] if self.thread else [(action,) for action in schedule.actions(rank)]
             theirs = times if rank == self.place.rank else times.new_empty(len(ran), 2)
             dist.broadcast(theirs, group=self.place.groups[0], group_src=rank)
             found.append([Span(step, *pair) for step, pair in zip(ran, theirs.tolist(), strict=True)])
@@ -164,10 +165,9 @@ class _Batch:
         form = Form((size, length - pipeline.lookahead, pipeline.width), pipeline.dtype, pipeline.device)
         self.rank, self.links = rank, Links(schedule, rank, groups, form)
         self.stages = schedule.stages_of(rank)
-        steps = schedule.steps[rank]
-        self.deferred = {a[1:] for step in steps for a in step if a.kind == "I"}
+        self.deferred = {a[1:] for a in schedule.actions(rank) if a.kind == "I"}
         if pipeline.thread:
-            self.deferred |= {step[1][1:] for step in steps if len(step) == 2}
+            self.deferred |= {step[1][1:] for step in schedule.steps[rank] if len(step) == 2}
         self.chunks: dict[tuple[int, int], _Chunk] = {}
         self.later: dict[tuple[int, int], WeightGradients] = {}
         self.here: dict[Message, Tensor] = {}  # what one of the rank's stages has made for the other
@@ -227,21 +227,18 @@ class _Batch:
         return None if hidden is None else hidden.grad
 
     def _take(self, action: Action) -> Tensor | None:
-        """What an action needs of the stage before it, or of the one behind; None where there is none."""
-        kind, stage, micro = action
-        maker = stage - 1 if kind == "F" else stage + 1
-        if kind == "W" or not 0 <= maker < self.schedule.stages:
+        """What an action needs of another stage, if anything."""
+        if not (needed := self.schedule.needs(action)):
             return None
-        message, rank = Message("F" if kind == "F" else "B", stage, micro), self.schedule.rank_of(maker)
+        rank, message = needed
         return self.here.pop(message) if rank == self.rank else self.links.receive(rank, message)
 
     def _give(self, action: Action, made: Tensor | None) -> None:
-        """Hand on what an action made, if anything."""
-        if made is None:
+        """Hand on what an action made for another stage, if anything."""
+        if not (given := self.schedule.gives(action)):
             return
-        kind, stage, micro = action
-        to = stage + 1 if kind == "F" else stage - 1
-        message, rank = Message("F" if kind == "F" else "B", to, micro), self.schedule.rank_of(to)
+        assert made is not None
+        rank, message = given
         if rank == self.rank:
             self.here[message] = made
         else:

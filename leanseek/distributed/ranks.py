@@ -15,6 +15,7 @@ from torch import Tensor
 from leanseek.checkpoint.pieces import Piece
 from leanseek.config import ModelConfig
 from leanseek.distributed import experts
+from leanseek.distributed.exchange import Exchange
 from leanseek.distributed.mesh import Mesh, stages
 from leanseek.distributed.pipeline import Pipeline, Place
 from leanseek.distributed.sharding import Bucket, FullySharded, Held, buckets, first_row, local
@@ -63,7 +64,8 @@ class RankPart(Part):
                 trace=self.run.parallel.trace,
             )
         if self.mesh.experts.size > 1:
-            experts.apply(model, self.mesh.hops, fp8=self.run.train.precision == "fp8")
+            wire = self.run.train.precision == "fp8"
+            experts.apply(model, Exchange(self.mesh.hops, self.run.model.n_routed_experts, fp8=wire))
         if self.run.parallel.fsdp:
             self.shards = FullySharded(model, *self.mesh.shards)  # moves each module to the device by itself
         model.to(device)

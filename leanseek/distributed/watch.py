@@ -234,7 +234,11 @@ class _Watcher:
     def _judge(self) -> tuple[str, bool]:
         try:
             if self.court.add("judges", 1) > 1:
-                return self.court.get("verdict").decode(), False
+                for _ in range(2 * SILENT):
+                    if self.court.check(["verdict"]):
+                        return self.court.get("verdict").decode(), False
+                    time.sleep(BEAT)
+                # the first is lost itself
             before = self._read()
             time.sleep(SILENT * BEAT)
             notes = self._read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from leanseek.config import ModelConfig
 
 
-def attention_matrices(c: ModelConfig) -> int:
+def _attention(c: ModelConfig) -> int:
     """Matrix elements of one attention layer (all of them multiply every token)."""
     d, heads = c.hidden_size, c.num_attention_heads
     if c.attention == "gqa":
@@ -36,7 +36,7 @@ def expert(c: ModelConfig) -> int:
 def linears(c: ModelConfig, layer: int) -> int:
     """Parameters of a block's linears: attention, and the dense feed-forward or the shared experts."""
     dense = c.n_shared_experts * expert(c) if c.is_moe_layer(layer) else 3 * c.hidden_size * c.intermediate_size
-    return attention_matrices(c) + dense
+    return _attention(c) + dense
 
 
 def wide(c: ModelConfig, layer: int) -> int:
@@ -49,19 +49,19 @@ def mtp_extra(c: ModelConfig) -> int:
     return 2 * c.hidden_size**2 + 3 * c.hidden_size
 
 
-def matrices(c: ModelConfig, layer: int) -> int:
+def _matrices(c: ModelConfig, layer: int) -> int:
     """Matrix elements of a block that multiply a token."""
-    return attention_matrices(c) + _feed_forward(c, layer, c.num_experts_per_tok)
+    return _attention(c) + _feed_forward(c, layer, c.num_experts_per_tok)
 
 
-def matrices_after_layers(c: ModelConfig) -> int:
+def _matrices_after_layers(c: ModelConfig) -> int:
     """Matrix elements that multiply a token after the main model's layers: head and MTP modules."""
     mtp = range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
-    return sum(matrices(c, i) + 2 * c.hidden_size**2 for i in mtp) + (1 + len(mtp)) * c.vocab_size * c.hidden_size
+    return sum(_matrices(c, i) + 2 * c.hidden_size**2 for i in mtp) + (1 + len(mtp)) * c.vocab_size * c.hidden_size
 
 
 def _blocks(c: ModelConfig, layers: range, experts: int) -> int:
-    return sum(attention_matrices(c) + _feed_forward(c, layer, experts) + _norms(c) for layer in layers)
+    return sum(_attention(c) + _feed_forward(c, layer, experts) + _norms(c) for layer in layers)
 
 
 def _mtp(c: ModelConfig, experts: int) -> int:
@@ -106,9 +106,15 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     2·(dk + dv) FLOPs a head each in forward and twice that in backward. MTP modules count with their own head.
     """
     c = config
-    layers = c.num_hidden_layers + c.num_nextn_predict_layers
-    elements = sum(matrices(c, i) for i in range(c.num_hidden_layers)) + matrices_after_layers(c)
-    return 6.0 * elements + 3 * attention_flops(c, seq_len) * layers
+    elements = sum(_matrices(c, i) for i in range(c.num_hidden_layers)) + _matrices_after_layers(c)
+    return 6.0 * elements + 3 * attention_flops(c, seq_len) * (c.num_hidden_layers + c.num_nextn_predict_layers)
+
+
+def split_flops(c: ModelConfig, seq_len: int) -> tuple[float, float]:
+    """`train_flops_per_token` of the last layer, which stands for all, and of what follows it: head and MTP modules."""
+    core = 3 * attention_flops(c, seq_len)
+    layer = 6.0 * _matrices(c, c.num_hidden_layers - 1) + core
+    return layer, 6.0 * _matrices_after_layers(c) + c.num_nextn_predict_layers * core
 
 
 def attention_flops(c: ModelConfig, seq_len: int) -> float:

@@ -71,9 +71,10 @@ def split_layers(config: ModelConfig, pp: int, schedule: str) -> tuple[tuple[Chu
     with them. Every chunk has a layer, except that the last may have none.
     """
     folded = schedule == "dualpipev" and pp > 1
-    each, end = flops.matrices(config, config.num_hidden_layers - 1), 0 if folded else pp - 1
+    end = 0 if folded else pp - 1
+    each, after = flops.split_flops(config, min(config.max_position_embeddings, 4096))
     counts = [(2 if folded else 1) - (rank == end and pp > 1) for rank in range(pp)]
-    loads = [(each * n + flops.matrices_after_layers(config) * (rank == end), -rank) for rank, n in enumerate(counts)]
+    loads = [(each * n + after * (rank == end), -rank) for rank, n in enumerate(counts)]
     heapq.heapify(loads)
     for _ in range(config.num_hidden_layers - sum(counts)):
         load, rank = heapq.heappop(loads)  # the least loaded; of equals the last

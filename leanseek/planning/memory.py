@@ -43,7 +43,7 @@ def rank_memory(
         "gradients": FLOAT32 * resident,
         "moments": 2 * moment * kept,
         "ema": FLOAT32 * kept if recipe.ema and not paper else 0,
-        "weight_casts": 0 if layout.fsdp else _casts(has, layout, flying),
+        "weight_casts": _casts(has, layout, flying),
         "gathered_weights": _gathered(config, layout) if layout.fsdp else 0,
         "activations": _activations(config, layout, chunks, flying, node) * tokens,
         "workspace": _workspace(config, layout) * tokens,
@@ -67,17 +67,17 @@ def in_flight(layout: Layout, rank: int, micro_batches: int) -> tuple[int, ...]:
 
 
 def _casts(has: Held, layout: Layout, flying: tuple[int, ...]) -> float:
-    """FP8: blocks of linears and experts in both orders, made once a step. BF16: autograd keeps the cast weight of a
-    linear with each forward, except where weight gradients can wait; experts are cast again in backward."""
+    """FP8: blocks of linears and experts in both orders, also of what FSDP has gathered. BF16: autograd keeps the cast
+    weight of a linear with each forward, unless its gradient can wait; experts are cast again in backward."""
     if layout.precision == "fp8":
         return 2 * (1 + FLOAT32 / 128**2) * (has.linears + has.experts // layout.ep)
     return BF16 * has.linears * sum(flying) if layout.pp == 1 or layout.schedule == "1f1b" else 0.0
 
 
 def _gathered(config: ModelConfig, layout: Layout) -> float:
-    """FSDP: one block computing and one on its way, in BF16, and the float32 gradients of the one before."""
+    """FSDP: one block computing and one on its way, and the gradients of the one before, in float32."""
     blocks = (held(config, (Chunk(range(i, i + 1), False, False),)) for i in range(config.num_hidden_layers))
-    return max(block.total(layout.ep) for block in blocks) * (2 * BF16 + FLOAT32)
+    return max(block.total(layout.ep) for block in blocks) * 3 * FLOAT32
 
 
 # ---- activations: bytes a token ----

@@ -7,7 +7,7 @@ A network is cut into stages; a batch goes through them in micro-batches. `distr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from leanseek.config import ConfigError
@@ -32,7 +32,7 @@ Step = tuple[Action, ...]  # one action, or F and B of two micro-batches overlap
 
 
 class Message(NamedTuple):
-    """What goes to another rank after an action: "F" the hidden states that `stage` takes, "B" the gradients of those
+    """What goes to another stage after an action: "F" the hidden states that `stage` takes, "B" the gradients of those
     that it gave."""
 
     kind: str
@@ -56,6 +56,25 @@ class Schedule(NamedTuple):
     def stages_of(self, rank: int) -> list[int]:
         return [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
 
+    def needs(self, action: Action) -> tuple[int, Message] | None:
+        """What an action needs of another stage, and the rank that makes it."""
+        kind, stage, micro = action
+        maker = stage - 1 if kind == "F" else stage + 1
+        if kind == "W" or not 0 <= maker < self.stages:
+            return None
+        return self.rank_of(maker), Message("F" if kind == "F" else "B", stage, micro)
+
+    def gives(self, action: Action) -> tuple[int, Message] | None:
+        """What an action makes for another stage, and the rank that holds it."""
+        kind, stage, micro = action
+        taker = stage + 1 if kind == "F" else stage - 1
+        if kind == "W" or not 0 <= taker < self.stages:
+            return None
+        return self.rank_of(taker), Message("F" if kind == "F" else "B", taker, micro)
+
+    def actions(self, rank: int) -> list[Action]:
+        return [action for step in self.steps[rank] for action in step]
+
     def link(self, sender: int, receiver: int) -> list[Message]:
         """What goes from one rank to another, in the order in which one sends and the other receives.
 
@@ -63,22 +82,8 @@ class Schedule(NamedTuple):
         that posted its receives in the order of use would wait for what the other sends later, for ever
         (pytorch#172668).
         """
-        steps = self.steps[sender]
-        return [message for step in steps for to, message in self.outputs(sender, step) if to == receiver]
-
-    def inputs(self, rank: int, step: Step) -> Iterator[tuple[int, Message]]:
-        """(sender, message) for everything that a step of `rank` needs from other ranks."""
-        for kind, stage, micro in step:
-            other = stage - 1 if kind == "F" else stage + 1
-            if kind != "W" and 0 <= other < self.stages and self.rank_of(other) != rank:
-                yield self.rank_of(other), Message("F" if kind == "F" else "B", stage, micro)
-
-    def outputs(self, rank: int, step: Step) -> Iterator[tuple[int, Message]]:
-        """(receiver, message) for everything that a step of `rank` makes for other ranks."""
-        for kind, stage, micro in step:
-            other = stage + 1 if kind == "F" else stage - 1
-            if kind != "W" and 0 <= other < self.stages and self.rank_of(other) != rank:
-                yield self.rank_of(other), Message("F" if kind == "F" else "B", other, micro)
+        found = filter(None, map(self.gives, self.actions(sender)))
+        return [message for rank, message in found if rank == receiver]
 
 
 # ---- the schedules ----
@@ -271,13 +276,14 @@ def simulate(schedule: Schedule, times: Times | None = None) -> Timeline:
         for rank, steps in enumerate(schedule.steps):
             while len(spans[rank]) < len(steps):
                 step = steps[len(spans[rank])]
-                wanted = [message for _, message in schedule.inputs(rank, step)]
-                if not (ready.keys() >= set(wanted) and _local_inputs(schedule, step) <= done):
+                wanted = [message for _, message in filter(None, map(schedule.needs, step))]
+                if not (ready.keys() >= set(wanted) and _before(step) <= done):
                     break
                 start = max([spans[rank][-1].end if spans[rank] else 0.0, *(ready[message] for message in wanted)])
-                spans[rank].append(Span(step, start, start + times.of(step)))
+                end = start + times.of(step)
+                spans[rank].append(Span(step, start, end))
                 done.update(step)
-                ready |= {message: spans[rank][-1].end for _, message in schedule.outputs(rank, step)}
+                ready |= {message: end for _, message in filter(None, map(schedule.gives, step))}
                 moved = True
     if waiting := [
         f"rank {rank} at {'&'.join(map(str, steps[len(own)]))}"
@@ -288,17 +294,10 @@ def simulate(schedule: Schedule, times: Times | None = None) -> Timeline:
     return spans
 
 
-def _local_inputs(schedule: Schedule, step: Step) -> set[Action]:
-    """Actions of the same rank that must come before a step."""
-    needed = set()
-    for kind, stage, micro in step:
-        if kind in "BI":
-            needed.add(Action("F", stage, micro))
-        if kind == "W":
-            needed.add(Action("I", stage, micro))
-        if kind == "F" and stage and schedule.rank_of(stage - 1) == schedule.rank_of(stage):
-            needed.add(Action("F", stage - 1, micro))
-    return needed
+def _before(step: Step) -> set[Action]:
+    """Actions of its own stages that must come before a step."""
+    first = {"B": "F", "I": "F", "W": "I"}
+    return {action._replace(kind=first[action.kind]) for action in step if action.kind in first}
 
 
 def idle(timeline: Timeline) -> list[float]:
@@ -327,9 +326,9 @@ def measured(timeline: Timeline) -> Times:
 def activations(schedule: Schedule) -> list[int]:
     """The most micro-batches, counted in each stage, that each rank keeps something of for backward."""
     peaks = []
-    for steps in schedule.steps:
+    for rank in range(schedule.ranks):
         held = peak = 0
-        for action in (action for step in steps for action in step):
+        for action in schedule.actions(rank):
             held += {"F": 1, "I": 0}.get(action.kind, -1)
             peak = max(peak, held)
         peaks.append(peak)
@@ -346,8 +345,8 @@ def faults(schedule: Schedule) -> list[str]:
     inputs; what one rank sends another uses, once; and no rank waits for ever.
     """
     found = []
-    for rank, steps in enumerate(schedule.steps):
-        own = [action for step in steps for action in step]
+    for rank in range(schedule.ranks):
+        own = schedule.actions(rank)
         for stage in {action.stage for action in own} - set(schedule.stages_of(rank)):
             found.append(f"rank {rank} does not hold stage {stage}")
         for stage in schedule.stages_of(rank):
@@ -355,11 +354,13 @@ def faults(schedule: Schedule) -> list[str]:
                 order = "".join(a.kind for a in own if a[1:] == (stage, micro))
                 if order not in ("FB", "FIW"):
                     found.append(f"stage {stage}, micro-batch {micro}: {order or 'nothing'} instead of FB or FIW")
-    for receiver, steps in enumerate(schedule.steps):
-        used = Counter((sender, m) for step in steps for sender, m in schedule.inputs(receiver, step))
-        sent = Counter((sender, m) for sender in range(schedule.ranks) for m in schedule.link(sender, receiver))
-        for (sender, message), _ in ((used - sent) + (sent - used)).items():
-            found.append(f"rank {sender} to rank {receiver}: {message} is not sent once and used once")
+    used: Counter[tuple[int, int, Message]] = Counter()
+    sent: Counter[tuple[int, int, Message]] = Counter()
+    for rank in range(schedule.ranks):
+        used.update((maker, rank, m) for maker, m in filter(None, map(schedule.needs, schedule.actions(rank))))
+        sent.update((rank, taker, m) for taker, m in filter(None, map(schedule.gives, schedule.actions(rank))))
+    for sender, receiver, message in (used - sent) + (sent - used):
+        found.append(f"rank {sender} to rank {receiver}: {message} is not sent once and used once")
     try:
         simulate(schedule)
     except Stuck as error:

@@ -256,8 +256,8 @@ def _slower(work: Work, gpu: Gpu) -> float:
 
 def _update(config: ModelConfig, layout: Layout, gpu: Gpu, batches: int) -> tuple[float, float]:
     """Seconds to reduce the gradients and gather the weights (ZeRO-1 and all-reduce move the same), and of AdamW with
-    its casts, on the fullest rank. With FSDP the first is a micro-batch's: gathered twice in BF16, reduced once."""
-    moved = 2 * BF16 + FLOAT32 if layout.fsdp else 2 * FLOAT32
+    its casts, on the fullest rank. With FSDP the first is a micro-batch's: gathered twice, reduced once."""
+    moved = FLOAT32 * (3 if layout.fsdp else 2)
     link = gpu.nvlink if layout.dp <= gpu.node else gpu.network * hardware.NETWORK
     replicas = layout.dp // layout.ep
     slowest = longest = 0.0
@@ -272,7 +272,7 @@ def _update(config: ModelConfig, layout: Layout, gpu: Gpu, batches: int) -> tupl
         state = updated * (3 * FLOAT32 + 2 * moments)  # read weight, gradient and moments, write all but the gradient
         casts = 0.0
         if layout.precision == "fp8":  # once a step; of what FSDP gathers, each time
-            casts = 2 * batches * has.total(layout.ep) * (BF16 + 2) if layout.fsdp else own * (FLOAT32 + 2)
+            casts = (2 * batches * has.total(layout.ep) if layout.fsdp else own) * (FLOAT32 + 2)
         clip = own * FLOAT32
         slowest = max(slowest, seconds)
         longest = max(longest, (state + casts + clip) / (gpu.bandwidth * hardware.MEMORY))

@@ -77,23 +77,6 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     return path
 
 
-def write_picture(run: Path, out: Path, compare: Path | None = None) -> Path:
-    """One PNG of a run: loss, bits per byte, max violation and the load of one layer's experts."""
-    _, rows = _read(run)
-    other = _read(compare) if compare else None
-    charts = dict(_line_charts(rows, other, run.name, compare))
-    figure = Figure(figsize=(11, 6.4), layout="constrained", facecolor="white")
-    axes = figure.subplots(2, 2).ravel()
-    for ax, title in zip(axes, ("Loss", "Bits per byte, validation", "Max violation"), strict=False):
-        if title in charts:
-            charts[title](ax)
-        ax.set_title(title, fontsize=11, loc="left", color="#333")
-    if maps := _load_maps([r for r in rows if "loss" in r]):
-        maps[-1](axes[3])
-    figure.savefig(out, dpi=110)
-    return out
-
-
 def _read(run: Path) -> tuple[dict[str, Any], Rows]:
     return read_toml(run / "config.toml"), read_rows(run / "metrics.jsonl")
 

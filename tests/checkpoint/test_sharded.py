@@ -480,11 +480,12 @@ def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_is_written_is_what_was_saved_not_what_the_run_made_of_it_since(
-    held_back: threading.Event, model: Transformer, tokenizer: Path, tmp_path: Path
+    device: str, held_back: threading.Event, model: Transformer, tokenizer: Path, tmp_path: Path
 ) -> None:
-    weights = {name: t.clone() for name, t in model.state_dict().items()}
-    state = {"step.x": torch.tensor(1.0), "exp_avg.x": torch.ones(5, 3)}
+    weights = {name: t.to(device, copy=True) for name, t in model.state_dict().items()}
+    state = {"step.x": torch.tensor(1.0, device=device), "exp_avg.x": torch.ones(5, 3, device=device)}
     with Writer(tmp_path, 9) as writer:
         writer.save(1, model.config, pieces_of(weights), pieces_of(state), {}, tokenizer)
         for tensor in (*weights.values(), *state.values()):

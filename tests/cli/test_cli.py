@@ -119,7 +119,7 @@ def test_without_kernels_no_op_runs_on_them() -> None:
 def test_report_survives_what_a_run_may_leave_behind(tmp_path: Path) -> None:
     """No validation yet, no experts, a last line cut off by a kill."""
     from leanseek.training import RunConfig
-    from leanseek.training.report import write_picture, write_report
+    from leanseek.training.report import write_report
 
     (tmp_path / "config.toml").write_text(RunConfig.load("demo", []).to_toml())
     rows = [
@@ -131,7 +131,6 @@ def test_report_survives_what_a_run_may_leave_behind(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     assert page.count("<svg") >= 4
     assert "http" not in page.split("<svg")[0]  # nothing is loaded from elsewhere
-    assert write_picture(tmp_path, tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "metrics.jsonl").write_text("")
     write_report(tmp_path)
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from leanseek import ModelConfig, fp8
 from leanseek.distributed import experts
+from leanseek.distributed.exchange import Exchange
 from leanseek.model import Transformer, load_counts
 from leanseek.training.objective import losses
 
@@ -44,7 +45,7 @@ def network(ranks: int, rank: int, nodes: int, precision: str) -> Transformer:
     model = Transformer(CONFIG, experts=range(rank * share, (rank + 1) * share)).init_weights(3)
     fp8.apply(model, precision)
     if ranks > 1:
-        experts.apply(model, groups(nodes), fp8=precision == "fp8")
+        experts.apply(model, Exchange(groups(nodes), CONFIG.n_routed_experts, fp8=precision == "fp8"))
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -109,6 +110,7 @@ def start(place: Path, folder: Path, layout: str, *flags: str) -> list[BaseProce
     def run(rank: int) -> None:
         os.chdir(folder)
         torch.set_num_threads(1)
+        faulthandler.dump_traceback_later(200, file=open(f"stack-{rank}", "w", encoding="utf-8"))  # noqa: SIM115
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
         sys.stdout = sys.stderr = open(f"said-{rank}", "w", encoding="utf-8")  # noqa: SIM115
@@ -124,7 +126,7 @@ def start(place: Path, folder: Path, layout: str, *flags: str) -> list[BaseProce
 
 
 def wait_for(processes: list[BaseProcess], moment: Callable[[], bool], folder: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not moment():
         assert all(p.is_alive() for p in processes), said(folder, len(processes))
         assert time.monotonic() < deadline, said(folder, len(processes))
@@ -132,10 +134,12 @@ def wait_for(processes: list[BaseProcess], moment: Callable[[], bool], folder: P
 
 
 def said(folder: Path, ranks: int) -> str:
-    return "\n".join((folder / f"said-{rank}").read_text(encoding="utf-8")[-3000:] for rank in range(ranks))
+    """What the ranks said, and where they were if they took too long."""
+    files = (folder / f"{kind}-{rank}" for kind in ("said", "stack") for rank in range(ranks))
+    return "\n".join(file.read_text(encoding="utf-8")[-3000:] for file in files)
 
 
-def end(processes: list[BaseProcess], seconds: float = 60) -> list[int | None]:
+def end(processes: list[BaseProcess], seconds: float = 300) -> list[int | None]:
     """The exit codes of all, None of those that had to be killed for not ending by themselves."""
     deadline = time.monotonic() + seconds
     for process in processes:
@@ -208,7 +212,7 @@ def test_a_killed_rank_stops_all_and_the_run_goes_on_in_a_smaller_layout(
         time.sleep(rng.random() * 0.02)
         victim = rng.randrange(len(processes))
         processes[victim].kill()
-        codes = end(processes)
+        codes = end(processes, seconds=120)
         assert None not in codes, f"ranks went on after rank {victim} was killed: {said(tmp_path, len(processes))}"
         assert codes[victim] == -signal.SIGKILL
         assert all(code == 1 for rank, code in enumerate(codes) if rank != victim), said(tmp_path, len(processes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from leanseek.ops import WeightGradients
 from leanseek.planning.schedules import SCHEDULES, Action, Span, bubble, build, measured, simulate
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses, losses
-from leanseek.training.part import MicroBatch
+from leanseek.training.part import MicroBatch, Part
 
 pytestmark = pytest.mark.distributed
 Run = Callable[..., list[Any]]
@@ -105,7 +105,7 @@ def place(rank: int, pp: int) -> Place:
     return _PLACES[pp]
 
 
-def pipeline(case: Case, place: Place, model: Transformer, **options: bool) -> Pipeline:
+def pipeline(case: Case, place: Place, model: Transformer, device: str = "cpu", **options: bool) -> Pipeline:
     first, last = (getattr(model.stages[i], end) for i, end in ((0, "first"), (-1, "last")))
     copied = first != last and (case.tied or case.mtp > 0)
     return Pipeline(
@@ -114,7 +114,7 @@ def pipeline(case: Case, place: Place, model: Transformer, **options: bool) -> P
         lookahead=case.config.lookahead,
         width=case.config.hidden_size,
         dtype=case.dtype,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         copied=model.embed_tokens.weight if copied else None,
         **options,
     )
@@ -334,6 +334,45 @@ def failing(rank: int, half: str) -> str:
 def test_halves_of_a_pair_take_turns_and_a_failure_ends_both(half: str, said: str) -> None:
     assert failing(0, half) == said
     assert failing(0, "") == "B0 F0 B1 F1 B2 F2"
+
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def only_rank(request: pytest.FixtureRequest) -> Iterator[tuple[torch.device, dist.ProcessGroup]]:
+    """A group of this process alone."""
+    backend = "gloo" if request.param == "cpu" else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield torch.device(request.param), dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_both_stages_on_one_rank(
+    only_rank: tuple[torch.device, dist.ProcessGroup], overlap: bool, precision: str
+) -> None:
+    """Halves and pairs without messages; to the bit on a CPU, and to rounding where a GPU adds in another order."""
+    device, group = only_rank
+    case = Case(micro_batches=4, precision=precision, dtype=torch.bfloat16 if precision == "fp8" else torch.float32)
+    batches = [MicroBatch(tokens.to(device), share) for tokens, share in case.parts()]
+    model, loop = case.model(*case.stages(1, 0)).to(device), case.model().to(device)
+    for network in (model, loop):
+        experts.apply(network, [group])
+    own = pipeline(case, Place(1, 0, (group, group)), model, overlap=overlap, device=device, trace=True)
+    sums, counts = own.accumulate(batches, case.forward(model))
+    expected, numbers = Part().accumulate(loop, batches, case.forward(loop))
+    assert [len(span.step) for span in own.recorded].count(2) == (5 if overlap else 0)
+    torch.testing.assert_close(sums, expected, rtol=1e-6 if device.type == "cpu" else 1e-3, atol=0)
+    assert all(torch.equal(counts[layer], numbers[layer]) for layer in numbers)
+    bound = 0.0 if device.type == "cpu" else {"bf16": 1e-4, "fp8": 2e-2}[precision]
+    for name, gradient in gradients(loop).items():
+        limit = max(bound, 1e-6 * (name == "embed_tokens.weight")) * gradient.norm()
+        assert (gradients(model)[name] - gradient).norm() <= limit, name
 
 
 # ---- order ----

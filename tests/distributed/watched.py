@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from leanseek.cli import doctor
-from leanseek.distributed import probes, rendezvous, watch
+from leanseek.distributed import probes, watch
 from leanseek.errors import RunError
 
 WORLD, TIMEOUT, BEAT = 3, 3.0, 0.5
@@ -28,17 +28,32 @@ HELD_UP = 60  # seconds: longer than any test
 LIMIT = 45  # seconds after which a rank is killed: a failed test, not a hung one
 
 
+def noted() -> None:
+    """Waits until what this rank does now is in its published note."""
+    assert watch._board.watcher is not None
+    now = [*watch._board.now[:2], watch._board.step]
+    while json.loads(watch._board.watcher.notes.get(str(dist.get_rank())))[1:4] != now:
+        time.sleep(BEAT / 5)
+
+
+def from_here() -> None:
+    """From here on waits are short. All ranks are here: until then a busy machine may take its time."""
+    assert watch._board.watcher is not None
+    dist.barrier()
+    watch._board.watcher.timeout = TIMEOUT
+
+
 def sleep() -> None:
     time.sleep(HELD_UP)
 
 
 def stop() -> None:
-    time.sleep(3 * BEAT)  # until its note is out
+    noted()
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def leave() -> None:
-    time.sleep(3 * BEAT)
+    noted()
     os._exit(3)
 
 
@@ -72,13 +87,15 @@ def work(case: str, rank: int, port: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     culprit, fault = FAULTS[case]
     try:
-        with watch.watching(store, rank, WORLD, TIMEOUT):
+        with watch.watching(store, rank, WORLD, HELD_UP):
             for step in (10, 11, 12):
                 watch.step(step)
                 with watch.phase("dispatch", layer=3):
                     dist.barrier()
-                if step == 12 and rank == culprit:
-                    fault()
+                if step == 12:
+                    from_here()
+                    if rank == culprit:
+                        fault()
                 with watch.phase("dispatch", layer=7):
                     dist.barrier()
     except RunError as error:
@@ -92,11 +109,15 @@ def examine(rank: int, port: int) -> None:
     """`leanseek doctor` for a group."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     probes.SIZES, probes.SECONDS = (2**12,), 0.01
-    if rank == FAULTS["doctor"][0]:
-        probes.own_product = lambda device: stop()
-    comes = rendezvous.meet
-    rendezvous.meet = lambda timeout: comes(HELD_UP)  # a busy machine needs longer for this than for the rest
-    doctor.examine_group(TIMEOUT)
+
+    def own_product(device: object) -> float:
+        from_here()
+        if rank == FAULTS["doctor"][0]:
+            stop()
+        return 1.0
+
+    probes.own_product = own_product
+    doctor.examine_group(HELD_UP)
 
 
 def start(case: str, rank: int, port: int, words: Path) -> int:

@@ -202,7 +202,7 @@ def test_a_write_that_fails_leaves_nothing(save: Callable[..., Path], monkeypatc
 
     monkeypatch.setattr(packed, "write_file", half)
     start(folder)
-    assert [p.name for p in (folder / packed.FOLDER).iterdir()] == ["lock"]
+    assert [p.name for p in (folder / packed.FOLDER).iterdir()] == [".lock"]
 
 
 def test_a_folder_that_cannot_be_written_serves_all_the_same(

@@ -75,7 +75,7 @@ def test_published_speeds_of_v3() -> None:
     """Not fitted: no constant of the estimate comes from these. B200s reach smaller shares of their peak than H100s."""
     errors = {r.name.split(",")[0]: r.estimate(V3) / r.tokens_per_second_per_gpu - 1 for r in REFERENCES}
     assert errors["DeepSeek"] == pytest.approx(0.11, abs=0.02)
-    assert errors["Megatron-Bridge 25.09"] == pytest.approx(-0.05, abs=0.02)
+    assert errors["Megatron-Bridge 25.09"] == pytest.approx(0.07, abs=0.02)
     assert 0.3 < errors["Megatron-Bridge 26.02"] < errors["Megatron-Bridge 25.11"] < 0.8
 
 

@@ -168,8 +168,15 @@ KERNEL fp8_wide(int64_t dtype, const uint8_t* codes, int64_t ldc, const float* s
         using T = ELEMENT(type);
         parallel_ranges(rows, 64, [&](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; r++)
-                for (int64_t i = 0; i < columns; i++)
-                    put((T*)values_ + r * columns + i, e4m3_value(codes[r * ldc + i]) * scales[r * tiles + i / TILE]);
+                for (int64_t t = 0; t < tiles; t++) {
+                    const int64_t at = t * TILE, n = std::min(TILE, columns - at);
+                    const uint8_t* from = codes + r * ldc + at;
+                    T* to = (T*)values_ + r * columns + at;
+                    const float scale = scales[r * tiles + t];
+                    float x[TILE];
+                    for (int64_t i = 0; i < n; i++) x[i] = e4m3_value(from[i]) * scale;
+                    for (int64_t i = 0; i < n; i++) put(to + i, x[i]);
+                }
         });
     });
 }
