@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= 2.13.0
 DEMO   := runs/demo
 
-.PHONY: demo test test-portable test-lowest test-slow test-peers test-browser test-gpu gpu-check sanitize check format clean
+.PHONY: demo test test-portable test-lowest test-slow test-dist test-peers test-browser test-gpu gpu-check sanitize check format clean
 
 # ---- set-up ----
 
@@ -82,7 +82,11 @@ test-lowest: $(BIN)/leanseek.stamp
 		-k "not transformers_reads_it and not from_a_given_tokenizer_to_the_exports"
 
 test-slow: $(BIN)/leanseek.stamp
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not distributed"
+
+# Everything that forms a group of processes, gloo on this machine; `make test` runs the quick part.
+test-dist: $(BIN)/leanseek.stamp
+	$(SHARED) -m distributed
 
 # Peers that take long to install: llama.cpp is compiled from its sdist.
 test-peers: $(BIN)/leanseek.stamp

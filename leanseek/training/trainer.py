@@ -83,6 +83,7 @@ class Trainer:
         batches = self.part.micro_batches(tokens.to(self.device), size, sequences)
         self.model.zero_grad(set_to_none=True)
         sums, counts = self._accumulate(batches, step)
+        own = sums[0].clone()
         norms = self.part.reduce(self.slices, sums, counts)
         loss, mtp_loss, balance_loss, grad_norm = torch.cat((sums.double(), norms.total.view(1))).tolist()
         lr = learning_rate(run, step)
@@ -94,6 +95,7 @@ class Trainer:
             name, largest = norms.largest
             culprit = f"gradient of {name}"
             reason = f"{spike}; the largest gradient is the {culprit}, of norm {largest:.4g}"
+            reason += self._whose(own * sequences / tokens.shape[0])
         else:
             scale = run.optimizer.clip / (grad_norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
             gradients = [g for s in self.slices.values() if (g := s.parameter.grad) is not None]
@@ -111,6 +113,12 @@ class Trainer:
         by_layer = dict(zip(self.layers, loads, strict=True))
         violation = dict(zip(self.layers, max_violation(loads).tolist(), strict=True))
         return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, not reason, culprit, reason, by_layer, violation)
+
+    def _whose(self, loss: Tensor) -> str:
+        """The rank whose sequences have the largest loss, in words; "" if there is one rank."""
+        each = self.part.gather(float(loss))
+        largest = max(each)
+        return f"; rank {each.index(largest)} has the largest loss, {largest:.4g}" if len(each) > 1 else ""
 
     def _accumulate(self, batches: list[MicroBatch], step: int) -> tuple[Tensor, Tensor]:
         """Losses [3] and counts [layers, E] of this part; gradients add up in `.grad`."""
