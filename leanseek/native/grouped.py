@@ -42,13 +42,7 @@ def grouped_product(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, in
 
 
 def _takes_gradient(a: Tensor, b: Tensor, groups: Groups, dtype: torch.dtype, index: Tensor | None = None) -> bool:
-    return (
-        isinstance(a, Tensor)
-        and accepts(a, b)
-        and dtype in DTYPES
-        and a.dtype == b.dtype
-        and a.is_contiguous()
-    )
+    return isinstance(a, Tensor) and accepts(a, b) and dtype in DTYPES and a.dtype == b.dtype and a.is_contiguous()
 
 
 @implements(ops.grouped_gradient, _takes_gradient)
