@@ -40,7 +40,7 @@ def from_here() -> None:
     """From here on waits are short. All ranks are here: until then a busy machine may take its time."""
     assert watch._board.watcher is not None
     dist.barrier()
-    watch._board.watcher.timeout = TIMEOUT
+    watch._board.watcher.timeout = watch._board.watcher.start = TIMEOUT
 
 
 def sleep() -> None:
