@@ -235,7 +235,9 @@ def test_another_layout_goes_on_pytorch_120356_megatron_1517(
     agree(found[-1]._replace(steps=steps), alone(RUN, steps=2 * len(layouts)))
 
 
-@pytest.mark.parametrize("layout", ["pp2", pytest.param("zero pp2", marks=pytest.mark.slow), "fsdp ep2"])
+@pytest.mark.parametrize(
+    "layout", ["pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero pp2", "fsdp ep2"))]
+)
 def test_the_loss_does_not_jump_at_resume_megatron_bridge_5380(run_ranks: Run, layout: str, folder: Path) -> None:
     """The last stage's copy of the embedding, which MTP reads, had other weights after it: now the same layout goes on
     to the bit."""
@@ -246,6 +248,7 @@ def test_the_loss_does_not_jump_at_resume_megatron_bridge_5380(run_ranks: Run, l
     assert same(second.weights, through.weights) and same(second.state, through.state)
 
 
+@pytest.mark.slow
 def test_a_rank_without_a_row_saves_and_loads_pytorch_163480(run_ranks: Run, folder: Path) -> None:
     """Four ranks share the two rows of a gate of two experts."""
     few = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
@@ -317,7 +320,9 @@ def optimizer_bytes(rank: int, run: RunConfig, single: bool = False) -> int:
     return sum(t.nbytes for t in trainer.state_tensors().values())
 
 
-@pytest.mark.parametrize("parallel", [{"zero": True}, {"zero": True, "ep": 2}, {"fsdp": True}], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [{"zero": True}, {"zero": True, "ep": 2}, pytest.param({"fsdp": True}, marks=pytest.mark.slow)], ids=str
+)
 def test_four_ranks_share_the_optimizers_memory(run_ranks: Run, parallel: dict[str, Any]) -> None:
     """Moments and average: at most 0.3 of one process's on each."""
     whole = optimizer_bytes(0, RUN, single=True)

@@ -64,7 +64,7 @@ def layouts(*quick: str) -> list[Any]:
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in LAYOUTS]
 
 
-@pytest.mark.parametrize("name", layouts("dp2", "ep2", "pp2", "pp2 ep2", "fsdp"))
+@pytest.mark.parametrize("name", layouts("dp2", "pp2 ep2", "fsdp"))
 def test_a_layout_trains_as_one_process_does(run_ranks: Run, name: str) -> None:
     """Megatron#5916: the norm of all gradients, which the steps clip by, is one process's on every mesh. Megatron#7481:
     the counts of a step are still so when later ones have been summed. torchtitan#1304, #1593: tokens count once,
@@ -128,7 +128,8 @@ def reordered(run: RunConfig) -> list[dict[str, float]]:
     return [{key: max(far[key] for far in some) for key in some[0]} for some in pairs]
 
 
-@pytest.mark.parametrize("name", layouts("ep2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_in_fp8_is_as_near_as_one_process_in_another_order(run_ranks: Run, name: str) -> None:
     """The first step's losses and choices are those of one process that rounds sums as the ranks of the experts do, to
     1e-6; then all is within three times of the largest of three distances of one process from itself."""
