@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from leanseek.config import ModelConfig
 from leanseek.distributed import experts, join
+from leanseek.distributed.exchange import Exchange
 from leanseek.model import Transformer
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.pace import random_tokens
@@ -47,7 +48,8 @@ def main(out: Path) -> None:
             )
             part.run = changed  # type: ignore[attr-defined]
             trainer = Trainer(changed, part=part)
-            experts.apply(trainer.model, part.mesh.hops, fp8=precision == "fp8")  # type: ignore[attr-defined]
+            exchange = Exchange(part.mesh.hops, run.model.n_routed_experts, fp8=precision == "fp8")  # type: ignore[attr-defined]
+            experts.apply(trainer.model, exchange)
             found[f"one rank, {name}"] = [trainer.step(random_tokens(run), step, 8).loss for step in range(4)]
             del trainer
         report["losses"] = found
@@ -65,7 +67,7 @@ def _moe() -> dict[str, float]:
     model = Transformer(config, device, dtype).init_weights(0)
     layer = next(block.mlp for block in model.layers if isinstance(block.mlp, experts.moe.MoE))
     group = dist.new_group([0])
-    experts.apply(layer, [group])
+    experts.apply(layer, Exchange([group], config.n_routed_experts))
     x = torch.randn(1, 16384 if cuda else 64, config.hidden_size, device=device, dtype=dtype)
 
     def in_turn() -> None:

@@ -99,11 +99,11 @@ def round_e5m6(x: Tensor) -> Tensor:
 
 
 def _coded(a: object, *_: object) -> bool:
-    return isinstance(a, Codes)
+    return isinstance(a, Codes)  # codes are in the order of their rows: they come without an index
 
 
 @implements(ops.grouped_product, _coded)
-def coded_product(a: Codes, b: Blocks, groups: Groups, dtype: torch.dtype) -> Tensor:
+def coded_product(a: Codes, b: Blocks, groups: Groups, dtype: torch.dtype, index: None = None) -> Tensor:
     from leanseek.gpu import paths
 
     if groups.tiles is None:
@@ -112,7 +112,7 @@ def coded_product(a: Codes, b: Blocks, groups: Groups, dtype: torch.dtype) -> Te
 
 
 @implements(ops.grouped_gradient, _coded)
-def coded_gradient(a: Codes, b: Codes, groups: Groups, dtype: torch.dtype) -> Tensor:
+def coded_gradient(a: Codes, b: Codes, groups: Groups, dtype: torch.dtype, index: None = None) -> Tensor:
     from leanseek.gpu import paths
 
     if groups.tiles is None:

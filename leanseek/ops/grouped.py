@@ -114,7 +114,7 @@ def grouped_gradient(
 
 
 @grouped_product.register("torch", lambda a, *_: isinstance(a, Coded), Priority.TORCH)
-def _exact_product(a: Coded, b: Coded, groups: Groups, dtype: torch.dtype) -> Tensor:
+def _exact_product(a: Coded, b: Coded, groups: Groups, dtype: torch.dtype, index: None = None) -> Tensor:
     found = []
     for group, (start, stop) in enumerate(pairwise([0, *groups.ends])):
         rows = Coded(a.codes[start:stop], a.scale[start:stop], a.cuts)
@@ -123,7 +123,7 @@ def _exact_product(a: Coded, b: Coded, groups: Groups, dtype: torch.dtype) -> Te
 
 
 @grouped_gradient.register("torch", lambda a, *_: isinstance(a, Coded), Priority.TORCH)
-def _exact_gradient(a: Coded, b: Coded, groups: Groups, dtype: torch.dtype) -> Tensor:
+def _exact_gradient(a: Coded, b: Coded, groups: Groups, dtype: torch.dtype, index: None = None) -> Tensor:
     edges, found = groups.bands.tolist(), []
     for start, stop in pairwise([0, *groups.ends]):
         bands = tuple(edge - start for edge in edges if start <= edge <= stop)

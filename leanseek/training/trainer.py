@@ -123,7 +123,8 @@ class Trainer:
     def _accumulate(self, batches: list[MicroBatch], step: int) -> tuple[Tensor, Tensor]:
         """Losses [3] and counts [layers, E] of this part; gradients add up in `.grad`."""
         sums, found = self.part.accumulate(self.model, batches, partial(self.forward, step=step))
-        counts = torch.zeros(len(self.layers), self.run.model.n_routed_experts, dtype=torch.int64, device=self.device)
+        width = max(1, self.run.model.n_routed_experts)  # a dense network has no layers to count in
+        counts = torch.zeros(len(self.layers), width, dtype=torch.int64, device=self.device)
         for row, layer in enumerate(self.layers):
             if layer in found:
                 counts[row] = found[layer]
