@@ -25,6 +25,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+# `make test` runs these; of the other files, what starts no processes. `make test-dist` runs all.
+QUICK = ("test_exchange.py", "test_launch.py", "test_layouts.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        here = item.path.parent == Path(__file__).parent
+        if here and item.path.name not in QUICK and item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.slow)
+
+
 ROOT = str(Path(__file__).parent.parent.parent)
 if ROOT not in sys.path:
     sys.path.append(ROOT)  # a rank imports the test's function by its module's name, tests.distributed.…

@@ -64,7 +64,7 @@ def layouts(*quick: str) -> list[Any]:
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in LAYOUTS]
 
 
-@pytest.mark.parametrize("name", layouts("dp2", "pp2 ep2", "fsdp"))
+@pytest.mark.parametrize("name", layouts("dp2", "pp2 ep2"))
 def test_a_layout_trains_as_one_process_does(run_ranks: Run, name: str) -> None:
     """Megatron#5916: the norm of all gradients, which the steps clip by, is one process's on every mesh. Megatron#7481:
     the counts of a step are still so when later ones have been summed. torchtitan#1304, #1593: tokens count once,

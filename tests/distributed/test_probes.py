@@ -57,19 +57,20 @@ def came(rank: int, port: int, late: int) -> str | list[str]:
     try:
         if rank == late:
             return []
-        stores.append(meet(8.0))
+        stores.append(meet(3.0))
         return hosts(stores[-1], 3)
     except RunError as error:
         return str(error)
 
 
+@pytest.mark.slow  # it waits for three time-outs
 @pytest.mark.distributed
 def test_a_rank_that_does_not_come_is_named(run_ranks: Callable[..., list[Any]]) -> None:
     assert run_ranks(3, came, free_port(), None) == [[socket.gethostname()] * 3] * 3
-    assert run_ranks(3, came, free_port(), 2)[:2] == ["rank 2 of 3 did not come within 8 s"] * 2
+    assert run_ranks(3, came, free_port(), 2)[:2] == ["rank 2 of 3 did not come within 3 s"] * 2
     port = free_port()
     assert run_ranks(3, came, port, 0)[1:] == [
-        f"rank {rank}: rank 0 does not answer at 127.0.0.1:{port} within 8 s" for rank in (1, 2)
+        f"rank {rank}: rank 0 does not answer at 127.0.0.1:{port} within 3 s" for rank in (1, 2)
     ]
 
 
