@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leanseek.distributed import watch
+from leanseek.distributed.collectives import all_gather, reduce_scatter
 
 SIZES = (2**12, 2**20, 2**24)  # bytes of the largest buffer of a rank; the first shows the latency
 SECONDS = 0.2  # for one collective of one size
@@ -37,10 +38,6 @@ class Group(NamedTuple):
 
 
 Call = Callable[[], object]
-
-# torch 2.13's names of what older versions call …_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def measure(device: torch.device) -> Group:
@@ -87,8 +84,8 @@ def _collectives(size: int, device: torch.device) -> dict[str, tuple[Call, float
     others = 4 * share * (ranks - 1)
     found: dict[str, tuple[Call, float]] = {
         "all_reduce": (lambda: dist.all_reduce(whole), 2 * others),
-        "reduce_scatter": (lambda: _reduce_scatter(part, whole), others),
-        "all_gather": (lambda: _all_gather(whole, part), others),
+        "reduce_scatter": (lambda: reduce_scatter(part, whole), others),
+        "all_gather": (lambda: all_gather(whole, part), others),
     }
     # BF16 rows as in the experts' dispatch: another number for each pair of ranks, some of them none
     unit = max(1, size // 2 // (2 * ranks))
@@ -164,5 +161,5 @@ def _timed(call: Call, device: torch.device) -> float:
 def _gathered(figure: float, device: torch.device) -> Tensor:
     """The figures of all ranks [ranks], on every rank."""
     out = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
-    _all_gather(out, torch.tensor([figure], dtype=torch.float64, device=device))
+    all_gather(out, torch.tensor([figure], dtype=torch.float64, device=device))
     return out.cpu()

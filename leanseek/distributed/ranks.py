@@ -116,7 +116,6 @@ class RankPart(Part):
                 for name, p in model.named_parameters()
                 if (name in routed) is wanted
             ]
-            held = [h._replace(first=False) if self._a_copy(h.name) else h for h in held]
             if axis.group is None:
                 found |= {h.name: Slice(*h[1:]) for h in held}
             else:

@@ -14,14 +14,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from leanseek import fp8
+from leanseek.distributed.collectives import all_gather, reduce_scatter
 from leanseek.distributed.watch import phase
 from leanseek.model import Transformer
 from leanseek.model.moe import Experts
 from leanseek.training.part import Slice
 
-# torch 2.13 has renamed both
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 BUCKET = 1 << 23  # elements of a flat exchange, 32 MB: large enough for bandwidth, small beside the gradients
 
 
@@ -85,7 +83,7 @@ class Bucket:
                 dist.all_reduce(own, group=self.group)
             else:
                 own = flat.new_empty(self.share)
-                _reduce_scatter(own, flat, group=self.group)
+                reduce_scatter(own, flat, group=self.group)
         sizes = [piece.parameter.numel() for _, piece in self.pieces]
         for (name, (parameter, *_)), gradient in zip(
             self.pieces, own.split([*sizes, len(own) - sum(sizes)]), strict=False
@@ -97,7 +95,7 @@ class Bucket:
         """Each rank's share of the updated weights to all."""
         if self.flat is not None:
             with phase("the gathering of weights"):
-                _all_gather(self.flat, self._own(self.flat).clone(), group=self.group)
+                all_gather(self.flat, self._own(self.flat).clone(), group=self.group)
             torch.autograd.graph.increment_version([h.parameter for h in self.held])  # FP8 keeps casts of them
 
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-try:
-    import matplotlib
-except ValueError:  # MPLBACKEND names another environment's backend; we do not need one
-    del os.environ["MPLBACKEND"]
-    import matplotlib
-from matplotlib.figure import Figure
-
 from leanseek.planning.placement import Rows
+from leanseek.plotting import Figure, matplotlib
 
 BEFORE, AFTER, INK = "#9ca3af", "#3b82f6", "#7b8494"
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-try:
-    import matplotlib
-except ValueError:  # MPLBACKEND names another environment's backend, such as a notebook's; we do not need one
-    del os.environ["MPLBACKEND"]
-    import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
 from leanseek.config import ConfigError
 from leanseek.planning.schedules import Timeline, Times, bubble, build, simulate
+from leanseek.plotting import Axes, Figure, Patch, matplotlib
 
 INK = "#7b8494"  # readable on white and on black
 KINDS = {

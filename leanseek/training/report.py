@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-try:
-    import matplotlib
-except ValueError:  # MPLBACKEND names another environment's backend, such as a notebook's; we do not need one
-    del os.environ["MPLBACKEND"]
-    import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from leanseek import planning
 from leanseek.config import ModelConfig
+from leanseek.plotting import Axes, Figure, MaxNLocator, matplotlib
 from leanseek.reading import read_text, read_toml
 from leanseek.training.metrics import read_rows
 
