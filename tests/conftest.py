@@ -1,11 +1,14 @@
 """What every room's tests stand on: one thread, fixed seeds, and a network small enough to check by hand."""
 
 import copy
+import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before anything imports tokenizers
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -15,6 +18,7 @@ if not torch.cuda.is_available():
 
 from leanseek import ops
 from leanseek.config import ModelConfig
+from leanseek.data.prepare import prepare
 from leanseek.model import Transformer
 from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
@@ -45,6 +49,23 @@ TINY = {
     "num_nextn_predict_layers": 0,
     "max_position_embeddings": 128,
 }
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """run_folder(config): a new folder with shards of a few words, and the configuration as run.toml."""
+
+    def make(config: str) -> Path:
+        folder = tmp_path_factory.mktemp("place")
+        rng = np.random.default_rng(0)
+        words = ["war", "peace", "king", "queen", "and", "of", "the"]
+        rows = [json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(80)]
+        (folder / "text.jsonl").write_text("\n".join(rows))
+        prepare([folder / "text.jsonl"], folder / "shards", train_vocab=290, validation_fraction=0.2, workers=1)
+        (folder / "run.toml").write_text(config)
+        return folder
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import multiprocessing
 import os
 import random
@@ -21,7 +20,6 @@ import torch
 
 from leanseek import cli, load
 from leanseek.checkpoint.training import newest_checkpoint, steps_on_disk
-from leanseek.data.prepare import prepare
 from leanseek.training import RunConfig, train
 from leanseek.training.metrics import read_rows
 
@@ -79,16 +77,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("without_report")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(run_folder: Callable[[str], Path]) -> Path:
     """A folder with shards and a configuration."""
-    folder = tmp_path_factory.mktemp("place")
-    rng = np.random.default_rng(0)
-    words = ["war", "peace", "king", "queen", "and", "of", "the"]
-    rows = [json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(80)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
-    prepare([folder / "text.jsonl"], folder / "shards", train_vocab=290, validation_fraction=0.2, workers=1)
-    (folder / "run.toml").write_text(CONFIG)
-    return folder
+    return run_folder(CONFIG)
 
 
 @pytest.fixture(scope="module")

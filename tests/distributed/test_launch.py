@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from leanseek.config import ConfigError
-from leanseek.data.prepare import prepare
 from leanseek.distributed import check_layout
 from leanseek.training import RunConfig
 from leanseek.training.metrics import read_rows
@@ -64,16 +62,9 @@ LIMIT = 150  # seconds after which a command counts as one that hangs
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(run_folder: Callable[[str], Path]) -> Path:
     """A folder with shards and a configuration, run.toml."""
-    folder = tmp_path_factory.mktemp("place")
-    rng = np.random.default_rng(0)
-    words = ["war", "peace", "king", "queen", "and", "of", "the"]
-    rows = [json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(80)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
-    prepare([folder / "text.jsonl"], folder / "shards", train_vocab=290, validation_fraction=0.2, workers=1)
-    (folder / "run.toml").write_text(CONFIG)
-    return folder
+    return run_folder(CONFIG)
 
 
 class Command:

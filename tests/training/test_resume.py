@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -81,16 +80,9 @@ CLOCKS = ("tokens_per_second", "flops_per_second", "mfu", "elapsed_s")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(run_folder: Callable[[str], Path]) -> Path:
     """A folder with shards and a configuration."""
-    folder = tmp_path_factory.mktemp("place")
-    rng = np.random.default_rng(0)
-    words = ["war", "peace", "king", "queen", "and", "of", "the"]
-    rows = [json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(80)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
-    prepare([folder / "text.jsonl"], folder / "shards", train_vocab=290, validation_fraction=0.2, workers=1)
-    (folder / "run.toml").write_text(CONFIG)
-    return folder
+    return run_folder(CONFIG)
 
 
 @pytest.fixture
