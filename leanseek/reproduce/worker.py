@@ -85,7 +85,7 @@ def commit() -> str:
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=EXPERIMENTS, capture_output=True, text=True, check=True,
+            cwd=EXPERIMENTS, capture_output=True, encoding="utf-8", check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
