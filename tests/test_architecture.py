@@ -29,6 +29,7 @@ ALLOWED = {
     "engine": {"machine", "ops", "checkpoint", "backends"},
     "server": {"engine"},
     "evaluation": {"engine"},
+    "posttraining": {"machine", "ops", "model", "checkpoint", "data", "training", "engine", "evaluation"},
     "bench": {
         "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",
         "engine",
