@@ -108,7 +108,7 @@ def changes(then: RunConfig, now: RunConfig, step: int) -> list[str]:
 
 
 def _flat(run: RunConfig) -> Iterator[tuple[str, Any]]:
-    for section in ("data", "train", "optimizer", "schedule", "balance", "mtp", "checkpoint", "parallel"):
+    for section in run.sections():
         for key, value in dataclasses.asdict(getattr(run, section)).items():
             yield f"{section}.{key}", run.moments if key == "moments" else value  # auto depends on train.precision
 
