@@ -33,12 +33,13 @@ from leanseek.config import ConfigError
 from leanseek.errors import Interrupted, RunError
 from leanseek.machine.probes import gemm_rate
 from leanseek.model import Transformer
-from leanseek.reading import parse_toml
+from leanseek.reading import parse_toml, read_toml
 from leanseek.training.config import RunConfig
+from leanseek.training.feed import Feed, TokenFeed
 from leanseek.training.metrics import Metrics, Silent
+from leanseek.training.origin import first_model, origin
 from leanseek.training.part import Part
 from leanseek.training.resume import changes
-from leanseek.training.source import Source, TokenSource
 from leanseek.training.trainer import StepResult, Trainer
 from leanseek.writing import LOCK, alone, replace_file, writing
 
@@ -60,6 +61,7 @@ class _Start(NamedTuple):
     trainer: Trainer
     step: int = 0
     skipped: int = 0  # skipped steps in a row just before this one
+    origin: str = ""  # where the first weights came from, in words
     broken: tuple[str, ...] = ()  # checkpoints that were skipped, a line each
     changed: tuple[str, ...] = ()  # what differs from the checkpoint's run, a line each
 
@@ -72,13 +74,13 @@ def train(
     compare: Path | None = None,
     prepare: Callable[[Transformer], None] | None = None,
     part: Part | None = None,
-    source: Callable[[RunConfig, Part], Source] = TokenSource,
+    feed: Callable[[RunConfig, Part], Feed] = TokenFeed,
 ) -> Summary:
     """Train to the last step; `resume` continues from the newest good checkpoint of the run of that name in `runs`.
 
     `compare` is another run's folder, whose curves the report also draws. `prepare` is called with the model before the
     first step, for experiments that change how it runs. `part` is what of the run this process does; all by default.
-    `source` opens what gives the batches, and says what is minimised.
+    `feed` opens what gives the batches, and says what is minimised.
 
     Raises:
         ConfigError: the run exists and `resume` is not set, there is nothing to resume or to compare with, another
@@ -95,7 +97,7 @@ def train(
     try:
         part = part or Part()
         with writing(folder, "make room"), _alone(folder) if part.writes else contextlib.nullcontext():
-            return _train(run, folder, resume, compare, prepare, part, source)
+            return _train(run, folder, resume, compare, prepare, part, feed)
     except RunError as error:
         raise type(error)(f"{error}; {_standing(folder)}") from None
 
@@ -132,19 +134,19 @@ def _train(
     compare: Path | None,
     prepare: Callable[[Transformer], None] | None,
     part: Part,
-    open_source: Callable[[RunConfig, Part], Source],
+    open_feed: Callable[[RunConfig, Part], Feed],
 ) -> Summary:
-    source = open_source(run, part)
-    run = run.with_tokens(source.special.bos, source.special.eos)
+    feed = open_feed(run, part)
+    run = run.with_tokens(feed.special.bos, feed.special.eos)
     with _Signals() as signals:
-        start = _resume(run, folder, source, part) if resume else _begin(run, folder, source, part)
-        source.attach(start.trainer)
+        start = _resume(run, folder, feed, part) if resume else _begin(run, folder, feed, part)
+        feed.attach(start.trainer)
         if prepare is not None:
             prepare(start.trainer.model)
         keep = run.checkpoint.keep_last, run.checkpoint.keep_every
         output = Metrics(folder, run.train.steps, start.step) if part.writes else Silent()
         with output as metrics, Writer(folder, *keep, part.about("the checkpoint")) as writer:
-            loop = _Loop(run, folder, start, source, metrics, writer)
+            loop = _Loop(run, folder, start, feed, metrics, writer)
             for step in range(start.step, run.train.steps):
                 loop.step(step)
                 if part.any(signals.received):
@@ -157,27 +159,37 @@ def _train(
         write_report(folder, compare)
     seen = metrics.last
     return Summary(
-        folder, run.train.steps, source.tokens, seen.get("val_loss"), seen.get("val_bits_per_byte"), metrics.elapsed
+        folder, run.train.steps, feed.tokens, seen.get("val_loss"), seen.get("val_bits_per_byte"), metrics.elapsed
     )
 
 
-def _begin(run: RunConfig, folder: Path, source: Source, part: Part) -> _Start:
-    if not part.writes:
-        return _Start(Trainer(run, part=part, objective=source.objective))
-    if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at the start
+def _begin(run: RunConfig, folder: Path, feed: Feed, part: Part) -> _Start:
+    written = part.writes and folder.exists()
+    if written and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at the start
         raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
-    trainer = Trainer(run, part=part, objective=source.objective)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "config.toml", run.to_toml().encode())
-    return _Start(trainer)
+    return _first(run, folder, feed, part)
 
 
-def _resume(run: RunConfig, folder: Path, source: Source, part: Part) -> _Start:
+def _first(run: RunConfig, folder: Path, feed: Feed, part: Part) -> _Start:
+    """A run before its first step."""
+    words, lines = origin(run.source, feed.folder)
+    model = first_model(run.source, run.train.seed, run.model, part)
+    trainer = Trainer(run, model, part, feed.objective)
+    if part.writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "config.toml", run.to_toml().encode())
+    return _Start(trainer, origin=words, changed=tuple(lines))
+
+
+def _resume(run: RunConfig, folder: Path, feed: Feed, part: Part) -> _Start:
     if not (folder / "config.toml").is_file():
         if all(p.name.startswith(".") for p in folder.iterdir()):  # killed before its first file
-            return _begin(run, folder, source, part)
+            return _first(run, folder, feed, part)
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
-    before = type(run).load(str(folder / "config.toml"), [])
+    before = type(run).from_dict(read_toml(folder / "config.toml", ConfigError))
+    if before.source != run.source:
+        began = f"the weights of {before.source}" if before.source else "random weights"
+        raise ConfigError(f"from = {run.source!r}, but {folder} began with {began}; a run keeps its beginning")
     if before.model != run.model:
         pairs = ((f.name, getattr(before.model, f.name), getattr(run.model, f.name)) for f in fields(before.model))
         key, was, now = next((key, was, now) for key, was, now in pairs if was != now)
@@ -186,20 +198,19 @@ def _resume(run: RunConfig, folder: Path, source: Source, part: Part) -> _Start:
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
     if found is None:  # killed before the first checkpoint
-        if part.writes:
-            replace_file(folder / "config.toml", run.to_toml().encode())
-        return _Start(Trainer(run, part=part, objective=source.objective))
+        return _first(run, folder, feed, part)
     if run.train.steps < found.step:
         raise ConfigError(f"train.steps = {run.train.steps}, but {folder} has done {found.step} steps already")
     then = _config_of(found, before)
-    moved = source.resume(then, found)
-    trainer = _restored(run, found, part, source)
+    moved = feed.resume(then, found)
+    trainer = _restored(run, found, part, feed)
     part.gather(None)  # all ranks have read
     if part.writes:
         set_aside(folder, found.step)
         replace_file(folder / "config.toml", run.to_toml().encode())
     lines = (*changes(then, run, found.step), *moved)
-    return _Start(trainer, found.step, int(found.state.get("skipped", 0)), tuple(broken), lines)
+    skipped = int(found.state.get("skipped", 0))
+    return _Start(trainer, found.step, skipped, broken=tuple(broken), changed=lines)
 
 
 def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
@@ -212,10 +223,10 @@ def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
     )
 
 
-def _restored(run: RunConfig, found: Resumed, part: Part, source: Source) -> Trainer:
+def _restored(run: RunConfig, found: Resumed, part: Part, feed: Feed) -> Trainer:
     model = part.model(run.model)
     load_pieces(found.folder, part.pieces(model))
-    trainer = Trainer(run, model, part, source.objective)
+    trainer = Trainer(run, model, part, feed.objective)
     trainer.load_state_tensors(found.tensors, found.state.get("without_moments"))
     if "guard" in found.state:  # older checkpoints have no guard
         trainer.guard.load_state(found.state["guard"])
@@ -258,12 +269,12 @@ class _Loop:
         run: RunConfig,
         folder: Path,
         start: _Start,
-        source: Source,
+        feed: Feed,
         metrics: Metrics,
         writer: Writer,
     ):
         self.run, self.trainer, self.skipped, self.writer = run, start.trainer, start.skipped, writer
-        self.source, self.metrics, self.part = source, metrics, start.trainer.part
+        self.feed, self.metrics, self.part = feed, metrics, start.trainer.part
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
         device, dtype = start.trainer.device, start.trainer.dtype
         self.peak = 0.0
@@ -275,9 +286,9 @@ class _Loop:
         metrics.event(
             start.step,
             what,
-            f"{folder} {what} at step {start.step}: {device.type}, {_arithmetic(run, dtype)}, "
+            f"{folder} {what} at step {start.step}{start.origin}: {device.type}, {_arithmetic(run, dtype)}, "
             f"{self.part.in_words(torch.get_num_threads())}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
-            f"{source.words and '; '}{source.words}",
+            f"{feed.words and '; '}{feed.words}",
         )
         for note in run.notes:
             metrics.say(note)
@@ -295,13 +306,13 @@ class _Loop:
         self.writer.poll()
         self.part.begin(step)
         started = time.perf_counter()
-        before = self.source.tokens
-        batch = self.source.batch(step)
+        before = self.feed.tokens
+        batch = self.feed.batch(step)
         result = self.trainer.step(batch, step)
         seconds = time.perf_counter() - started
         done = step + 1
         if done % t.log_every == 0 or done == t.steps or not result.applied:
-            self._log(done, batch.sequences, self.source.tokens - before, seconds, result)
+            self._log(done, batch.sequences, self.feed.tokens - before, seconds, result)
         self._note_skipped(done, result)
         if done % t.eval_every == 0 or done == t.steps:
             self._evaluate(done)
@@ -321,7 +332,7 @@ class _Loop:
                 f"step {step}: weight {culprit} is not finite, so no checkpoint was written: lower optimizer.lr"
             )
         state = {
-            **self.source.state(),
+            **self.feed.state(),
             "config": self.run.to_toml(),
             "without_moments": self.trainer.without_moments(),
             "skipped": self.skipped,
@@ -329,7 +340,7 @@ class _Loop:
         }
         weights, moments = self.trainer.pieces()
         self.metrics.sync()  # rows must be on disk before the checkpoint
-        self.writer.save(step, self.run.model, weights, moments, state, self.source.folder)
+        self.writer.save(step, self.run.model, weights, moments, state, self.feed.folder)
         self.saved = step
 
     def _probe(self) -> None:
@@ -346,7 +357,7 @@ class _Loop:
         self.peak = max(self.peak, rate * self.flops)  # a step is faster if others were busy during the probe
         row: dict[str, Any] = {
             "step": step,
-            "tokens": self.source.tokens,
+            "tokens": self.feed.tokens,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
@@ -368,7 +379,7 @@ class _Loop:
             row["load"] = {str(k): [round(x, 5) for x in (c / c.sum()).tolist()] for k, c in result.counts.items()}
         if ranks := self.part.seconds(seconds):
             row["ranks"] = ranks
-        self.metrics.write(row | self.source.figures() | self.trainer.objective.figures())
+        self.metrics.write(row | self.feed.figures() | self.trainer.objective.figures())
         self.metrics.show(step, f"loss {result.loss:.3f}  {rate:,.0f} tok/s  MFU {row['mfu']:.0%}")
 
     def _note_skipped(self, step: int, result: StepResult) -> None:
@@ -383,8 +394,8 @@ class _Loop:
             raise RunError(f"{message}, the {self.skipped}th step in a row: lower optimizer.lr")
 
     def _evaluate(self, step: int) -> None:
-        if (found := self.source.evaluate(self.trainer, step)) is None:
+        if (found := self.feed.evaluate(self.trainer, step)) is None:
             return
-        self.metrics.write({"step": step, "tokens": self.source.tokens, **found.figures})
+        self.metrics.write({"step": step, "tokens": self.feed.tokens, **found.figures})
         self._probe()
         self.metrics.say(f"step {step}: {found.line}")

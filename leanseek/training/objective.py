@@ -9,8 +9,6 @@ from torch import Tensor
 
 from leanseek.data.batch import Batch
 from leanseek.model import Output, Route, Transformer, sequence_balance_loss, switch_balance_loss
-from leanseek.training.config import RunConfig
-from leanseek.training.schedules import mtp_weight
 
 
 class Losses(NamedTuple):
@@ -49,34 +47,6 @@ class Objective(Protocol):
 
     def figures(self) -> dict[str, float]:
         """What else the step just done has to say in its row of metrics.jsonl."""
-
-
-class NextToken:
-    """The objective of pre-training, in `dtype`."""
-
-    stages = True
-
-    def __init__(self, run: RunConfig, dtype: torch.dtype):
-        self.run, self.dtype = run, dtype
-
-    def __call__(
-        self, model: Transformer, batch: Batch, step: int, hidden: Tensor | None = None, stage: int = 0
-    ) -> Losses:
-        return losses(
-            model,
-            batch.tokens,
-            hidden,
-            share=batch.share,
-            mtp_weight=mtp_weight(self.run, step),
-            sequence_alpha=self.run.balance.sequence_alpha,
-            switch_alpha=self.run.balance.switch_alpha,
-            dtype=self.dtype,
-            recompute=self.run.train.recompute,
-            stage=stage,
-        )
-
-    def figures(self) -> dict[str, float]:
-        return {}
 
 
 def losses(

@@ -22,7 +22,8 @@ from leanseek.training.balance import update_biases
 from leanseek.training.config import RunConfig
 from leanseek.training.diagnose import find_nonfinite
 from leanseek.training.guard import SpikeGuard
-from leanseek.training.objective import Losses, NextToken, Objective
+from leanseek.training.next_token import NextToken
+from leanseek.training.objective import Losses, Objective
 from leanseek.training.optimizer import EMA, build_optimizer
 from leanseek.training.part import Part
 from leanseek.training.schedules import bias_update_speed, learning_rate

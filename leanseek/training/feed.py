@@ -1,6 +1,6 @@
 """Where the batches of a run come from: token shards, in pre-training.
 
-A run's place in its source is saved with every checkpoint, so that a resumed run gets the batches it would have got.
+A run's place in its data is saved with every checkpoint, so that a resumed run gets the batches it would have got.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Evaluation(NamedTuple):
     line: str  # for who watches
 
 
-class Source:
-    """What the loop asks of a source. Every rank has one, and gets its own rows."""
+class Feed:
+    """What the loop asks of what feeds it. Every rank has one, and gets its own rows."""
 
     objective: Objective | None = None  # what the run minimises; None: the next token's loss
     folder: Path  # has the tokenizer that checkpoints keep
@@ -68,7 +68,7 @@ class Source:
         raise NotImplementedError
 
 
-class TokenSource(Source):
+class TokenFeed(Feed):
     """Windows of the shards in `data.path`.
 
     Raises:
