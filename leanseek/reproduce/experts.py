@@ -20,7 +20,7 @@ from leanseek.data.loader import TokenDataset
 from leanseek.errors import InputError
 from leanseek.machine.device import preferred_dtype
 from leanseek.model import Transformer
-from leanseek.model.moe import Gate, gate_logits, load_counts
+from leanseek.model.moe import Gate, load_counts
 from leanseek.reading import Structure, checked, read_json
 from leanseek.training import RunConfig
 
@@ -89,13 +89,12 @@ def without_best(model: Transformer, count: int) -> Iterator[None]:
 def _choose_without(count: int) -> Any:
     def choose(gate: Gate, arguments: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
         x, _ = arguments  # [N, D]
-        c, bias = gate.config, gate.e_score_correction_bias
-        scores = ops.expert_scores(gate_logits(x, gate.weight), c.scoring_func)  # [N, E]
-        how = (*((c.n_group, c.topk_group) if c.grouped_routing else (1, 1)), 2 if c.selection_bias else 1)
-        chosen = ops.select_experts(scores, bias, c.num_experts_per_tok, *how)
-        best = chosen.gather(1, scores.gather(1, chosen).topk(count, dim=-1).indices)
+        c, (_, chosen, _, scores) = gate.config, gate.forward(x)
+        best = chosen.gather(1, scores.gather(1, chosen).topk(count, dim=-1).indices)  # [N, count]
         left = scores.scatter(1, best, float("-inf"))
-        return x, ops.select_experts(left, bias, c.num_experts_per_tok, *how)
+        groups = (c.n_group, c.topk_group) if c.grouped_routing else (1, 1)
+        of_group = 2 if c.selection_bias else 1
+        return x, ops.select_experts(left, gate.e_score_correction_bias, c.num_experts_per_tok, *groups, of_group)
 
     return choose
 
