@@ -6,14 +6,16 @@ from torch import Tensor, nn
 
 from leanseek.fp8 import layers
 from leanseek.fp8.memory import Recomputed
-from leanseek.fp8.recipe import Cast, Tensorwise, Tilewise
+from leanseek.fp8.recipe import Cast, GradientBlocks, Tensorwise, Tilewise
 from leanseek.model import attention, block, moe
 from leanseek.model import layers as plain
 from leanseek.ops import Dispatched, mla_attention
 from leanseek.ops.formats import Counts
 from leanseek.ops.quantize import round_e5m6
 
-RECIPES: dict[str, type[Tilewise] | None] = {"bf16": None, "fp8": Tilewise, "fp8-tensorwise": Tensorwise}
+RECIPES: dict[str, type[Tilewise] | None] = {
+    "bf16": None, "fp8": Tilewise, "fp8-tensorwise": Tensorwise, "fp8-gradient-blocks": GradientBlocks,
+}  # fmt: skip
 PRECISIONS = tuple(RECIPES)
 
 
