@@ -24,14 +24,18 @@ ALLOWED = {
     "checkpoint": {"machine", "ops", "model"},
     "data": {"machine"},
     "training": {"machine", "ops", "fp8", "model", "checkpoint", "data", "planning"},
-    "distributed": {"machine", "ops", "fp8", "model", "checkpoint", "planning", "training"},
+    "distributed": {"machine", "ops", "fp8", "model", "checkpoint", "data", "planning", "training"},
     "backends": {"machine", "ops", "native", "model", "checkpoint"},
     "engine": {"machine", "ops", "checkpoint", "backends"},
     "server": {"engine"},
     "evaluation": {"engine"},
+    "posttraining": {"machine", "ops", "model", "checkpoint", "data", "training", "engine", "evaluation"},
     "bench": {
         "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",
         "engine",
+    },
+    "reproduce": {
+        "machine", "ops", "model", "checkpoint", "data", "planning", "training", "backends", "engine", "evaluation", "bench",
     },
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

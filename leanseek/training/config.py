@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -17,6 +18,7 @@ import tomli_w
 from leanseek.config import ConfigError, ModelConfig, preset_path
 from leanseek.fp8 import PRECISIONS
 from leanseek.reading import read_toml, shorten
+from leanseek.training.origin import check_change, network_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class TrainConfig:
     ramp: float = 0.03  # share of the steps over which it grows
     micro_batch_size: int = 0  # sequences per forward; 0: the whole batch
     dtype: str = "auto"  # compute dtype: bfloat16 if the hardware multiplies it, else float32
-    precision: str = "bf16"  # of the linears' products: bf16 (meaning dtype), fp8, fp8-tensorwise (docs/fp8.md)
+    precision: str = "bf16"  # of the linears' products: bf16 (meaning dtype), fp8 or one of its variants (docs/fp8.md)
     spike_limit: float = 10.0  # robust z-score of the loss from which on a step is skipped; 0: never
     device: str = "auto"
     recompute: bool = False  # recompute norms and MLA up-projections in backward (3.2.3)
@@ -119,6 +121,7 @@ class RunConfig:
     mtp: MTPConfig = field(default_factory=MTPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    source: str = ""  # `from`: a run, checkpoint or Hugging Face folder whose weights it begins with; "": random ones
     notes: tuple[str, ...] = field(default=(), compare=False)  # settings chosen for the user, to be printed
 
     def __post_init__(self) -> None:
@@ -143,8 +146,12 @@ class RunConfig:
             raise ConfigError(contradiction)
 
     @classmethod
-    def load(cls, source: str, overrides: list[str]) -> RunConfig:
+    def load(cls, source: str, overrides: list[str], runs: Path | None = None) -> RunConfig:
         """From a TOML file or the name of a preset, with `section.key=value` overrides (values as in TOML).
+
+        With `from`, the network is that of the checkpoint, whose config is read; keys of [model] override it. If the
+        run of this name in the folder `runs` began so, it is going to be resumed: it has that network, and the
+        checkpoint may be gone.
 
         Raises:
             ConfigError: unknown key, wrong type or value, a contradiction, unreadable file.
@@ -156,11 +163,21 @@ class RunConfig:
         if "preset" in changes:
             table["preset"] = changes.pop("preset")
         table.setdefault("name", path.stem)
-        return cls._from_layers([*_layers(table), changes])
+        layers = [*_layers(table), changes]
+        given = functools.reduce(_merge, layers)
+        if stored := _begun(runs, given):
+            return cls._from_layers([{key: stored[key] for key in ("from", "model")}, *layers])
+        if "from" not in given:
+            return cls._from_layers(layers)
+        before = network_of(_path("from", given["from"]))
+        run = cls._from_layers([{"model": before.to_dict()}, *layers])
+        check_change(run.source, before, run.model)
+        return run
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> RunConfig:
-        """From a TOML file's tables; with `preset = "NAME"` they override that preset's."""
+        """From a TOML file's tables; with `preset = "NAME"` they override that preset's. With `from` they hold the
+        whole network all the same: no checkpoint is read."""
         return cls._from_layers(_layers(table))
 
     @classmethod
@@ -169,24 +186,32 @@ class RunConfig:
         table: dict[str, Any] = {}
         for layer in layers:
             table = _merge(table, layer)
-        values: dict[str, Any] = {"notes": _fit_warmup(layers, table)}
+        sections = cls.sections()
+        values: dict[str, Any] = {"notes": _fit_warmup(layers, table, sections)}
         for key, value in table.items():
             if key == "name":
                 if not isinstance(value, str):
                     raise ConfigError(f"name must be a string, not {shorten(repr(value))}")
                 values[key] = value
+            elif key == "from":
+                values["source"] = _path(key, value)
             elif key == "model" and isinstance(value, dict):
                 values[key] = ModelConfig.from_dict(value)
-            elif key in _SECTIONS and isinstance(value, dict):
-                values[key] = _section(key, value)
+            elif key in sections and isinstance(value, dict):
+                values[key] = _section(key, value, sections[key])
             elif key != "preset":
                 raise ConfigError(
                     f"unknown table or key {shorten(repr(key))}; "
-                    f"there are name, preset, [model], [{'], ['.join(_SECTIONS)}]"
+                    f"there are name, from, preset, [model], [{'], ['.join(sections)}]"
                 )
         if "model" not in values:
-            raise ConfigError("the file has neither a [model] table nor preset = ...")
+            raise ConfigError("the file has neither a [model] table nor preset = ... nor from = ...")
         return cls(**values)
+
+    @classmethod
+    def sections(cls) -> dict[str, Any]:
+        """The tables besides [model], each with its defaults."""
+        return {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
 
     def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> RunConfig:
         """The same run with the tokenizer's bos and eos tokens in its model.
@@ -206,8 +231,9 @@ class RunConfig:
 
     def to_toml(self) -> str:
         """The resolved configuration; `from_dict(tomllib.loads(...))` gives it back."""
-        table: dict[str, Any] = {"name": self.name, "model": self.model.to_dict()}
-        for key in _SECTIONS:
+        table: dict[str, Any] = {"name": self.name} | ({"from": self.source} if self.source else {})
+        table["model"] = self.model.to_dict()
+        for key in self.sections():
             table[key] = dataclasses.asdict(getattr(self, key))
         return tomli_w.dumps(table)
 
@@ -320,7 +346,7 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
 
 def _numbers(run: RunConfig) -> Iterator[tuple[str, float]]:
     """Every float, with its key."""
-    for section in ("model", *_SECTIONS):
+    for section in ("model", *run.sections()):
         for key, value in dataclasses.asdict(getattr(run, section)).items():
             for name, part in value.items() if isinstance(value, dict) else [("", value)]:
                 for number in part if isinstance(part, tuple) else (part,):
@@ -331,18 +357,6 @@ def _numbers(run: RunConfig) -> Iterator[tuple[str, float]]:
 def _is_folder_name(name: str) -> bool:
     plain = name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
     return plain and len(name.encode()) <= 200
-
-
-_SECTIONS: dict[str, type] = {
-    "data": DataConfig,
-    "train": TrainConfig,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
-    "balance": BalanceConfig,
-    "mtp": MTPConfig,
-    "checkpoint": CheckpointConfig,
-    "parallel": ParallelConfig,
-}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -361,7 +375,7 @@ def _layers(table: dict[str, Any]) -> list[dict[str, Any]]:
     return layers
 
 
-def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[str, ...]:
+def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any], sections: dict[str, Any]) -> tuple[str, ...]:
     """If nobody chose a warm-up for a run of this length, sets the default in `table`; returns notes on it."""
 
     def given(section: str, key: str) -> tuple[int, Any]:
@@ -369,7 +383,7 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[st
         found = [
             (i, t[section][key]) for i, t in enumerate(layers) if isinstance(t.get(section), dict) and key in t[section]
         ]
-        by, value = found[-1] if found else (-1, getattr(_SECTIONS[section](), key))
+        by, value = found[-1] if found else (-1, getattr(sections[section], key))
         return by, float(value) if key == "decay_start" and value in (0, 1) else value
 
     (by, warmup), (shortened_by, steps), (_, start) = (
@@ -398,10 +412,9 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _section(name: str, values: dict[str, Any]) -> Any:
-    """One table as a dataclass; checks that keys are known and values have the default's type."""
-    kind = _SECTIONS[name]
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+def _section(name: str, values: dict[str, Any], default: Any) -> Any:
+    """One table: `default` changed by it; checks that keys are known and values have the default's type."""
+    defaults = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in defaults:
@@ -413,8 +426,8 @@ def _section(name: str, values: dict[str, Any]) -> Any:
             value = tuple(_float(f"{name}.{key}", v) if type(v) is int else v for v in value)
         if type(value) is not want:
             raise ConfigError(f"{name}.{key} must be {want.__name__}, not {shorten(repr(value))}")
-        checked[key] = _home(str(value)) if (name, key) == ("data", "path") else value
-    return kind(**checked)
+        checked[key] = _path("data.path", value) if (name, key) == ("data", "path") else value
+    return dataclasses.replace(default, **checked)
 
 
 def _float(key: str, value: int) -> float:
@@ -424,12 +437,24 @@ def _float(key: str, value: int) -> float:
         raise ConfigError(f"{key} is too large a number") from None
 
 
-def _home(path: str) -> str:
-    """The path with `~` expanded."""
+def _path(key: str, value: Any) -> str:
+    """A path with `~` expanded."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key} must be the path of a folder, not {shorten(repr(value))}")
     try:
-        return str(Path(path).expanduser())
+        return str(Path(value).expanduser())
     except RuntimeError:
-        raise ConfigError(f"data.path = {path!r}: there is no such home directory") from None
+        raise ConfigError(f"{key} = {value!r}: there is no such home directory") from None
+
+
+def _begun(runs: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the run of that name in `runs`, if it began with a checkpoint's weights; else nothing."""
+    name = given.get("name")
+    if runs is None or not isinstance(name, str) or not _is_folder_name(name):
+        return {}
+    path = runs / name / "config.toml"
+    stored = _read(path) if path.is_file() else {}
+    return stored if {"from", "model"} <= stored.keys() else {}
 
 
 def _override(table: dict[str, Any], text: str) -> None:
