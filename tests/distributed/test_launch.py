@@ -337,6 +337,12 @@ def test_the_report_shows_who_waits_for_whom(tmp_path: Path, place: Path) -> Non
     row |= {"max_violation": 0.0}
     times = {"compute_s": [0.1, 0.5, 0.2], "exchange_s": [0.3, 0.05, 0.3], "wait_s": [0.2, 0.05, 0.1]}
     (run / "metrics.jsonl").write_text(json.dumps(row | {"ranks": times}) + "\n")
-    assert "Time of each rank: rank 1 waits least, so the others wait for it" in write_report(run).read_text()
+    page = write_report(run).read_text()
+    assert "Time of each rank: rank 1 waits least, so the others wait for it" in page
+    assert "exchange of rows for experts" in page
+    times["exchange_s"] = [0.0] * 3
+    (run / "metrics.jsonl").write_text(json.dumps(row | {"ranks": times}) + "\n")
+    page = write_report(run).read_text()
+    assert "waiting for other ranks" in page and "exchange of rows for experts" not in page
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert "Time of each rank" not in write_report(run).read_text()
