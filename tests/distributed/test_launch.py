@@ -263,13 +263,35 @@ def test_a_run_on_two_ranks_is_resumed_with_the_same_report(command: Callable[..
     assert "Time of each rank: rank " in (again.metrics.parent / "report.html").read_text()
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "leanseek", "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ctrl_c_of_torchrun_saves_the_run(place: Path, tmp_path: Path) -> None:
+    """It hands the signal on once. The exit code is its own."""
+    command = [sys.executable, *TORCHRUN, str(place / "run.toml"), f"data.path={place / 'shards'}", *LONG]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **quiet)
+    run, end = tmp_path / "runs/run", time.monotonic() + LIMIT
+    try:
+        while not (run / "metrics.jsonl").exists() or '"loss"' not in (run / "metrics.jsonl").read_text():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=LIMIT) != 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert newest_whole(run) == run / f"checkpoints/step-{read_rows(run / 'metrics.jsonl')[-1]['step']}"
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_torchrun_makes_the_same_files(place: Path, tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "leanseek", "train"]
     settings = [str(place / "run.toml"), f"data.path={place / 'shards'}", "parallel.pp=2", "parallel.schedule=1f1b"]
     done = subprocess.run(
-        [sys.executable, *torchrun, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
+        [sys.executable, *TORCHRUN, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/run"
@@ -277,7 +299,7 @@ def test_torchrun_makes_the_same_files(place: Path, tmp_path: Path) -> None:
     assert [r["step"] for r in read_rows(run / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4, 5, 6]
     # an error of all ranks is one line, besides torchrun's own
     again = subprocess.run(
-        [sys.executable, *torchrun, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
+        [sys.executable, *TORCHRUN, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
     )
     assert [line for line in again.stderr.splitlines() if line.startswith("leanseek: ")] == [
         "leanseek: runs/run exists; continue it with --resume, or choose another --name"
