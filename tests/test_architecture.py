@@ -29,13 +29,15 @@ ALLOWED = {
     "engine": {"machine", "ops", "checkpoint", "backends"},
     "server": {"engine"},
     "evaluation": {"engine"},
-    "posttraining": {"machine", "ops", "model", "checkpoint", "data", "training", "engine", "evaluation"},
+    "posttraining": {
+        "machine", "ops", "fp8", "model", "checkpoint", "data", "training", "backends", "engine", "server", "evaluation",
+    },
     "bench": {
         "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",
         "engine",
     },
     "reproduce": {
-        "machine", "model", "checkpoint", "data", "planning", "training", "backends", "engine", "evaluation", "bench",
+        "machine", "ops", "model", "checkpoint", "data", "planning", "training", "backends", "engine", "evaluation", "bench",
     },
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tomli_w
 
@@ -35,7 +35,7 @@ class TrainConfig:
     ramp: float = 0.03  # share of the steps over which it grows
     micro_batch_size: int = 0  # sequences per forward; 0: the whole batch
     dtype: str = "auto"  # compute dtype: bfloat16 if the hardware multiplies it, else float32
-    precision: str = "bf16"  # of the linears' products: bf16 (meaning dtype), fp8, fp8-tensorwise (docs/fp8.md)
+    precision: str = "bf16"  # of the linears' products: bf16 (meaning dtype), fp8 or one of its variants (docs/fp8.md)
     spike_limit: float = 10.0  # robust z-score of the loss from which on a step is skipped; 0: never
     device: str = "auto"
     recompute: bool = False  # recompute norms and MLA up-projections in backward (3.2.3)
@@ -145,7 +145,7 @@ class RunConfig:
             raise ConfigError(contradiction)
 
     @classmethod
-    def load(cls, source: str, overrides: list[str], runs: Path | None = None) -> RunConfig:
+    def load(cls, source: str, overrides: list[str], runs: Path | None = None) -> Self:
         """From a TOML file or the name of a preset, with `section.key=value` overrides (values as in TOML).
 
         With `from`, the network is that of the checkpoint, whose config is read; keys of [model] override it. If the
@@ -174,13 +174,13 @@ class RunConfig:
         return run
 
     @classmethod
-    def from_dict(cls, table: dict[str, Any]) -> RunConfig:
+    def from_dict(cls, table: dict[str, Any]) -> Self:
         """From a TOML file's tables; with `preset = "NAME"` they override that preset's. With `from` they hold the
         whole network all the same: no checkpoint is read."""
         return cls._from_layers(with_presets(table))
 
     @classmethod
-    def _from_layers(cls, layers: list[dict[str, Any]]) -> RunConfig:
+    def _from_layers(cls, layers: list[dict[str, Any]]) -> Self:
         """From tables, each of which overrides those before it."""
         table = merged(layers)
         sections = cls.sections()
@@ -210,7 +210,7 @@ class RunConfig:
         """The tables besides [model], each with its defaults."""
         return {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
 
-    def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> RunConfig:
+    def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> Self:
         """The same run with the tokenizer's bos and eos tokens in its model.
 
         The end tokens of [model] stay if they include the tokenizer's own.
