@@ -7,7 +7,7 @@ Two ways through: `forward` over whole sequences (training, evaluation), `step` 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -209,11 +209,20 @@ class Transformer(nn.Module):
         cache [num_hidden_layers (+ D), slots, cache_width] is read and written in place; MTP modules use the layers
         after the main model's.
         """
+        for state, _ in self.step_states(tokens, cache, index):
+            last = state
+        return self.norm(last)
+
+    def step_states(
+        self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex
+    ) -> Iterator[tuple[Tensor, Route | None]]:
+        """The parts of `step`: what the first layer begins with, then what each ends with, [N, D], and its route."""
         x = self.embed(tokens)
+        yield x, None
         cos, sin = self.rotary(index.positions)
         for block, layer_cache in zip(self.layers, cache, strict=False):
-            x = cast(Block, block).step(x, cos, sin, layer_cache, index)
-        return self.norm(x)
+            x, route = cast(Block, block).step(x, cos, sin, layer_cache, index)
+            yield x, route
 
     def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """MTP module `depth` (from 1) in serving: hidden [N, D] of depth - 1, the tokens [N] after them -> [N, D]."""
