@@ -36,6 +36,9 @@ ALLOWED = {
         "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",
         "engine",
     },
+    "reproduce": {
+        "machine", "model", "checkpoint", "data", "planning", "training", "backends", "engine", "evaluation", "bench",
+    },
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,7 +1,7 @@
 """Inference: checkpoints -> tokens. Start at engine.py; llm.py and asynchronous.py are its two interfaces."""
 
 from leanseek.engine.asynchronous import AsyncEngine, EngineStopped, QueueFull, RequestFailed, Stream
-from leanseek.engine.confined import Confined, Crowded, Overtaxed
+from leanseek.engine.confined import Child, Confined, Crowded, Overtaxed
 from leanseek.engine.engine import Engine
 from leanseek.engine.llm import LLM, load_engine
 from leanseek.engine.outputs import (
@@ -21,6 +21,7 @@ from leanseek.engine.tokenizer import Tokenizer, TooLong
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "Child",
     "CompletionOutput",
     "Confined",
     "Crowded",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -15,18 +16,23 @@ SECONDS = 10
 MEMORY = 2**30  # bytes of address space
 FILE_SIZE = 2**20  # bytes of any file it writes
 _LIMITS = f"""import resource as _r
-for _what, _most in ((_r.RLIMIT_AS, {MEMORY}), (_r.RLIMIT_CPU, {SECONDS}), (_r.RLIMIT_FSIZE, {FILE_SIZE})):
+for _what, _most in ((_r.RLIMIT_AS, {MEMORY}), (_r.RLIMIT_CPU, {{seconds}}), (_r.RLIMIT_FSIZE, {FILE_SIZE})):
     _r.setrlimit(_what, (_most, _most))
 _r.setrlimit(_r.RLIMIT_CORE, (0, 0))
-exec(compile(open("program.py", encoding="utf-8").read(), "program.py", "exec"), {{"__name__": "program"}})
+exec(compile(open("program.py", encoding="utf-8").read(), "program.py", "exec"), {{{{"__name__": "program"}}}})
 """
 
 
-def passes(program: str) -> bool:
-    """Whether a Python program runs to its end, in an empty folder, without environment and within limits."""
+def passes(program: str, seconds: float | None = None) -> bool:
+    """Whether a Python program runs to its end, in an empty folder, without environment and within limits.
+
+    seconds: of CPU time, SECONDS if None; it may wait for as long again
+    """
+    seconds = SECONDS if seconds is None else seconds
+    limits = _LIMITS.format(seconds=math.ceil(seconds))
     word = secrets.token_hex(16)  # printed after the last line, so that an early exit does not pass
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "limits.py").write_text(f"{_LIMITS}print({word!r})\n", encoding="utf-8")
+        Path(folder, "limits.py").write_text(f"{limits}print({word!r})\n", encoding="utf-8")
         Path(folder, "program.py").write_text(program, encoding="utf-8", errors="replace")
         said = Path(folder, "said")
         with said.open("wb") as out:  # a file: the limit on its size ends what writes without end
@@ -37,7 +43,7 @@ def passes(program: str) -> bool:
             )  # fmt: skip
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2 * SECONDS)  # sleeping takes no CPU time
+                process.wait(2 * seconds)  # sleeping takes no CPU time
         finally:
             with contextlib.suppress(ProcessLookupError):  # and whatever it has started
                 os.killpg(process.pid, signal.SIGKILL)

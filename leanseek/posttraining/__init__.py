@@ -1,1 +1,1 @@
-"""From a base model to one that reasons: fine-tuning, rewards, GRPO, distillation."""
+"""From a base model to one that follows and reasons: fine-tuning, rewards, GRPO, sampling for distillation."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -12,33 +10,12 @@ from typing import Any
 
 from leanseek import planning
 from leanseek.config import ModelConfig
-from leanseek.plotting import Axes, Figure, MaxNLocator, matplotlib
+from leanseek.pages import COLORS, INK, card, figure, inline, page, quiet, svg
+from leanseek.plotting import Axes, MaxNLocator
 from leanseek.reading import read_text, read_toml
 from leanseek.training.metrics import read_rows
 
 Rows = list[dict[str, Any]]
-INK = "#7b8494"  # readable on white and on black
-COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6")
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2430; --soft: #6b7280; --paper: #fbfbfd; --card: #fff; --line: #e5e7eb; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8ee; --soft: #9aa3b2; --paper: #0f1218; --card: #171b23; --line: #2a303c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1100px; padding: 2rem 1.2rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 0 0 .6rem; }
-p { color: var(--soft); margin: .2rem 0 1rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin: 1.4rem 0; }
-.figures div, section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem; }
-.figures b { display: block; font-size: 1.35rem; } .figures span { color: var(--soft); font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 470px), 1fr)); gap: 1rem; }
-section { margin-bottom: 1rem; } .charts section { margin: 0; } .wide { grid-column: 1 / -1; }
-svg { width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; } td, th { padding: .35rem .5rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr + tr td { border-top: 1px solid var(--line); }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 14px/1.5 ui-monospace, monospace; }
-"""
 
 
 def write_report(run: Path, compare: Path | None = None) -> Path:
@@ -50,24 +27,19 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     other = _read(compare) if compare and (compare / "metrics.jsonl").is_file() else None
     model = ModelConfig.from_dict(config["model"])
     trained = [r for r in rows if "loss" in r]
-    charts = [_card(title, _svg(draw)) for title, draw in _line_charts(rows, other, run.name, compare)]
-    charts += [_card("Load per expert over the run", _svg(draw, wide=True), wide=True) for draw in _load_maps(trained)]
-    charts += [_card(title, _svg(draw, wide=True), wide=True) for title, draw in _rank_chart(trained)]
+    charts = [card(title, svg(draw)) for title, draw in _line_charts(rows, other, run.name, compare)]
+    charts += [card("Load per expert over the run", svg(draw, wide=True), wide=True) for draw in _load_maps(trained)]
+    charts += [card(title, svg(draw, wide=True), wide=True) for title, draw in _rank_chart(trained)]
     if (run / "timeline.svg").is_file():
-        charts.append(
-            _card("The last step on the pipeline's ranks", _inline(read_text(run / "timeline.svg")), wide=True)
-        )
+        charts.append(card("The last step on the pipeline's ranks", inline(read_text(run / "timeline.svg")), wide=True))
     written = read_text(run / "config.toml")
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<title>{html.escape(run.name)} · leanseek</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
-<h1>{html.escape(run.name)}</h1><p>{html.escape(_sentence(model, trained))}</p>
-<div class="figures">{"".join(_figure(*f) for f in _figures(model, rows, trained))}</div>
+    body = f"""<h1>{html.escape(run.name)}</h1><p>{html.escape(_sentence(model, trained))}</p>
+<div class="figures">{"".join(figure(*f) for f in _figures(model, rows, trained))}</div>
 <div class="charts">{"".join(charts)}</div><br>{_cache_table(model)}
-<section><h2>Configuration</h2><pre>{html.escape(written)}</pre></section></body></html>
+<section><h2>Configuration</h2><pre>{html.escape(written)}</pre></section>
 """
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(f"{run.name} · leanseek", body), encoding="utf-8")
     return path
 
 
@@ -105,14 +77,6 @@ def _figures(model: ModelConfig, rows: Rows, trained: Rows) -> list[tuple[str, s
         if model.n_routed_experts:
             figures.append((f"{_smooth([r['max_violation'] for r in trained])[-1]:.3f}", "max violation at the end"))
     return figures
-
-
-def _figure(value: str, label: str) -> str:
-    return f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>"
-
-
-def _card(title: str, body: str, wide: bool = False) -> str:
-    return f'<section class="{"wide" if wide else ""}"><h2>{html.escape(title)}</h2>{body}</section>'
 
 
 def _cache_table(model: ModelConfig) -> str:
@@ -168,7 +132,7 @@ def _lines(ax: Axes, lines: list[tuple[Rows, str, str]], log: bool, smooth: bool
         ax.set_yscale("log")
     if len(lines) > 1:
         ax.legend(frameon=False, fontsize=9, labelcolor=INK)
-    _quiet(ax)
+    quiet(ax)
     ax.set_xlabel("step", color=INK, fontsize=9)
 
 
@@ -196,7 +160,7 @@ def _load_maps(trained: Rows) -> list[Draw]:
             bar.outline.set_visible(False)  # type: ignore[operator]
             ax.set_title(f"layer {layer}: load of each expert, 1 = its equal share", fontsize=10, loc="left", color=INK)
             ax.set_xlabel("step", color=INK, fontsize=9)
-            _quiet(ax)
+            quiet(ax)
 
         return draw
 
@@ -220,32 +184,7 @@ def _rank_chart(trained: Rows) -> list[tuple[str, Draw]]:
         ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylabel("seconds of a step", color=INK, fontsize=9)
-        _quiet(ax)
+        quiet(ax)
         ax.set_xlabel("rank", color=INK, fontsize=9)
 
     return [(f"Time of each rank: rank {idle.index(min(idle))} waits least, so the others wait for it", draw)]
-
-
-def _quiet(ax: Axes) -> None:
-    ax.grid(True, color=INK, alpha=0.18, linewidth=0.6)
-    ax.tick_params(colors=INK, labelsize=9)
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-
-
-def _svg(draw: Draw, wide: bool = False) -> str:
-    """The chart as inline SVG with a transparent background."""
-    with matplotlib.rc_context({"svg.hashsalt": "leanseek"}):
-        figure = Figure(figsize=(11, 2.3) if wide else (6, 3.2), layout="constrained", facecolor="none")
-        ax = figure.subplots()
-        ax.set_facecolor("none")
-        draw(ax)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return _inline(out.getvalue())
-
-
-def _inline(picture: str) -> str:
-    """An SVG file as part of a page."""
-    return re.sub(r"^.*?(?=<svg)", "", picture, flags=re.S)

@@ -26,7 +26,7 @@ def batch(sequences: int, length: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
-    path = Path(__file__).parents[2] / "experiments/fp8/run.py"
+    path = Path(__file__).parents[2] / "experiments/fp8/long/run.py"
     spec = importlib.util.spec_from_file_location("fp8_experiment", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

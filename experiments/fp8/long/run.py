@@ -1,6 +1,6 @@
 """Does FP8 training lose anything? The same network, data and seed in BF16 and in FP8, and with planted outliers.
 
-    python experiments/fp8/run.py            from the root of a checkout; killed, it goes on where it was
+    python experiments/fp8/long/run.py            from the root of a checkout; killed, it goes on where it was
 
 Planted: at the inputs of attention's projections, the first token of every sequence is 2^14 times as large, as in the
 "massive activations" of published language models (arXiv 2402.17762), and each output is divided by as much. BF16 is
