@@ -51,13 +51,6 @@ class Figures(NamedTuple):
 # ---- rewards ----
 
 
-def total_rewards(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) -> Tensor:
-    """scores by function and completion, None where a function abstains -> [completions] float64, NaN where all do."""
-    table = torch.tensor([[math.nan if s is None else float(s) for s in each] for each in scores], dtype=torch.float64)
-    weighted = table * torch.tensor(weights, dtype=torch.float64)[:, None]
-    return weighted.nansum(0).masked_fill(table.isnan().all(0), math.nan)
-
-
 def overlong_penalty(length: int, limit: int, room: int) -> float:
     """0 for answers up to limit - room tokens, falling to -1 at the limit (DAPO's soft penalty)."""
     return -min(1.0, max(0, length - (limit - room)) / room)

@@ -17,18 +17,12 @@ from leanseek.posttraining.losses import (
     policy_loss,
     spread,
     token_weights,
-    total_rewards,
 )
 
 NAN = math.nan
 
 
 # ---- rewards ----
-
-
-def test_functions_are_weighted_and_may_abstain() -> None:
-    rewards = total_rewards([[1.0, None, 0.5, None], [2.0, 3.0, None, None]], [1.0, 0.5])
-    assert rewards[:3].tolist() == [2.0, 1.5, 0.5] and rewards[3].isnan()
 
 
 def test_an_abstention_leaves_the_baseline_alone() -> None:
