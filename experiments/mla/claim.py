@@ -1,1 +1,52 @@
-"""mla"""
+"""MLA against MHA, GQA and MQA of as many parameters: quality beside the bytes that a token leaves in the cache."""
+
+from __future__ import annotations
+
+from leanseek import planning
+from leanseek.config import ModelConfig
+from leanseek.plotting import Figure
+from leanseek.reproduce.claims import Verdict
+from leanseek.reproduce.drawing import BITS, color, curves, named
+from leanseek.reproduce.results import Found, Run
+
+EQUAL = 0.01  # of MHA's bits per byte: "equal quality"
+
+
+def bits(run: Run) -> float:
+    return run.bits
+
+
+def judge(found: Found) -> Verdict:
+    cache = {arm: planning.kv_bytes_per_token(run.model) for arm, run in found.claim.arms.items()}
+    v3 = ModelConfig.preset("v3-671b")
+    v3_saved = 1 - planning.kv_bytes_per_token(v3) / planning.kv_bytes_per_token_as(v3, v3.num_attention_heads)
+    saved = 1 - cache["mla"] / cache["mha"]
+    against = {arm: found.difference("mla", arm, bits) for arm in ("mha", "gqa", "mqa")}
+    margin = EQUAL * found.mean("mha", bits).mean
+    mha = against["mha"]
+    if mha.high < margin:
+        word = "held"
+    elif mha.low > margin:
+        word = "contradicted"
+    else:
+        word = "not seen at this scale"
+    ours = (
+        f"The cache is {saved:.1%} smaller than MHA's ({cache['mla']} and {cache['mha']} bytes per token; V3's own "
+        f"{v3_saved:.1%}). Bits per byte: {', '.join(f'{arm} {found.mean(arm, bits)}' for arm in found.runs)}."
+    )
+    text = (
+        f"Four networks of 5.8 M parameters that differ in attention alone; more query heads make up for fewer key "
+        f"heads. MLA's bits per byte less MHA's: {mha} (equal here means within {EQUAL:.0%}); less GQA's: {against['gqa']}; "
+        f"less MQA's, which caches {cache['mqa']} bytes: {against['mqa']}."
+    )
+    return Verdict(word, ours, text)
+
+
+def draw(figure: Figure, found: Found) -> None:
+    left, right = figure.subplots(1, 2)
+    for arm, run in found.claim.arms.items():
+        values, x = found.each(arm, bits), planning.kv_bytes_per_token(run.model)
+        left.scatter([x] * len(values), values, color=color(found, arm), s=26, label=arm, linewidths=0)
+    left.set_xscale("log", base=2)
+    named(left, "cache bytes per token", BITS)
+    curves(right, found)

@@ -32,7 +32,7 @@ from leanseek.checkpoint.files import (
 )
 from leanseek.checkpoint.finite import Census
 from leanseek.checkpoint.names import hf_parts, iter_hf_tensors
-from leanseek.checkpoint.pieces import Piece, Spread
+from leanseek.checkpoint.pieces import Piece
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.config import ConfigError, ModelConfig
 from leanseek.machine.memory import empty, memory
@@ -166,7 +166,8 @@ def load(
 
 
 def load_pieces(folder: Path, pieces: Iterable[Piece]) -> None:
-    """Fill pieces of the network's state dict from a folder, whatever its layout: only their values are read.
+    """Fill pieces of the network's state dict from a folder, whatever its layout: only their values are read, of FP8
+    blocks the matrices that they are in.
 
     Raises:
         CheckpointError: as `load`; or the folder's network has no such tensor.
@@ -177,13 +178,25 @@ def load_pieces(folder: Path, pieces: Iterable[Piece]) -> None:
         if piece.name not in whole or whole[piece.name].shape != piece.shape:
             found = list(whole[piece.name].shape) if piece.name in whole else "none"
             raise CheckpointError(f"{folder}: {piece.name} is to have shape {list(piece.shape)}, there is {found}")
-        parts = hf_parts(piece.name, whole[piece.name], model.config.num_hidden_layers)
-        stored = [tensors[part.name] for part in parts]
-        if fp8 := [part.name for part, one in zip(parts, stored, strict=True) if one.dtype == blocks.FP8]:
-            raise CheckpointError(f"{folder}: {fp8[0]} is FP8, which training checkpoints are not")
-        size = math.prod(stored[0].shape)  # each part is a range of ours, in this order
-        spread = Spread(piece.shape, stored[0].dtype, [(i * size, one) for i, one in enumerate(stored)])
-        spread.copy_to(piece.tensor.detach(), piece.start)
+        out = piece.tensor.detach().view(-1)
+        start, stop = piece.start, piece.start + out.numel()
+        at = 0  # each part is a range of ours, in this order
+        for part in hf_parts(piece.name, whole[piece.name], model.config.num_hidden_layers):
+            stored = tensors[part.name]
+            first, last = max(start, at), min(stop, at + math.prod(stored.shape))
+            if first < last:
+                _fill_range(out[first - start : last - start], first - at, part.name, tensors)
+            at += math.prod(stored.shape)
+
+
+def _fill_range(out: Tensor, start: int, name: str, tensors: Mapping[str, Stored]) -> None:
+    """Fill flat `out` with the values of a stored tensor from `start` on."""
+    stored, stop = tensors[name], start + out.numel()
+    if stored.dtype == blocks.FP8:
+        whole = ops.dequantize_blocks(stored.read(), tensors[name + blocks.SCALE].read(), torch.float32)
+        out.copy_(whole.view(-1)[start:stop])
+    else:
+        stored.flat(start, stop).copy_to(out)
 
 
 def _layer(name: str) -> int:

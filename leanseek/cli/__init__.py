@@ -18,6 +18,7 @@ from leanseek.cli import (
     info,
     place,
     plan,
+    reproduce,
     sample,
     serve,
     terminal,
@@ -45,6 +46,7 @@ for command in (
     plan.plan,
     place.place,
     doctor.doctor,
+    reproduce.reproduce,
 ):
     app.command()(command)
 app.command("eval")(eval.evaluate)

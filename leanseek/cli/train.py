@@ -18,6 +18,12 @@ def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG.toml", help="a TOML file, or the name of a preset")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     name: Annotated[str | None, typer.Option(help="folder in runs/; the file's name when unset")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="PATH", help="begin with the weights of this run, checkpoint or Hugging Face folder"
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the newest good checkpoint")] = False,
     minutes: Annotated[
         float | None, typer.Option(min=0.0, help="reduce the steps if this machine would take longer")
@@ -33,8 +39,9 @@ def train(
     if resume and minutes is not None:
         raise InputError("--minutes sets the length of a run when it starts; leave it out with --resume")
     named = [] if name is None else [f"name={json.dumps(given_text(name, '--name'))}"]
+    begun = [] if source is None else [f"from={json.dumps(given_text(source, '--from'))}"]
     given = [given_text(override, shorten(override)) for override in overrides or []]
-    settings = RunConfig.load(config, [*given, *named])
+    settings = RunConfig.load(config, [*given, *begun, *named], Path("runs") if resume else None)
     from leanseek.distributed import check_layout, join, launch, launched
 
     if nproc > 1 and not launched():

@@ -29,7 +29,7 @@ QUICK = 10  # --quick trains one step in ten
 TOLERANCE = 0.015  # by which arms that should be equal may differ
 ALONE = ""  # the arm of a claim that trains nothing
 
-Word = Literal["held", "held in part", "not seen at this scale", "contradicted"]
+Word = Literal["held", "held in part", "not seen at this scale", "contradicted", "not run"]
 
 
 class Verdict(NamedTuple):

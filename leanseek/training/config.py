@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -17,6 +18,7 @@ import tomli_w
 from leanseek.config import ConfigError, ModelConfig, preset_path
 from leanseek.fp8 import PRECISIONS
 from leanseek.reading import read_toml, shorten
+from leanseek.training.origin import check_change, network_of
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class RunConfig:
     mtp: MTPConfig = field(default_factory=MTPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    source: str = ""  # `from`: a run, checkpoint or Hugging Face folder whose weights it begins with; "": random ones
     notes: tuple[str, ...] = field(default=(), compare=False)  # settings chosen for the user, to be printed
 
     def __post_init__(self) -> None:
@@ -143,8 +146,12 @@ class RunConfig:
             raise ConfigError(contradiction)
 
     @classmethod
-    def load(cls, source: str, overrides: list[str]) -> RunConfig:
+    def load(cls, source: str, overrides: list[str], runs: Path | None = None) -> RunConfig:
         """From a TOML file or the name of a preset, with `section.key=value` overrides (values as in TOML).
+
+        With `from`, the network is that of the checkpoint, whose config is read; keys of [model] override it. If the
+        run of this name in the folder `runs` began so, it is going to be resumed: it has that network, and the
+        checkpoint may be gone.
 
         Raises:
             ConfigError: unknown key, wrong type or value, a contradiction, unreadable file.
@@ -156,11 +163,21 @@ class RunConfig:
         if "preset" in changes:
             table["preset"] = changes.pop("preset")
         table.setdefault("name", path.stem)
-        return cls._from_layers([*_layers(table), changes])
+        layers = [*_layers(table), changes]
+        given = functools.reduce(_merge, layers)
+        if stored := _begun(runs, given):
+            return cls._from_layers([{key: stored[key] for key in ("from", "model")}, *layers])
+        if "from" not in given:
+            return cls._from_layers(layers)
+        before = network_of(_path("from", given["from"]))
+        run = cls._from_layers([{"model": before.to_dict()}, *layers])
+        check_change(run.source, before, run.model)
+        return run
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> RunConfig:
-        """From a TOML file's tables; with `preset = "NAME"` they override that preset's."""
+        """From a TOML file's tables; with `preset = "NAME"` they override that preset's. With `from` they hold the
+        whole network all the same: no checkpoint is read."""
         return cls._from_layers(_layers(table))
 
     @classmethod
@@ -175,6 +192,8 @@ class RunConfig:
                 if not isinstance(value, str):
                     raise ConfigError(f"name must be a string, not {shorten(repr(value))}")
                 values[key] = value
+            elif key == "from":
+                values["source"] = _path(key, value)
             elif key == "model" and isinstance(value, dict):
                 values[key] = ModelConfig.from_dict(value)
             elif key in _SECTIONS and isinstance(value, dict):
@@ -182,10 +201,10 @@ class RunConfig:
             elif key != "preset":
                 raise ConfigError(
                     f"unknown table or key {shorten(repr(key))}; "
-                    f"there are name, preset, [model], [{'], ['.join(_SECTIONS)}]"
+                    f"there are name, from, preset, [model], [{'], ['.join(_SECTIONS)}]"
                 )
         if "model" not in values:
-            raise ConfigError("the file has neither a [model] table nor preset = ...")
+            raise ConfigError("the file has neither a [model] table nor preset = ... nor from = ...")
         return cls(**values)
 
     def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> RunConfig:
@@ -206,7 +225,8 @@ class RunConfig:
 
     def to_toml(self) -> str:
         """The resolved configuration; `from_dict(tomllib.loads(...))` gives it back."""
-        table: dict[str, Any] = {"name": self.name, "model": self.model.to_dict()}
+        table: dict[str, Any] = {"name": self.name} | ({"from": self.source} if self.source else {})
+        table["model"] = self.model.to_dict()
         for key in _SECTIONS:
             table[key] = dataclasses.asdict(getattr(self, key))
         return tomli_w.dumps(table)
@@ -413,7 +433,7 @@ def _section(name: str, values: dict[str, Any]) -> Any:
             value = tuple(_float(f"{name}.{key}", v) if type(v) is int else v for v in value)
         if type(value) is not want:
             raise ConfigError(f"{name}.{key} must be {want.__name__}, not {shorten(repr(value))}")
-        checked[key] = _home(str(value)) if (name, key) == ("data", "path") else value
+        checked[key] = _path("data.path", value) if (name, key) == ("data", "path") else value
     return kind(**checked)
 
 
@@ -424,12 +444,24 @@ def _float(key: str, value: int) -> float:
         raise ConfigError(f"{key} is too large a number") from None
 
 
-def _home(path: str) -> str:
-    """The path with `~` expanded."""
+def _path(key: str, value: Any) -> str:
+    """A path with `~` expanded."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key} must be the path of a folder, not {shorten(repr(value))}")
     try:
-        return str(Path(path).expanduser())
+        return str(Path(value).expanduser())
     except RuntimeError:
-        raise ConfigError(f"data.path = {path!r}: there is no such home directory") from None
+        raise ConfigError(f"{key} = {value!r}: there is no such home directory") from None
+
+
+def _begun(runs: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the run of that name in `runs`, if it began with a checkpoint's weights; else nothing."""
+    name = given.get("name")
+    if runs is None or not isinstance(name, str) or not _is_folder_name(name):
+        return {}
+    path = runs / name / "config.toml"
+    stored = _read(path) if path.is_file() else {}
+    return stored if {"from", "model"} <= stored.keys() else {}
 
 
 def _override(table: dict[str, Any], text: str) -> None:

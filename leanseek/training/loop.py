@@ -35,9 +35,10 @@ from leanseek.data.loader import TokenDataset
 from leanseek.errors import Interrupted, RunError
 from leanseek.machine.probes import gemm_rate
 from leanseek.model import Transformer
-from leanseek.reading import parse_toml
+from leanseek.reading import parse_toml, read_toml
 from leanseek.training.config import RunConfig
 from leanseek.training.metrics import Metrics, Silent
+from leanseek.training.origin import first_model, origin
 from leanseek.training.part import Part
 from leanseek.training.resume import Position, changes, check_data, position, size
 from leanseek.training.schedules import batch_size
@@ -63,6 +64,7 @@ class _Start(NamedTuple):
     step: int = 0
     position: Position = Position(0, 0)
     skipped: int = 0  # skipped steps in a row just before this one
+    origin: str = ""  # where the first weights came from, in words
     broken: tuple[str, ...] = ()  # checkpoints that were skipped, a line each
     changed: tuple[str, ...] = ()  # what differs from the checkpoint's run, a line each
 
@@ -137,7 +139,7 @@ def _train(
     data, held_out = _open_data(run)
     run = run.with_tokens(data.special.bos, data.special.eos)
     with _Signals() as signals:
-        start = _resume(run, folder, data, part) if resume else _begin(run, folder, part)
+        start = _resume(run, folder, data, part) if resume else _begin(run, folder, data, part)
         if prepare is not None:
             prepare(start.trainer.model)
         keep = run.checkpoint.keep_last, run.checkpoint.keep_every
@@ -170,23 +172,32 @@ def _open_data(run: RunConfig) -> tuple[TokenDataset, TokenDataset]:
     return data, TokenDataset(path, "validation", length, ahead)
 
 
-def _begin(run: RunConfig, folder: Path, part: Part) -> _Start:
-    if not part.writes:
-        return _Start(Trainer(run, part=part))
-    if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at the start
+def _begin(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _Start:
+    written = part.writes and folder.exists()
+    if written and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at the start
         raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
-    trainer = Trainer(run, part=part)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "config.toml", run.to_toml().encode())
-    return _Start(trainer)
+    return _first(run, folder, data, part)
+
+
+def _first(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _Start:
+    """A run before its first step."""
+    words, lines = origin(run.source, data)
+    trainer = Trainer(run, first_model(run.source, run.train.seed, run.model, part), part)
+    if part.writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "config.toml", run.to_toml().encode())
+    return _Start(trainer, origin=words, changed=tuple(lines))
 
 
 def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _Start:
     if not (folder / "config.toml").is_file():
         if all(p.name.startswith(".") for p in folder.iterdir()):  # killed before its first file
-            return _begin(run, folder, part)
+            return _first(run, folder, data, part)
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
-    before = RunConfig.load(str(folder / "config.toml"), [])
+    before = RunConfig.from_dict(read_toml(folder / "config.toml", ConfigError))
+    if before.source != run.source:
+        began = f"the weights of {before.source}" if before.source else "random weights"
+        raise ConfigError(f"from = {run.source!r}, but {folder} began with {began}; a run keeps its beginning")
     if before.model != run.model:
         pairs = ((f.name, getattr(before.model, f.name), getattr(run.model, f.name)) for f in fields(before.model))
         key, was, now = next((key, was, now) for key, was, now in pairs if was != now)
@@ -195,9 +206,7 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _St
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
     if found is None:  # killed before the first checkpoint
-        if part.writes:
-            replace_file(folder / "config.toml", run.to_toml().encode())
-        return _Start(Trainer(run, part=part))
+        return _first(run, folder, data, part)
     if run.train.steps < found.step:
         raise ConfigError(f"train.steps = {run.train.steps}, but {folder} has done {found.step} steps already")
     then = _config_of(found, before)
@@ -209,7 +218,8 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _St
         set_aside(folder, found.step)
         replace_file(folder / "config.toml", run.to_toml().encode())
     lines = (*changes(then, run, found.step), *moved)
-    return _Start(trainer, found.step, where, int(found.state.get("skipped", 0)), tuple(broken), lines)
+    skipped = int(found.state.get("skipped", 0))
+    return _Start(trainer, found.step, where, skipped, broken=tuple(broken), changed=lines)
 
 
 def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
@@ -295,7 +305,7 @@ class _Loop:
         metrics.event(
             start.step,
             what,
-            f"{folder} {what} at step {start.step}: {device.type}, {_arithmetic(run, dtype)}, "
+            f"{folder} {what} at step {start.step}{start.origin}: {device.type}, {_arithmetic(run, dtype)}, "
             f"{self.part.in_words(torch.get_num_threads())}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
             f"{_held_out(held_out, run)}",
         )

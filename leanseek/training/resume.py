@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from leanseek.checkpoint import CheckpointError
-from leanseek.checkpoint.files import read_json
 from leanseek.checkpoint.training import Resumed
 from leanseek.config import ConfigError
 from leanseek.data.loader import TokenDataset
 from leanseek.training.config import RunConfig
+from leanseek.training.origin import check_tokenizer
 from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
 
 
@@ -32,9 +31,8 @@ def check_data(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resum
     Raises:
         ConfigError: the shards have another tokenizer, or the documents come in another order.
     """
-    stored, given = found.folder / "tokenizer.json", data.folder / "tokenizer.json"
-    if stored.is_file() and _tokens(stored) != _tokens(given):
-        raise ConfigError(f"{data.folder} has another tokenizer than {found.folder}: its ids mean other text there")
+    if (stored := found.folder / "tokenizer.json").is_file():
+        check_tokenizer(stored, found.folder, data)
     for key, why in (
         ("train.seed", "the order of the data depends on it"),
         ("data.fim_rate", "every position in the data depends on it"),
@@ -111,9 +109,3 @@ def _flat(run: RunConfig) -> Iterator[tuple[str, Any]]:
     for section in ("data", "train", "optimizer", "schedule", "balance", "mtp", "checkpoint", "parallel"):
         for key, value in dataclasses.asdict(getattr(run, section)).items():
             yield f"{section}.{key}", run.moments if key == "moments" else value  # auto depends on train.precision
-
-
-def _tokens(path: Path) -> list[Any]:
-    """The parts of a tokenizer.json that decide the ids of a text, in any file layout."""
-    spec = read_json(path)
-    return [spec.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")]

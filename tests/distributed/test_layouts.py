@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,10 +16,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from leanseek import save
+from leanseek.checkpoint.pieces import Piece
+from leanseek.errors import InputError
+from leanseek.model import Transformer
 from leanseek.model.moe import MoE, Route
-from leanseek.training import RunConfig
+from leanseek.training import RunConfig, Trainer
 from leanseek.training.config import ParallelConfig
-from tests.distributed.runs import FIGURES, RUN, Found, agree, alone, changed, together, train
+from leanseek.training.origin import first_model
+from tests.distributed.runs import (
+    FIGURES,
+    RUN,
+    Found,
+    agree,
+    alone,
+    changed,
+    joined,
+    part_of,
+    same,
+    together,
+    train,
+)  # fmt: skip
 
 pytestmark = pytest.mark.distributed
 Run = Callable[..., list[Any]]
@@ -74,6 +92,44 @@ def test_a_layout_trains_as_one_process_does(run_ranks: Run, name: str) -> None:
     expected = alone(run)
     assert all(step["grad_norm"] > run.optimizer.clip for step in expected.steps)
     agree(together(run_ranks(layout.ranks, train, run, timeout=200)), expected)
+
+
+# ---- weights of a checkpoint to begin with ----
+
+
+def begun(rank: int, run: RunConfig, source: str) -> list[Piece]:
+    """What this rank holds of the network before the first step, once its modules are those that train."""
+    part = part_of(run)
+    trainer = Trainer(run, first_model(source, run.train.seed, run.model, part), part)
+    return [piece._replace(tensor=piece.tensor.clone()) for piece in part.pieces(trainer.model)]
+
+
+@pytest.mark.parametrize("name", layouts("pp2 ep2"))
+def test_every_rank_begins_with_its_pieces_of_a_checkpoint(run_ranks: Run, name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    run = layout.run()
+    source = Transformer(run.model).init_weights(7)
+    for buffer_name, buffer in source.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.uniform_()
+    save(source, tmp_path / "source")
+    ranks = run_ranks(layout.ranks, begun, run, str(tmp_path / "source"), timeout=120)
+    found, expected = joined([piece for pieces in ranks for piece in pieces]), source.state_dict()
+    assert same(found, dict(expected))
+
+
+def test_all_ranks_name_the_checkpoint_that_one_cannot_read(run_ranks: Run, tmp_path: Path) -> None:
+    run = LAYOUTS["dp2"].run()
+    save(Transformer(run.model).init_weights(7), tmp_path / "source")
+    (tmp_path / "source/model.safetensors").unlink()
+    lines = run_ranks(2, refused, run, str(tmp_path / "source"))
+    assert lines[0] == lines[1] and "has neither model.safetensors nor" in lines[0]
+
+
+def refused(rank: int, run: RunConfig, source: str) -> str:
+    with pytest.raises(InputError) as caught:
+        first_model(source, 0, run.model, part_of(run))
+    return str(caught.value)
 
 
 # ---- FP8 ----
