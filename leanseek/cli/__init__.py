@@ -15,6 +15,7 @@ from leanseek.cli import (
     eval,
     export,
     generate,
+    grpo,
     info,
     place,
     plan,
@@ -37,6 +38,7 @@ app.add_typer(data.app, name="data")
 for command in (
     train.train,
     generate.generate,
+    grpo.grpo,
     chat.chat,
     serve.serve,
     sample.sample,

@@ -133,7 +133,7 @@ def _problems(run: GRPORun) -> Iterator[str]:
             yield f"grpo.{key} = {getattr(g, key)} must not be negative"
     if g.clip_low >= 1:
         yield f"grpo.clip_low = {g.clip_low} must be below 1: ratios are positive"
-    if g.penalty_tokens > g.max_tokens:
+    if g.cut_off == "penalty" and g.penalty_tokens > g.max_tokens:
         yield f"grpo.penalty_tokens = {g.penalty_tokens} exceeds grpo.max_tokens = {g.max_tokens}"
     if t.batch_size % g.group:
         yield f"train.batch_size = {t.batch_size} is not a multiple of grpo.group = {g.group}"

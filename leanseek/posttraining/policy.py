@@ -43,6 +43,10 @@ class Policy:
             self._backend, self._version = backend_of(self.model, self.dtype, self.precision), version
         return self._backend
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
     def frozen(self) -> Policy:
         """The policy as it is now, apart from what training does to it: a reference."""
         model = copy.deepcopy(self.model).requires_grad_(False)

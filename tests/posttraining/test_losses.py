@@ -86,7 +86,9 @@ def test_k1_in_the_reward_has_the_gradient_of_kl() -> None:
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_the_means_of_k1_and_k3_are_kl(kind: str) -> None:
-    log_p, reference = (torch.tensor(x, dtype=torch.float64).log_softmax(0) for x in ([0.3, -1.2, 0.8], [0.2, -1.0, 0.7]))
+    log_p, reference = (
+        torch.tensor(x, dtype=torch.float64).log_softmax(0) for x in ([0.3, -1.2, 0.8], [0.2, -1.0, 0.7])
+    )
     mean = float((log_p.exp() * kl_terms(kind, log_p, reference)).sum())
     assert mean == pytest.approx(float((log_p.exp() * (log_p - reference)).sum()), rel=0.1 if kind == "k2" else 1e-9)
 
