@@ -185,11 +185,15 @@ class RolloutFeed(Feed):
         generator = torch.Generator().manual_seed(mix(mix(self.run.train.seed, step - turn), epoch) >> 1)
         order = torch.randperm(len(self.rollout), generator=generator).tolist()[place : place + size]
         samples = [self.rollout[i] for i in order]
-        self.tokens += sum(len(s.prompt) + len(s.tokens) for s in samples)
-        return self._tensors(samples)
+        batch = self._tensors(samples)
+        self._trained = sum(len(s.prompt) + len(s.tokens) for s in samples), time.perf_counter()
+        self.tokens += self._trained[0]
+        return batch
 
     def figures(self) -> dict[str, Any]:
-        return self.row
+        """Of the rollout, in the row of the first step on it; and how fast the step was without it."""
+        tokens, began = self._trained
+        return self.row | {"train_tokens_per_second": tokens / (time.perf_counter() - began)}
 
     def _roll(self, step: int) -> None:
         """Sample, score and compare: `rollout` and its figures."""

@@ -96,6 +96,8 @@ class GRPORun(RunConfig):
 
     def to_toml(self) -> str:
         table = tomllib.loads(super().to_toml())
+        if not self.data.path:
+            del table["data"]["path"]
         return tomli_w.dumps(table | {"rewards": reward_tables(self.rewards)})
 
     @property

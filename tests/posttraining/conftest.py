@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import pytest
 import tokenizers
-import torch
 
 from leanseek import ModelConfig, Transformer, checkpoint
 from leanseek.checkpoint.tokenizer import copy_tokenizer
@@ -77,10 +77,7 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_run(policy_folder: Path, tmp_path: Path) -> Callable[..., GRPORun]:
     """make_run(*overrides, rewards=("vowels",)): a run of three steps in tmp_path."""
     words = ["one", "two", "three", "four", "five", "six", "seven"]
-    rows = [
-        json.dumps({"prompt": f"{a} {b} {a}", "answer": i})
-        for i, (a, b) in enumerate(zip(words, words[1:], strict=False))
-    ]
+    rows = [json.dumps({"prompt": f"{a} {b} {a}", "answer": i}) for i, (a, b) in enumerate(itertools.pairwise(words))]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
     (tmp_path / "held.jsonl").write_text("\n".join(rows[:2]))
     (tmp_path / "reward.py").write_text(REWARD)
