@@ -83,7 +83,9 @@ def make_run(policy_folder: Path, tmp_path: Path) -> Callable[..., GRPORun]:
     (tmp_path / "reward.py").write_text(REWARD)
 
     def make(*overrides: str, rewards: tuple[str, ...] = ("vowels",)) -> GRPORun:
-        tables = "".join(f'[[rewards]]\nfunction = "{tmp_path / "reward.py"}:{name}"\nseconds = 900.0\n' for name in rewards)
+        tables = "".join(
+            f'[[rewards]]\nfunction = "{tmp_path / "reward.py"}:{name}"\nseconds = 900.0\n' for name in rewards
+        )
         (tmp_path / "run.toml").write_text(
             f'from = "{policy_folder}"\n'
             f'[train]\nsteps = 3\nbatch_size = 12\ndtype = "float32"\neval_every = 2\n[optimizer]\nlr = 3e-3\n'
