@@ -39,7 +39,6 @@ def grpo(
     begun = [] if source is None else [f"from={json.dumps(given_text(source, '--from'))}"]
     given = [given_text(override, shorten(override)) for override in overrides or []]
     settings = GRPORun.load(config, [*given, *begun, *named], Path("runs") if resume else None)
-    assert isinstance(settings, GRPORun)
 
     def chat(tokenizer: Tokenizer) -> Chat:
         template = template_of(tokenizer, settings.model, chat_template)

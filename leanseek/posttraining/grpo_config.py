@@ -6,7 +6,7 @@ import dataclasses
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import tomli_w
 
@@ -86,11 +86,11 @@ class GRPORun(RunConfig):
             raise ConfigError(problem)
 
     @classmethod
-    def _from_layers(cls, layers: list[dict[str, Any]]) -> RunConfig:
+    def _from_layers(cls, layers: list[dict[str, Any]]) -> Self:
         given = [layer["rewards"] for layer in layers if "rewards" in layer]
         run = super()._from_layers([{k: v for k, v in layer.items() if k != "rewards"} for layer in layers])
         try:
-            return dataclasses.replace(run, rewards=read_rewards(given[-1]) if given else ())  # type: ignore[call-arg]
+            return dataclasses.replace(run, rewards=read_rewards(given[-1]) if given else ())
         except InputError as error:
             raise ConfigError(str(error)) from None
 
