@@ -34,8 +34,8 @@ TEMPLATE = (
     f"{{%- if add_generation_prompt -%}}{{{{- '{ASSISTANT}' -}}}}{{%- endif -%}}"
 )
 SIZES = {
-    "traces": 24_000,  # documents
-    "text": 1_600_000,  # bytes
+    "traces": 20_000,  # documents
+    "text": 2_900_000,  # bytes
     "sft": 8_000,
     "rl": 4_000,
     "distil": 3_000,
