@@ -24,7 +24,7 @@ from leanseek.distributed import experts, join
 from leanseek.distributed.exchange import Exchange
 from leanseek.model import Transformer
 from leanseek.training import RunConfig, Trainer
-from leanseek.training.pace import random_tokens
+from leanseek.training.pace import random_batch
 
 
 def main(out: Path) -> None:
@@ -39,7 +39,7 @@ def main(out: Path) -> None:
     found: dict[str, list[float]] = {}
     alone = Trainer(run)
     report["device"] = torch.cuda.get_device_name() if alone.device.type == "cuda" else "cpu"
-    found["one process"] = [alone.step(random_tokens(run), step).loss for step in range(4)]
+    found["one process"] = [alone.step(random_batch(run), step).loss for step in range(4)]
     del alone
     with join(run) as part:
         for name, precision, zero in (("bf16", "bf16", False), ("bf16, zero", "bf16", True), ("fp8", "fp8", False)):
@@ -50,7 +50,7 @@ def main(out: Path) -> None:
             trainer = Trainer(changed, part=part)
             exchange = Exchange(part.mesh.hops, run.model.n_routed_experts, fp8=precision == "fp8")  # type: ignore[attr-defined]
             experts.apply(trainer.model, exchange)
-            found[f"one rank, {name}"] = [trainer.step(random_tokens(run), step, 8).loss for step in range(4)]
+            found[f"one rank, {name}"] = [trainer.step(random_batch(run), step).loss for step in range(4)]
             del trainer
         report["losses"] = found
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -66,7 +66,7 @@ def _worker(preset: str, settings: list[str]) -> None:
     from leanseek.config import ModelConfig
     from leanseek.distributed import join
     from leanseek.training import RunConfig, Trainer
-    from leanseek.training.pace import random_tokens
+    from leanseek.training.pace import random_batch
 
     sections: dict[str, dict[str, Any]] = {}
     for setting in settings:
@@ -75,14 +75,13 @@ def _worker(preset: str, settings: list[str]) -> None:
         sections.setdefault(section, {})[name] = int(value) if value.isdigit() else value
     run = RunConfig.from_dict({"name": "ranks", "model": ModelConfig.preset(preset).to_dict(), **sections})
     with join(run) as part:
-        trainer, size = Trainer(run, part=part), run.train.batch_size
-        own = part.share(size)
-        tokens = random_tokens(run)[own.start : own.stop]
+        trainer, own = Trainer(run, part=part), part.share(run.train.batch_size)
+        batch = random_batch(run).rows(own.start, own.stop)
         seconds = []
         for step in range(5):
             part.any(False)
             start = time.perf_counter()
-            trainer.step(tokens, step, size)
+            trainer.step(batch, step)
             seconds.append(time.perf_counter() - start)
         if part.writes:
             print(json.dumps(seconds[1:]), flush=True)

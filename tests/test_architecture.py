@@ -24,7 +24,7 @@ ALLOWED = {
     "checkpoint": {"machine", "ops", "model"},
     "data": {"machine"},
     "training": {"machine", "ops", "fp8", "model", "checkpoint", "data", "planning"},
-    "distributed": {"machine", "ops", "fp8", "model", "checkpoint", "planning", "training"},
+    "distributed": {"machine", "ops", "fp8", "model", "checkpoint", "data", "planning", "training"},
     "backends": {"machine", "ops", "native", "model", "checkpoint"},
     "engine": {"machine", "ops", "checkpoint", "backends"},
     "server": {"engine"},

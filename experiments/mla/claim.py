@@ -36,8 +36,8 @@ def judge(found: Found) -> Verdict:
     )
     text = (
         f"Four networks of 5.8 M parameters that differ in attention alone; more query heads make up for fewer key "
-        f"heads. MLA's bits per byte less MHA's: {mha} (equal here means within {EQUAL:.0%}); less GQA's: {against['gqa']}; "
-        f"less MQA's, which caches {cache['mqa']} bytes: {against['mqa']}."
+        f"heads. MLA's bits per byte less MHA's: {mha} (equal here means within {EQUAL:.0%}); less GQA's: "
+        f"{against['gqa']}; less MQA's, which caches {cache['mqa']} bytes: {against['mqa']}."
     )
     return Verdict(word, ours, text)
 

@@ -12,16 +12,16 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from leanseek.bench.machine import fastest_dtype, machine
 from leanseek.bench.workers import Worker, peer_command, say, serve
+from leanseek.data.batch import Batch
 from leanseek.machine.device import default_device
 from leanseek.model import Transformer
 from leanseek.planning import train_flops_per_token
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.activations import activation_bytes_per_token
-from leanseek.training.pace import random_tokens
+from leanseek.training.pace import random_batch
 
 PEER_MODES = ("float32", "autocast", "bfloat16")
 
@@ -110,33 +110,33 @@ def profile(preset: str, batch: int, seq_len: int) -> str:
     kinds = torch.profiler.ProfilerActivity
     tables = []
     for precision in ("bf16", "fp8"):
-        trainer, tokens = _ready(_run(preset, batch, seq_len, precision))
-        trainer.step(tokens, 0)
+        trainer, inputs = _ready(_run(preset, batch, seq_len, precision))
+        trainer.step(inputs, 0)
         with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as found:
-            trainer.step(tokens, 0)
+            trainer.step(inputs, 0)
         by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         tables += [precision, found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=45)]
         del trainer
     return "\n".join(tables)
 
 
-def _ready(run: RunConfig) -> tuple[Trainer, Tensor]:
-    """A trainer and a batch of random tokens [B, T + lookahead] for it."""
+def _ready(run: RunConfig) -> tuple[Trainer, Batch]:
+    """A trainer and a batch of random tokens for it."""
     device = default_device()
     model = Transformer(run.model, device).init_weights(0)
-    return Trainer(run, model), random_tokens(run)
+    return Trainer(run, model), random_batch(run)
 
 
-def _worker(preset: str, batch: str, seq_len: str, precision: str) -> None:
-    trainer, tokens = _ready(_run(preset, int(batch), int(seq_len), precision))
-    kept = activation_bytes_per_token(trainer, tokens[:1].expand(2, -1))
-    trainer.step(tokens, 0)
+def _worker(preset: str, size: str, seq_len: str, precision: str) -> None:
+    trainer, batch = _ready(_run(preset, int(size), int(seq_len), precision))
+    kept = activation_bytes_per_token(trainer, batch.tokens[:1].expand(2, -1))
+    trainer.step(batch, 0)
 
     def work(rounds: int) -> dict[str, Any]:
         seconds = []
         for _ in range(rounds):
             start = time.perf_counter()
-            trainer.step(tokens, 0)
+            trainer.step(batch, 0)
             seconds.append(time.perf_counter() - start)
         memory = {"peak_memory_bytes": torch.cuda.max_memory_allocated()} if trainer.device.type == "cuda" else {}
         return {"seconds": seconds, **memory}

@@ -10,20 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from leanseek.data.batch import Batch
 from leanseek.data.formats import DataError
 from leanseek.data.shards import SPLITS, Shards
 from leanseek.data.tokenizer import fim_tokens, load_tokenizer
 from leanseek.tokens import special_tokens
-
-
-class Batch(NamedTuple):
-    tokens: Tensor  # [n, seq_len + lookahead] int64
 
 
 class TokenDataset:
@@ -81,7 +77,8 @@ class TokenDataset:
 
     def batch(self, start_sample: int, n: int) -> Batch:
         """Samples start_sample to start_sample + n (exclusive) of the endless stream of epochs."""
-        return Batch(torch.from_numpy(np.stack([self._sample(i) for i in range(start_sample, start_sample + n)])))
+        rows = [self._sample(i) for i in range(start_sample, start_sample + n)]
+        return Batch(torch.from_numpy(np.stack(rows)), n)
 
     def in_order(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """One pass over the split for evaluation, in stored order and without FIM: at most `limit` windows."""
@@ -91,7 +88,7 @@ class TokenDataset:
         for first in range(0, count, batch_size):
             windows = range(first, min(first + batch_size, count))
             rows = [self._window(i * self.seq_len, order, stops, None) for i in windows]
-            yield Batch(torch.from_numpy(np.stack(rows)))
+            yield Batch(torch.from_numpy(np.stack(rows)), len(rows))
 
     def _sample(self, sample: int) -> np.ndarray:
         epoch, place = divmod(sample, self.samples_per_epoch)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leanseek.config import ConfigError
+from leanseek.data.batch import Batch
 from leanseek.distributed.links import Form, Groups, Links
 from leanseek.distributed.turns import Turns
 from leanseek.distributed.watch import phase
@@ -37,7 +38,7 @@ from leanseek.planning.schedules import (
 )
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses
-from leanseek.training.part import Forward, MicroBatch
+from leanseek.training.part import Forward
 
 
 class Place(NamedTuple):
@@ -79,7 +80,7 @@ class Pipeline:
         self._schedule = functools.cache(functools.partial(build, schedule, place.ranks))
         self._forwards = functools.cache(functools.partial(forwards, place.ranks, two=schedule == "dualpipev"))
 
-    def accumulate(self, batches: Sequence[MicroBatch], forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
+    def accumulate(self, batches: Sequence[Batch], forward: Forward) -> tuple[Tensor, dict[int, Tensor]]:
         """Add a batch's gradients to the parameters' `grad`. All ranks of the pipeline call it alike.
 
         Returns what `Part.accumulate` does, of this rank's stages.
@@ -96,13 +97,13 @@ class Pipeline:
         return batch.sums, batch.counts
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch], forward: Forward) -> Tensor:
+    def evaluate(self, batches: Sequence[Batch], forward: Forward) -> Tensor:
         """The losses of `accumulate`, of any number of micro-batches and without gradients."""
         return self._run(self._forwards(len(batches)), batches, forward).sums
 
-    def _run(self, schedule: Schedule, batches: Sequence[MicroBatch], forward: Forward) -> _Batch:
-        if len({tokens.shape for tokens, _ in batches}) > 1:
-            sizes = ", ".join(str(tokens.shape[0]) for tokens, _ in batches)
+    def _run(self, schedule: Schedule, batches: Sequence[Batch], forward: Forward) -> _Batch:
+        if len({batch.tokens.shape for batch in batches}) > 1:
+            sizes = ", ".join(str(len(batch)) for batch in batches)
             raise ConfigError(
                 f"a pipeline's micro-batches must be of one size, not of {sizes} sequences: make train.batch_size a "
                 "multiple of train.micro_batch_size times the data-parallel ranks"
@@ -160,7 +161,7 @@ class _Chunk(NamedTuple):
 class _Batch:
     """What is under way while a rank runs its list."""
 
-    def __init__(self, pipeline: Pipeline, schedule: Schedule, batches: Sequence[MicroBatch], forward: Forward):
+    def __init__(self, pipeline: Pipeline, schedule: Schedule, batches: Sequence[Batch], forward: Forward):
         self.schedule, self.batches, self.forward, self.trace = schedule, batches, forward, pipeline.trace
         _, rank, groups = pipeline.place
         size, length = batches[0].tokens.shape
@@ -207,15 +208,15 @@ class _Batch:
         return self._backward(stage, micro, taken)
 
     def _forward(self, stage: int, micro: int, hidden: Tensor | None) -> Tensor | None:
-        tokens, share = self.batches[micro]
+        batch = self.batches[micro]
         later = WeightGradients() if (stage, micro) in self.deferred else None
         if hidden is not None:
             hidden.requires_grad_(torch.is_grad_enabled())
         with later or contextlib.nullcontext():
-            found = self.forward(tokens, hidden, self.stages.index(stage))
-        if share:
+            found = self.forward(batch, hidden, self.stages.index(stage))
+        if batch.sequences:
             add_counts(self.counts, found.routes)
-        self.sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
+        self.sums += torch.stack((found.main, found.mtp, found.balance)).detach()
         if torch.is_grad_enabled():
             self.chunks[stage, micro] = _Chunk(found, hidden, later)
         return None if found.hidden is None else found.hidden.detach()
@@ -223,7 +224,7 @@ class _Batch:
     def _backward(self, stage: int, micro: int, gradient: Tensor | None) -> Tensor | None:
         losses, hidden, later = self.chunks.pop((stage, micro))
         with later or contextlib.nullcontext():
-            losses.backward(self.batches[micro].share, gradient)
+            losses.backward(gradient)
         if later:
             self.later[stage, micro] = later
         return None if hidden is None else hidden.grad

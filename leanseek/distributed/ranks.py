@@ -15,6 +15,7 @@ from torch import Tensor
 from leanseek.checkpoint.pieces import Piece
 from leanseek.checkpoint.ranks import Ranks
 from leanseek.config import ModelConfig
+from leanseek.data.batch import Batch
 from leanseek.distributed import experts, watch
 from leanseek.distributed.exchange import Exchange
 from leanseek.distributed.mesh import Mesh, stages
@@ -23,7 +24,7 @@ from leanseek.distributed.sharding import Bucket, FullySharded, Held, buckets, f
 from leanseek.model import Transformer
 from leanseek.model.moe import Experts
 from leanseek.training.config import RunConfig
-from leanseek.training.part import Forward, MicroBatch, Norms, Part, Slice, squares
+from leanseek.training.part import Forward, Norms, Part, Slice, squares
 from leanseek.training.trainer import compute_dtype
 
 
@@ -136,24 +137,23 @@ class RankPart(Part):
         rank, ranks, _ = self.mesh.data
         return range(rank * sequences // ranks, (rank + 1) * sequences // ranks)
 
-    def micro_batches(self, tokens: Tensor, size: int, sequences: int) -> list[MicroBatch]:
+    def micro_batches(self, batch: Batch, size: int) -> list[Batch]:
         """Every rank has as many: who has a sequence less than others goes along with one that does not count."""
-        most = -(-sequences // self.replicas)
-        own = super().micro_batches(tokens, size, sequences)
-        idle = MicroBatch(tokens[:1], 0.0)
-        return own + [idle] * (-(-most // (size or most)) - len(own))
+        most = -(-batch.sequences // self.replicas)
+        own = super().micro_batches(batch, size)
+        return own + [batch.idle()] * (-(-most // (size or most)) - len(own))
 
     def accumulate(
-        self, model: Transformer, batches: Sequence[MicroBatch], forward: Forward
+        self, model: Transformer, batches: Sequence[Batch], forward: Forward
     ) -> tuple[Tensor, dict[int, Tensor]]:
         if self.pipeline is None:
             return super().accumulate(model, batches, forward)
         return self.pipeline.accumulate(batches, forward)
 
-    def evaluate(self, model: Transformer, tokens: Tensor, forward: Forward) -> Tensor:
+    def evaluate(self, model: Transformer, batch: Batch, forward: Forward) -> Tensor:
         if self.pipeline is None:
-            return super().evaluate(model, tokens, forward)
-        sums = self.pipeline.evaluate([MicroBatch(tokens, 1.0)], forward)
+            return super().evaluate(model, batch, forward)
+        sums = self.pipeline.evaluate([batch], forward)
         with watch.phase("the losses of an evaluation"):
             dist.all_reduce(sums, group=self.mesh.pipeline.group)
         return sums[:2]

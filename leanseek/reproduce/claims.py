@@ -27,6 +27,7 @@ EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 SEEDS = (0, 1, 2)
 QUICK = 10  # --quick trains one step in ten
 TOLERANCE = 0.015  # by which arms that should be equal may differ
+ROWS = "rows.json"  # in the folder of a run: what it adds to results.json
 ALONE = ""  # the arm of a claim that trains nothing
 
 Word = Literal["held", "held in part", "not seen at this scale", "contradicted", "not run"]

@@ -20,9 +20,8 @@ from leanseek.errors import InputError, Interrupted, RunError
 from leanseek.machine.threads import cpus
 from leanseek.planning import train_flops_per_token
 from leanseek.reading import parse_json
-from leanseek.reproduce.claims import ALONE, SEEDS, Claim, fingerprint, seeded
+from leanseek.reproduce.claims import ALONE, ROWS, SEEDS, Claim, fingerprint, seeded
 from leanseek.reproduce.results import Found, add
-from leanseek.reproduce.worker import ROWS
 from leanseek.training import RunConfig
 from leanseek.writing import LOCK, alone
 
@@ -191,7 +190,7 @@ class _Pool:
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    arms = [[claim.name, arm] for claim, arm in job.arms]
+    arms = [[str(claim.folder), arm] for claim, arm in job.arms]
     quick = ["--quick"] * job.arms[0][0].quick
     command = [sys.executable, "-m", "leanseek.reproduce.worker", str(job.folder), *quick]
     with _log(job).open("ab") as log:

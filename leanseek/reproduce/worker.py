@@ -2,8 +2,8 @@
 
     python -m leanseek.reproduce.worker FOLDER [--quick] < JOB
 
-JOB is a line of JSON, {"arms": [[claim, arm], ...], "seed": S}; the process stops, its last step saved, when its
-standard input ends. The rows for results.json go to FOLDER/rows.json.
+JOB is a line of JSON, {"arms": [[the claim's folder, arm], ...], "seed": S}. When standard input ends, the process
+stops with its last step saved. The rows for results.json go to FOLDER/rows.json.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ import torch
 from leanseek.bench.machine import cpu_name
 from leanseek.errors import InputError, Interrupted, RunError
 from leanseek.machine.device import preferred_dtype
-from leanseek.reproduce.claims import ALONE, EXPERIMENTS, Claim, fingerprint, seeded
+from leanseek.reproduce.claims import ALONE, EXPERIMENTS, ROWS, Claim, fingerprint, seeded
 from leanseek.training import train
 from leanseek.training.metrics import read_rows
 from leanseek.writing import replace_file
 
-ROWS = "rows.json"
 WINDOWS = 100  # points of a stored training curve
 
 
@@ -92,17 +91,26 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+def _line() -> bytes:
+    """The first line of standard input."""
+    found = b""
+    while not found.endswith(b"\n") and (byte := os.read(0, 1)):
+        found += byte
+    return found
+
+
 def _stop_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not through sys.stdin, whose lock the interpreter wants at its end
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
     folder, quick = Path(sys.argv[1]), "--quick" in sys.argv
-    job = json.loads(sys.stdin.buffer.readline())
+    job = json.loads(_line())
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    arms = [(Claim(EXPERIMENTS / name, quick), arm) for name, arm in job["arms"]]
+    arms = [(Claim(Path(claim), quick), arm) for claim, arm in job["arms"]]
     try:
         rows = work(arms, job["seed"], folder, quick)
     except (InputError, RunError, Interrupted) as error:

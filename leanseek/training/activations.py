@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from leanseek.data.batch import Batch
 from leanseek.fp8 import live_bytes
 from leanseek.training.trainer import Trainer
 
@@ -13,10 +14,10 @@ def activation_bytes_per_token(trainer: Trainer, tokens: Tensor) -> float:
 
     Two sequences less one: what does not grow (casts of the weights, tables) falls out.
     """
-    tokens = tokens.to(trainer.device)
+    batch = Batch(tokens, len(tokens)).to(trainer.device)
 
     def kept(sequences: int) -> int:
-        return live_bytes(lambda: trainer.forward(tokens[:sequences]), trainer.device)
+        return live_bytes(lambda: trainer.forward(batch.rows(0, sequences)), trainer.device)
 
-    trainer.forward(tokens)  # whatever is made once is made now
+    trainer.forward(batch)  # whatever is made once is made now
     return (kept(2) - kept(1)) / (tokens.shape[1] - trainer.run.model.lookahead)

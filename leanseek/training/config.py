@@ -186,7 +186,8 @@ class RunConfig:
         table: dict[str, Any] = {}
         for layer in layers:
             table = _merge(table, layer)
-        values: dict[str, Any] = {"notes": _fit_warmup(layers, table)}
+        sections = cls.sections()
+        values: dict[str, Any] = {"notes": _fit_warmup(layers, table, sections)}
         for key, value in table.items():
             if key == "name":
                 if not isinstance(value, str):
@@ -196,16 +197,21 @@ class RunConfig:
                 values["source"] = _path(key, value)
             elif key == "model" and isinstance(value, dict):
                 values[key] = ModelConfig.from_dict(value)
-            elif key in _SECTIONS and isinstance(value, dict):
-                values[key] = _section(key, value)
+            elif key in sections and isinstance(value, dict):
+                values[key] = _section(key, value, sections[key])
             elif key != "preset":
                 raise ConfigError(
                     f"unknown table or key {shorten(repr(key))}; "
-                    f"there are name, from, preset, [model], [{'], ['.join(_SECTIONS)}]"
+                    f"there are name, from, preset, [model], [{'], ['.join(sections)}]"
                 )
         if "model" not in values:
             raise ConfigError("the file has neither a [model] table nor preset = ... nor from = ...")
         return cls(**values)
+
+    @classmethod
+    def sections(cls) -> dict[str, Any]:
+        """The tables besides [model], each with its defaults."""
+        return {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
 
     def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> RunConfig:
         """The same run with the tokenizer's bos and eos tokens in its model.
@@ -227,7 +233,7 @@ class RunConfig:
         """The resolved configuration; `from_dict(tomllib.loads(...))` gives it back."""
         table: dict[str, Any] = {"name": self.name} | ({"from": self.source} if self.source else {})
         table["model"] = self.model.to_dict()
-        for key in _SECTIONS:
+        for key in self.sections():
             table[key] = dataclasses.asdict(getattr(self, key))
         return tomli_w.dumps(table)
 
@@ -340,7 +346,7 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
 
 def _numbers(run: RunConfig) -> Iterator[tuple[str, float]]:
     """Every float, with its key."""
-    for section in ("model", *_SECTIONS):
+    for section in ("model", *run.sections()):
         for key, value in dataclasses.asdict(getattr(run, section)).items():
             for name, part in value.items() if isinstance(value, dict) else [("", value)]:
                 for number in part if isinstance(part, tuple) else (part,):
@@ -351,18 +357,6 @@ def _numbers(run: RunConfig) -> Iterator[tuple[str, float]]:
 def _is_folder_name(name: str) -> bool:
     plain = name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
     return plain and len(name.encode()) <= 200
-
-
-_SECTIONS: dict[str, type] = {
-    "data": DataConfig,
-    "train": TrainConfig,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
-    "balance": BalanceConfig,
-    "mtp": MTPConfig,
-    "checkpoint": CheckpointConfig,
-    "parallel": ParallelConfig,
-}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -381,7 +375,7 @@ def _layers(table: dict[str, Any]) -> list[dict[str, Any]]:
     return layers
 
 
-def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[str, ...]:
+def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any], sections: dict[str, Any]) -> tuple[str, ...]:
     """If nobody chose a warm-up for a run of this length, sets the default in `table`; returns notes on it."""
 
     def given(section: str, key: str) -> tuple[int, Any]:
@@ -389,7 +383,7 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any]) -> tuple[st
         found = [
             (i, t[section][key]) for i, t in enumerate(layers) if isinstance(t.get(section), dict) and key in t[section]
         ]
-        by, value = found[-1] if found else (-1, getattr(_SECTIONS[section](), key))
+        by, value = found[-1] if found else (-1, getattr(sections[section], key))
         return by, float(value) if key == "decay_start" and value in (0, 1) else value
 
     (by, warmup), (shortened_by, steps), (_, start) = (
@@ -418,10 +412,9 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _section(name: str, values: dict[str, Any]) -> Any:
-    """One table as a dataclass; checks that keys are known and values have the default's type."""
-    kind = _SECTIONS[name]
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+def _section(name: str, values: dict[str, Any], default: Any) -> Any:
+    """One table: `default` changed by it; checks that keys are known and values have the default's type."""
+    defaults = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in defaults:
@@ -434,7 +427,7 @@ def _section(name: str, values: dict[str, Any]) -> Any:
         if type(value) is not want:
             raise ConfigError(f"{name}.{key} must be {want.__name__}, not {shorten(repr(value))}")
         checked[key] = _path("data.path", value) if (name, key) == ("data", "path") else value
-    return kind(**checked)
+    return dataclasses.replace(default, **checked)
 
 
 def _float(key: str, value: int) -> float:

@@ -7,7 +7,6 @@ and a resumed run, which needs only a checkpoint and a step number, repeats the 
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import threading
 import time
@@ -31,17 +30,16 @@ from leanseek.checkpoint.training import (
 )
 from leanseek.checkpoint.writer import Writer
 from leanseek.config import ConfigError
-from leanseek.data.loader import TokenDataset
 from leanseek.errors import Interrupted, RunError
 from leanseek.machine.probes import gemm_rate
 from leanseek.model import Transformer
 from leanseek.reading import parse_toml, read_toml
 from leanseek.training.config import RunConfig
+from leanseek.training.feed import Feed, TokenFeed
 from leanseek.training.metrics import Metrics, Silent
 from leanseek.training.origin import first_model, origin
 from leanseek.training.part import Part
-from leanseek.training.resume import Position, changes, check_data, position, size
-from leanseek.training.schedules import batch_size
+from leanseek.training.resume import changes
 from leanseek.training.trainer import StepResult, Trainer
 from leanseek.writing import LOCK, alone, replace_file, writing
 
@@ -62,7 +60,6 @@ class _Start(NamedTuple):
 
     trainer: Trainer
     step: int = 0
-    position: Position = Position(0, 0)
     skipped: int = 0  # skipped steps in a row just before this one
     origin: str = ""  # where the first weights came from, in words
     broken: tuple[str, ...] = ()  # checkpoints that were skipped, a line each
@@ -77,11 +74,13 @@ def train(
     compare: Path | None = None,
     prepare: Callable[[Transformer], None] | None = None,
     part: Part | None = None,
+    feed: Callable[[RunConfig, Part], Feed] = TokenFeed,
 ) -> Summary:
     """Train to the last step; `resume` continues from the newest good checkpoint of the run of that name in `runs`.
 
     `compare` is another run's folder, whose curves the report also draws. `prepare` is called with the model before the
     first step, for experiments that change how it runs. `part` is what of the run this process does; all by default.
+    `feed` opens what gives the batches, and says what is minimised.
 
     Raises:
         ConfigError: the run exists and `resume` is not set, there is nothing to resume or to compare with, another
@@ -98,7 +97,7 @@ def train(
     try:
         part = part or Part()
         with writing(folder, "make room"), _alone(folder) if part.writes else contextlib.nullcontext():
-            return _train(run, folder, resume, compare, prepare, part)
+            return _train(run, folder, resume, compare, prepare, part, feed)
     except RunError as error:
         raise type(error)(f"{error}; {_standing(folder)}") from None
 
@@ -135,17 +134,19 @@ def _train(
     compare: Path | None,
     prepare: Callable[[Transformer], None] | None,
     part: Part,
+    open_feed: Callable[[RunConfig, Part], Feed],
 ) -> Summary:
-    data, held_out = _open_data(run)
-    run = run.with_tokens(data.special.bos, data.special.eos)
+    feed = open_feed(run, part)
+    run = run.with_tokens(feed.special.bos, feed.special.eos)
     with _Signals() as signals:
-        start = _resume(run, folder, data, part) if resume else _begin(run, folder, data, part)
+        start = _resume(run, folder, feed, part) if resume else _begin(run, folder, feed, part)
+        feed.attach(start.trainer)
         if prepare is not None:
             prepare(start.trainer.model)
         keep = run.checkpoint.keep_last, run.checkpoint.keep_every
         output = Metrics(folder, run.train.steps, start.step) if part.writes else Silent()
         with output as metrics, Writer(folder, *keep, part.about("the checkpoint")) as writer:
-            loop = _Loop(run, folder, start, data, held_out, metrics, writer)
+            loop = _Loop(run, folder, start, feed, metrics, writer)
             for step in range(start.step, run.train.steps):
                 loop.step(step)
                 if part.any(signals.received):
@@ -156,45 +157,36 @@ def _train(
         from leanseek.training.report import write_report  # matplotlib takes a second to import
 
         write_report(folder, compare)
-    seen, tokens = metrics.last, loop.position.tokens
+    seen = metrics.last
     return Summary(
-        folder, run.train.steps, tokens, seen.get("val_loss"), seen.get("val_bits_per_byte"), metrics.elapsed
+        folder, run.train.steps, feed.tokens, seen.get("val_loss"), seen.get("val_bits_per_byte"), metrics.elapsed
     )
 
 
-def _open_data(run: RunConfig) -> tuple[TokenDataset, TokenDataset]:
-    """Training and validation split."""
-    path, length, ahead = Path(run.data.path), run.data.seq_len, run.model.lookahead
-    data = TokenDataset(path, "train", length, ahead, run.train.seed, run.data.fim_rate)
-    ids = len(data.token_bytes)
-    if run.model.vocab_size < ids:
-        raise ConfigError(f"model.vocab_size = {run.model.vocab_size}, but the tokenizer in {path} has {ids} ids")
-    return data, TokenDataset(path, "validation", length, ahead)
-
-
-def _begin(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _Start:
+def _begin(run: RunConfig, folder: Path, feed: Feed, part: Part) -> _Start:
     written = part.writes and folder.exists()
     if written and any(not p.name.startswith(".") for p in folder.iterdir()):  # .X.partial: killed at the start
         raise ConfigError(f"{folder} exists; continue it with --resume, or choose another --name")
-    return _first(run, folder, data, part)
+    return _first(run, folder, feed, part)
 
 
-def _first(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _Start:
+def _first(run: RunConfig, folder: Path, feed: Feed, part: Part) -> _Start:
     """A run before its first step."""
-    words, lines = origin(run.source, data)
-    trainer = Trainer(run, first_model(run.source, run.train.seed, run.model, part), part)
+    words, lines = origin(run.source, feed.folder)
+    model = first_model(run.source, run.train.seed, run.model, part)
+    trainer = Trainer(run, model, part, feed.objective)
     if part.writes:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "config.toml", run.to_toml().encode())
     return _Start(trainer, origin=words, changed=tuple(lines))
 
 
-def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _Start:
+def _resume(run: RunConfig, folder: Path, feed: Feed, part: Part) -> _Start:
     if not (folder / "config.toml").is_file():
         if all(p.name.startswith(".") for p in folder.iterdir()):  # killed before its first file
-            return _first(run, folder, data, part)
+            return _first(run, folder, feed, part)
         raise ConfigError(f"{folder} holds no run to resume; leave --resume away to start it")
-    before = RunConfig.from_dict(read_toml(folder / "config.toml", ConfigError))
+    before = type(run).from_dict(read_toml(folder / "config.toml", ConfigError))
     if before.source != run.source:
         began = f"the weights of {before.source}" if before.source else "random weights"
         raise ConfigError(f"from = {run.source!r}, but {folder} began with {began}; a run keeps its beginning")
@@ -206,20 +198,19 @@ def _resume(run: RunConfig, folder: Path, data: TokenDataset, part: Part) -> _St
     if broken and found is None:
         raise ConfigError(f"no checkpoint in {folder} is whole ({broken[0]}); start again under another --name")
     if found is None:  # killed before the first checkpoint
-        return _first(run, folder, data, part)
+        return _first(run, folder, feed, part)
     if run.train.steps < found.step:
         raise ConfigError(f"train.steps = {run.train.steps}, but {folder} has done {found.step} steps already")
     then = _config_of(found, before)
-    check_data(then, run, data, found)
-    where, moved = position(then, run, data, found)
-    trainer = _restored(run, found, part)
+    moved = feed.resume(then, found)
+    trainer = _restored(run, found, part, feed)
     part.gather(None)  # all ranks have read
     if part.writes:
         set_aside(folder, found.step)
         replace_file(folder / "config.toml", run.to_toml().encode())
     lines = (*changes(then, run, found.step), *moved)
     skipped = int(found.state.get("skipped", 0))
-    return _Start(trainer, found.step, where, skipped, broken=tuple(broken), changed=lines)
+    return _Start(trainer, found.step, skipped, broken=tuple(broken), changed=lines)
 
 
 def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
@@ -228,14 +219,14 @@ def _config_of(found: Resumed, before: RunConfig) -> RunConfig:
     return (
         before
         if stored is None
-        else RunConfig.from_dict(parse_toml(stored, f"{found.folder / STATE}: config", CheckpointError))
+        else type(before).from_dict(parse_toml(stored, f"{found.folder / STATE}: config", CheckpointError))
     )
 
 
-def _restored(run: RunConfig, found: Resumed, part: Part) -> Trainer:
+def _restored(run: RunConfig, found: Resumed, part: Part, feed: Feed) -> Trainer:
     model = part.model(run.model)
     load_pieces(found.folder, part.pieces(model))
-    trainer = Trainer(run, model, part)
+    trainer = Trainer(run, model, part, feed.objective)
     trainer.load_state_tensors(found.tensors, found.state.get("without_moments"))
     if "guard" in found.state:  # older checkpoints have no guard
         trainer.guard.load_state(found.state["guard"])
@@ -245,14 +236,6 @@ def _restored(run: RunConfig, found: Resumed, part: Part) -> Trainer:
 def _arithmetic(run: RunConfig, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     return name if run.train.precision == "bf16" else f"{name}, linears in {run.train.precision}"
-
-
-def _held_out(data: TokenDataset, run: RunConfig) -> str:
-    """What is unusual about the validation split, for the run's first line."""
-    if not data.samples_per_epoch:
-        return "; the shards hold out nothing, so there is no validation"
-    short = data.seq_len < run.data.seq_len
-    return f"; validation is one window of {data.seq_len} tokens, all that is held out" if short else ""
 
 
 class _Signals:
@@ -286,19 +269,17 @@ class _Loop:
         run: RunConfig,
         folder: Path,
         start: _Start,
-        data: TokenDataset,
-        held_out: TokenDataset,
+        feed: Feed,
         metrics: Metrics,
         writer: Writer,
     ):
         self.run, self.trainer, self.skipped, self.writer = run, start.trainer, start.skipped, writer
-        self.data, self.held_out, self.metrics, self.part = data, held_out, metrics, start.trainer.part
+        self.feed, self.metrics, self.part = feed, metrics, start.trainer.part
         self.flops = planning.train_flops_per_token(run.model, run.data.seq_len)
         device, dtype = start.trainer.device, start.trainer.dtype
         self.peak = 0.0
         self._probe()
         self.saved = start.step
-        self.position = start.position
         for line in start.broken:
             metrics.event(start.step, "passed_over", line)
         what = "resumed" if start.step else "started"
@@ -307,7 +288,7 @@ class _Loop:
             what,
             f"{folder} {what} at step {start.step}{start.origin}: {device.type}, {_arithmetic(run, dtype)}, "
             f"{self.part.in_words(torch.get_num_threads())}; matrix products reach {self.peak / 1e9:,.0f} GFLOP/s here"
-            f"{_held_out(held_out, run)}",
+            f"{feed.words and '; '}{feed.words}",
         )
         for note in run.notes:
             metrics.say(note)
@@ -322,20 +303,18 @@ class _Loop:
             RunError: too many steps in a row were skipped.
         """
         t = self.run.train
-        size = batch_size(self.run, step)
         self.writer.poll()
         self.part.begin(step)
         started = time.perf_counter()
-        own = self.part.share(size)
-        tokens = self.data.batch(self.position.samples + own.start, len(own)).tokens
-        result = self.trainer.step(tokens, step, size)
-        self.position = self.position.after(size, self.run.data.seq_len)
+        before = self.feed.tokens
+        batch = self.feed.batch(step)
+        result = self.trainer.step(batch, step)
         seconds = time.perf_counter() - started
         done = step + 1
         if done % t.log_every == 0 or done == t.steps or not result.applied:
-            self._log(done, size, seconds, result)
+            self._log(done, batch.sequences, self.feed.tokens - before, seconds, result)
         self._note_skipped(done, result)
-        if self.held_out.samples_per_epoch and (done % t.eval_every == 0 or done == t.steps):
+        if done % t.eval_every == 0 or done == t.steps:
             self._evaluate(done)
         if done % self.run.checkpoint.every == 0 or done == t.steps:
             self.checkpoint(done)
@@ -353,9 +332,7 @@ class _Loop:
                 f"step {step}: weight {culprit} is not finite, so no checkpoint was written: lower optimizer.lr"
             )
         state = {
-            "samples": self.position.samples,
-            "tokens": self.position.tokens,
-            "data": size(self.data),
+            **self.feed.state(),
             "config": self.run.to_toml(),
             "without_moments": self.trainer.without_moments(),
             "skipped": self.skipped,
@@ -363,7 +340,7 @@ class _Loop:
         }
         weights, moments = self.trainer.pieces()
         self.metrics.sync()  # rows must be on disk before the checkpoint
-        self.writer.save(step, self.run.model, weights, moments, state, self.data.folder)
+        self.writer.save(step, self.run.model, weights, moments, state, self.feed.folder)
         self.saved = step
 
     def _probe(self) -> None:
@@ -375,12 +352,12 @@ class _Loop:
             rate = gemm_rate(self.trainer.dtype, device, size, seconds=0.3)
             self.peak = max(self.peak, sum(self.part.gather(rate)))
 
-    def _log(self, step: int, size: int, seconds: float, result: StepResult) -> None:
-        rate = size * self.run.data.seq_len / seconds
+    def _log(self, step: int, size: int, tokens: int, seconds: float, result: StepResult) -> None:
+        rate = tokens / seconds
         self.peak = max(self.peak, rate * self.flops)  # a step is faster if others were busy during the probe
         row: dict[str, Any] = {
             "step": step,
-            "tokens": self.position.tokens,
+            "tokens": self.feed.tokens,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
@@ -402,7 +379,7 @@ class _Loop:
             row["load"] = {str(k): [round(x, 5) for x in (c / c.sum()).tolist()] for k, c in result.counts.items()}
         if ranks := self.part.seconds(seconds):
             row["ranks"] = ranks
-        self.metrics.write(row)
+        self.metrics.write(row | self.feed.figures() | self.trainer.objective.figures())
         self.metrics.show(step, f"loss {result.loss:.3f}  {rate:,.0f} tok/s  MFU {row['mfu']:.0%}")
 
     def _note_skipped(self, step: int, result: StepResult) -> None:
@@ -417,20 +394,8 @@ class _Loop:
             raise RunError(f"{message}, the {self.skipped}th step in a row: lower optimizer.lr")
 
     def _evaluate(self, step: int) -> None:
-        """Loss over a fixed part of the held-out split, also in bits per byte, comparable across tokenizers."""
-        sums = torch.zeros(4, dtype=torch.float64)
-        length, micro = self.held_out.seq_len, self.run.train.micro_batch_size or self.run.train.batch_size
-        for batch in self.held_out.in_order(micro * self.part.replicas, self.run.train.eval_sequences):
-            own = self.part.share(len(batch.tokens))
-            tokens = batch.tokens[own.start : own.stop]
-            found = self.trainer.evaluate(tokens if len(own) else batch.tokens[:1])  # with the others, in any case
-            size = int(self.held_out.token_bytes[tokens[:, 1 : length + 1]].sum())
-            sums += torch.tensor([*found, size], dtype=torch.float64) * bool(len(own))
-        nll, mtp, targets, size = self.part.total(sums).tolist()
-        loss, bits = nll / targets, nll / math.log(2) / size
-        row = {"step": step, "tokens": self.position.tokens, "val_loss": loss, "val_bits_per_byte": bits}
-        if self.run.model.num_nextn_predict_layers:
-            row["val_mtp_loss"] = mtp / targets
-        self.metrics.write(row)
+        if (found := self.feed.evaluate(self.trainer, step)) is None:
+            return
+        self.metrics.write({"step": step, "tokens": self.feed.tokens, **found.figures})
         self._probe()
-        self.metrics.say(f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte")
+        self.metrics.say(f"step {step}: {found.line}")

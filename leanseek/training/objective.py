@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from leanseek.data.batch import Batch
 from leanseek.model import Output, Route, Transformer, sequence_balance_loss, switch_balance_loss
 
 
 class Losses(NamedTuple):
-    """All means over tokens, float32 scalars; `total` is what is differentiated.
+    """A micro-batch's parts of the step's losses, float32 scalars that add up; `total` is what is differentiated.
 
     On a pipeline stage, `balance` covers its own layers; main and mtp are 0 except on the last stage. Sums over the
     stages are the whole network's.
@@ -24,14 +25,28 @@ class Losses(NamedTuple):
     routes: list[Route]  # of every MoE layer, the MTP modules' included
     hidden: Tensor | None  # what the next stage takes, [B, T, D]
 
-    def backward(self, share: float = 1.0, gradient: Tensor | None = None) -> None:
-        """Differentiate share · total, and together with it `hidden`, whose `gradient` the next stage has sent.
+    def backward(self, gradient: Tensor | None = None) -> None:
+        """Differentiate `total`, and together with it `hidden`, whose `gradient` the next stage has sent.
 
         So each stage adds the gradients of its own balance loss, which has no path to the loss of the last.
         """
-        ends = [(self.total, self.total.new_tensor(share)), (self.hidden, gradient)]
+        ends = [(self.total, None), (self.hidden, gradient)]
         roots, gradients = zip(*[(end, g) for end, g in ends if end is not None and end.requires_grad], strict=True)
         torch.autograd.backward(roots, gradients)
+
+
+class Objective(Protocol):
+    """What a run minimises."""
+
+    stages: bool  # whether it works on a stage of a network, as pipelines need
+
+    def __call__(
+        self, model: Transformer, batch: Batch, step: int, hidden: Tensor | None = None, stage: int = 0
+    ) -> Losses:
+        """The losses of a micro-batch of step `step` (from 0), on the model's device."""
+
+    def figures(self) -> dict[str, float]:
+        """What else the step just done has to say in its row of metrics.jsonl."""
 
 
 def losses(
@@ -39,6 +54,7 @@ def losses(
     tokens: Tensor,
     hidden: Tensor | None = None,
     *,
+    share: float = 1.0,
     mtp_weight: float = 0.0,
     sequence_alpha: float = 0.0,
     switch_alpha: float = 0.0,
@@ -46,7 +62,10 @@ def losses(
     recompute: bool = False,
     stage: int = 0,
 ) -> Losses:
-    """tokens [B, T + lookahead] int64: inputs, and the targets behind them; hidden of the stage before, if any."""
+    """`share` of the means over tokens [B, T + lookahead] int64: inputs, and the targets behind them.
+
+    hidden: of the stage before, if any.
+    """
     config = model.config
     inputs = tokens[:, : -config.lookahead] if hidden is None else hidden
     found: Output = model(inputs, tokens[:, 1:], dtype=dtype, recompute=recompute, stage=stage)
@@ -59,4 +78,5 @@ def losses(
         balance = balance + sequence_alpha * sum(each)
     if found.routes and switch_alpha:
         balance = balance + switch_alpha * sum(switch_balance_loss(r) for r in found.routes)
-    return Losses(main + mtp_weight * mtp + balance, main, mtp, balance, found.routes, found.hidden)
+    total = (main + mtp_weight * mtp + balance) * share
+    return Losses(total, main * share, mtp * share, balance * share, found.routes, found.hidden)

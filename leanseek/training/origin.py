@@ -10,7 +10,6 @@ from leanseek.checkpoint.hf import load_pieces
 from leanseek.checkpoint.ranks import Ranks, failing_together
 from leanseek.checkpoint.training import STATE, check
 from leanseek.config import ConfigError, ModelConfig
-from leanseek.data.loader import TokenDataset
 from leanseek.model import Transformer
 from leanseek.training.part import Part
 
@@ -59,14 +58,15 @@ _SHAPELESS = (
 )
 
 
-def check_tokenizer(tokenizer: Path, of: Path, data: TokenDataset) -> None:
-    """Check that the data's ids mean the same text in a tokenizer.json, which belongs to the weights in folder `of`.
+def check_tokenizer(tokenizer: Path, of: Path, data: Path) -> None:
+    """Check that the ids of a folder of data mean the same text in a tokenizer.json, which belongs to the weights in
+    folder `of`.
 
     Raises:
         ConfigError: they do not.
     """
-    if _tokens(tokenizer) != _tokens(data.folder / "tokenizer.json"):
-        raise ConfigError(f"{data.folder} has another tokenizer than {of}: its ids mean other text there")
+    if _tokens(tokenizer) != _tokens(data / "tokenizer.json"):
+        raise ConfigError(f"{data} has another tokenizer than {of}: its ids mean other text there")
 
 
 def _tokens(path: Path) -> list[object]:
@@ -93,19 +93,19 @@ def first_model(source: str, seed: int, config: ModelConfig, part: Part) -> Tran
     return model
 
 
-def origin(source: str, data: TokenDataset) -> tuple[str, list[str]]:
+def origin(source: str, data: Path) -> tuple[str, list[str]]:
     """Where the weights come from in words, for a run's first line ("" if they are random), and lines on what could not
     be checked.
 
     Raises:
-        ConfigError, CheckpointError: there is no such checkpoint, or its tokenizer is another than the data's.
+        ConfigError, CheckpointError: there is no such checkpoint, or its tokenizer is another than `data`'s.
     """
     if not source:
         return "", []
     folder = resolve(source)
     if (found := find_tokenizer(folder)) is None:
         return f" with the weights of {folder}", [
-            f"{folder} has no tokenizer.json, so that of {data.folder} could not be compared with it"
+            f"{folder} has no tokenizer.json, so that of {data} could not be compared with it"
         ]
     check_tokenizer(found / "tokenizer.json", folder, data)
     return f" with the weights of {folder}", []

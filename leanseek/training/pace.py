@@ -6,9 +6,9 @@ import dataclasses
 import time
 
 import torch
-from torch import Tensor
 
 from leanseek.config import ConfigError
+from leanseek.data.batch import Batch
 from leanseek.training.config import RunConfig
 from leanseek.training.part import Part
 from leanseek.training.trainer import Trainer
@@ -16,20 +16,21 @@ from leanseek.training.trainer import Trainer
 TIMED = 3  # timed steps, after a warm-up step
 
 
-def random_tokens(run: RunConfig) -> Tensor:
-    """A batch [B, T + lookahead] of random ids: as much work as a real one."""
+def random_batch(run: RunConfig) -> Batch:
+    """A batch of random ids: as much work as a real one."""
     shape = (run.train.batch_size, run.data.seq_len + run.model.lookahead)
-    return torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, run.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return Batch(ids, run.train.batch_size)
 
 
 def tokens_per_second(run: RunConfig, part: Part) -> float:
     """Measures a few steps of a temporary network. Includes evaluations, at a third of the cost per sequence."""
     trainer, own = Trainer(run, part=part), part.share(run.train.batch_size)
-    tokens = random_tokens(run)[own.start : own.stop]
-    trainer.step(tokens, 0, run.train.batch_size)
+    batch = random_batch(run).rows(own.start, own.stop)
+    trainer.step(batch, 0)
     start = time.perf_counter()
     for _ in range(TIMED):
-        trainer.step(tokens, 0, run.train.batch_size)
+        trainer.step(batch, 0)
     t = run.train
     evaluated = t.eval_sequences / (t.eval_every * t.batch_size)  # evaluated sequences per trained sequence
     return TIMED * t.batch_size * run.data.seq_len / (time.perf_counter() - start) / (1 + evaluated / 3)

@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from leanseek.checkpoint.pieces import Piece, pieces_of
 from leanseek.checkpoint.ranks import Ranks
 from leanseek.config import ModelConfig
+from leanseek.data.batch import Batch
 from leanseek.model import Transformer
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses
-
-
-class MicroBatch(NamedTuple):
-    tokens: Tensor  # [b, T + lookahead] int64
-    share: float  # of the step's sequences; 0: others have one more micro-batch, and this one only keeps pace
 
 
 class Slice(NamedTuple):
@@ -50,7 +46,7 @@ class Norms(NamedTuple):
 
 
 class Forward(Protocol):
-    def __call__(self, tokens: Tensor, hidden: Tensor | None = None, stage: int = 0) -> Losses: ...
+    def __call__(self, batch: Batch, hidden: Tensor | None = None, stage: int = 0) -> Losses: ...
 
 
 class Part(Ranks):
@@ -95,30 +91,30 @@ class Part(Ranks):
         """Which of a batch's sequences are this part's."""
         return range(sequences)
 
-    def micro_batches(self, tokens: Tensor, size: int, sequences: int) -> list[MicroBatch]:
-        """This part's tokens [b, T + lookahead] of a step of `sequences`, `size` at a time (0: all)."""
-        return [MicroBatch(part, part.shape[0] / sequences) for part in tokens.split(size or tokens.shape[0])]
+    def micro_batches(self, batch: Batch, size: int) -> list[Batch]:
+        """This part's rows of a step, `size` at a time (0: all)."""
+        return batch.split(size)
 
     def accumulate(
-        self, model: Transformer, batches: Sequence[MicroBatch], forward: Forward
+        self, model: Transformer, batches: Sequence[Batch], forward: Forward
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Forward and backward of every micro-batch; gradients add up in `.grad`.
 
-        Returns the losses [3] float32 (main, MTP and balance, weighted by the shares) and the tokens of each expert [E]
-        int64 by layer: this part's, of the stages and sequences that it has.
+        Returns the losses [3] float32 (main, MTP and balance) and the tokens of each expert [E] int64 by layer: this
+        part's, of the stages and sequences that it has.
         """
         sums, counts = torch.zeros(3, device=batches[0].tokens.device), dict[int, Tensor]()
-        for tokens, share in batches:
-            found = forward(tokens)
-            found.backward(share)
-            sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
-            if share:
+        for batch in batches:
+            found = forward(batch)
+            found.backward()
+            sums += torch.stack((found.main, found.mtp, found.balance)).detach()
+            if batch.sequences:
                 add_counts(counts, found.routes)
         return sums, counts
 
-    def evaluate(self, model: Transformer, tokens: Tensor, forward: Forward) -> Tensor:
-        """Losses [2] float32, main and MTP, of tokens [b, T + lookahead] without a gradient; the same on all stages."""
-        found = forward(tokens)
+    def evaluate(self, model: Transformer, batch: Batch, forward: Forward) -> Tensor:
+        """Losses [2] float32, main and MTP, of a batch without a gradient; the same on all stages."""
+        found = forward(batch)
         return torch.stack((found.main, found.mtp))
 
     def draw(self, out: Path) -> None:

@@ -32,7 +32,7 @@ def check_data(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resum
         ConfigError: the shards have another tokenizer, or the documents come in another order.
     """
     if (stored := found.folder / "tokenizer.json").is_file():
-        check_tokenizer(stored, found.folder, data)
+        check_tokenizer(stored, found.folder, data.folder)
     for key, why in (
         ("train.seed", "the order of the data depends on it"),
         ("data.fim_rate", "every position in the data depends on it"),
@@ -106,6 +106,6 @@ def changes(then: RunConfig, now: RunConfig, step: int) -> list[str]:
 
 
 def _flat(run: RunConfig) -> Iterator[tuple[str, Any]]:
-    for section in ("data", "train", "optimizer", "schedule", "balance", "mtp", "checkpoint", "parallel"):
+    for section in run.sections():
         for key, value in dataclasses.asdict(getattr(run, section)).items():
             yield f"{section}.{key}", run.moments if key == "moments" else value  # auto depends on train.precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -14,16 +15,18 @@ from leanseek import fp8
 from leanseek.checkpoint import CheckpointError
 from leanseek.checkpoint.pieces import Piece, Spread
 from leanseek.config import ConfigError
+from leanseek.data.batch import Batch
 from leanseek.machine.device import default_device, preferred_dtype
 from leanseek.model import Transformer, max_violation
 from leanseek.training.balance import update_biases
 from leanseek.training.config import RunConfig
 from leanseek.training.diagnose import find_nonfinite
 from leanseek.training.guard import SpikeGuard
-from leanseek.training.objective import Losses, losses
+from leanseek.training.next_token import NextToken
+from leanseek.training.objective import Losses, Objective
 from leanseek.training.optimizer import EMA, build_optimizer
-from leanseek.training.part import MicroBatch, Part
-from leanseek.training.schedules import bias_update_speed, learning_rate, mtp_weight
+from leanseek.training.part import Part
+from leanseek.training.schedules import bias_update_speed, learning_rate
 
 
 class StepResult(NamedTuple):
@@ -50,16 +53,27 @@ def compute_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
 class Trainer:
     """Owns the model while it trains. Data, files and time are the loop's business.
 
-    `part` says what of it is this process's (part.py), by default everything.
+    `part` says what of it is this process's (part.py), by default everything; `objective` what is minimised, by default
+    the next token's loss.
 
     Raises:
-        ConfigError: `train.device` is not there.
+        ConfigError: `train.device` is not there, or the objective needs what the layout divides.
     """
 
-    def __init__(self, run: RunConfig, model: Transformer | None = None, part: Part | None = None):
+    def __init__(
+        self,
+        run: RunConfig,
+        model: Transformer | None = None,
+        part: Part | None = None,
+        objective: Objective | None = None,
+    ):
         self.run, self.part = run, part or Part()
         self.device = default_device() if run.train.device == "auto" else _device(run.train.device)
         self.dtype = compute_dtype(run, self.device)
+        self.objective = objective or NextToken(run, self.dtype)
+        if run.parallel.pp > 1 and not self.objective.stages:
+            what = type(self.objective).__name__
+            raise ConfigError(f"parallel.pp = {run.parallel.pp}: {what} needs the whole network; set parallel.pp = 1")
         if model is None:
             model = self.part.model(run.model).init_weights(run.train.seed)
         self.model = model
@@ -73,14 +87,10 @@ class Trainer:
         self.guard = SpikeGuard(run.train.spike_limit)
         self.ema = EMA(self.slices, run.optimizer.ema) if run.optimizer.ema else None
 
-    def step(self, tokens: Tensor, step: int, sequences: int | None = None) -> StepResult:
-        """Train on tokens [B, T + lookahead]; `step` counts from 0 and sets the schedules. Waits for the device.
-
-        sequences: of the whole step, where other ranks train on some of them.
-        """
+    def step(self, batch: Batch, step: int) -> StepResult:
+        """Train on this part's rows of a step; `step` counts from 0 and sets the schedules. Waits for the device."""
         run = self.run
-        size, sequences = run.train.micro_batch_size, sequences or tokens.shape[0]
-        batches = self.part.micro_batches(tokens.to(self.device), size, sequences)
+        batches = self.part.micro_batches(batch.to(self.device), run.train.micro_batch_size)
         self.model.zero_grad(set_to_none=True)
         sums, counts = self._accumulate(batches, step)
         own = sums[0].clone()
@@ -95,7 +105,7 @@ class Trainer:
             name, largest = norms.largest
             culprit = f"gradient of {name}"
             reason = f"{spike}; the largest gradient is the {culprit}, of norm {largest:.4g}"
-            reason += self._whose(own * sequences / tokens.shape[0])
+            reason += self._whose(own / batch.share)
         else:
             scale = run.optimizer.clip / (grad_norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
             gradients = [g for s in self.slices.values() if (g := s.parameter.grad) is not None]
@@ -120,7 +130,7 @@ class Trainer:
         largest = max(each)
         return f"; rank {each.index(largest)} has the largest loss, {largest:.4g}" if len(each) > 1 else ""
 
-    def _accumulate(self, batches: list[MicroBatch], step: int) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, batches: list[Batch], step: int) -> tuple[Tensor, Tensor]:
         """Losses [3] and counts [layers, E] of this part; gradients add up in `.grad`."""
         sums, found = self.part.accumulate(self.model, batches, partial(self.forward, step=step))
         width = max(1, self.run.model.n_routed_experts)  # a dense network has no layers to count in
@@ -130,27 +140,17 @@ class Trainer:
                 counts[row] = found[layer]
         return sums, counts
 
-    def forward(self, tokens: Tensor, hidden: Tensor | None = None, stage: int = 0, *, step: int = 0) -> Losses:
-        """The losses that step `step` would differentiate, of tokens [B, T + lookahead] on the device; of one `stage`
-        of the model, which takes the `hidden` state [B, T, D] of the stage before."""
-        return losses(
-            self.model,
-            tokens,
-            hidden,
-            mtp_weight=mtp_weight(self.run, step),
-            sequence_alpha=self.run.balance.sequence_alpha,
-            switch_alpha=self.run.balance.switch_alpha,
-            dtype=self.dtype,
-            recompute=self.run.train.recompute,
-            stage=stage,
-        )
+    def forward(self, batch: Batch, hidden: Tensor | None = None, stage: int = 0, *, step: int = 0) -> Losses:
+        """The losses that step `step` would differentiate, of a batch on the device; of one `stage` of the model, which
+        takes the `hidden` state [B, T, D] of the stage before."""
+        return self.objective(self.model, batch, step, hidden, stage)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor) -> tuple[float, float, int]:
-        """Sums over tokens [B, T + lookahead], of this part's sequences: negative log-likelihood, MTP's, and the
-        number of targets."""
-        main, mtp = self.part.evaluate(self.model, tokens.to(self.device), self.forward).tolist()
-        targets = tokens.shape[0] * (tokens.shape[1] - self.run.model.lookahead)
+    def evaluate(self, batch: Batch) -> tuple[float, float, int]:
+        """Sums over a batch of this part's own: negative log-likelihood, MTP's, and the number of targets."""
+        alone = dataclasses.replace(batch, sequences=len(batch)).to(self.device)
+        main, mtp = self.part.evaluate(self.model, alone, self.forward).tolist()
+        targets = len(batch) * (batch.tokens.shape[1] - self.run.model.lookahead)
         return main * targets, mtp * targets, targets
 
     def nonfinite_weight(self) -> str | None:

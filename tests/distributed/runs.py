@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leanseek import ModelConfig
 from leanseek.checkpoint.pieces import Piece
+from leanseek.data.batch import Batch
 from leanseek.distributed.mesh import build_mesh
 from leanseek.distributed.ranks import RankPart
 from leanseek.training import RunConfig, Trainer
@@ -59,10 +60,10 @@ def part_of(run: RunConfig) -> Part:
     return RankPart(run, build_mesh(run, "cpu"), "cpu")
 
 
-def share_of(trainer: Trainer, tokens: Tensor) -> Tensor:
+def share_of(trainer: Trainer, tokens: Tensor) -> Batch:
     """This rank's sequences of a batch."""
     own = trainer.part.share(len(tokens))
-    return tokens[own.start : own.stop]
+    return Batch(tokens, len(tokens)).rows(own.start, own.stop)
 
 
 def batch(run: RunConfig, step: int) -> Tensor:
@@ -86,7 +87,7 @@ def train(rank: int, run: RunConfig, single: bool = False, steps: int = STEPS) -
     trainer, found = Trainer(run, part=part), []
     for step in range(steps):
         tokens = batch(run, step)
-        found.append(trainer.step(share_of(trainer, tokens), step, len(tokens))._asdict())
+        found.append(trainer.step(share_of(trainer, tokens), step)._asdict())
     return Found(found, evaluate(trainer), part.pieces(trainer.model), trainer.pieces()[1])
 
 

@@ -60,11 +60,10 @@ def step(
     if replay is not None:
         here = {layer: chosen.unflatten(0, (len(BATCH), -1))[mine].flatten(0, 1) for layer, chosen in replay.items()}
         model.forward = functools.partial(model.forward, replay=here)  # type: ignore[method-assign]
-    found = losses(model, part, dtype=dtype, recompute=recompute, **weights)
-    share = len(part) / len(BATCH)
-    found.backward(share)
+    found = losses(model, part, share=len(part) / len(BATCH), dtype=dtype, recompute=recompute, **weights)
+    found.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    figures = [float(t.detach()) * share for t in (found.main, found.mtp, found.balance)]
+    figures = [float(t.detach()) for t in (found.main, found.mtp, found.balance)]
     counts, choices = ({r.layer: of(r) for r in found.routes} for of in (load_counts, lambda r: r.indices))
     return figures, gradients, counts, choices
 

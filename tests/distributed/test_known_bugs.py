@@ -73,12 +73,12 @@ def test_every_split_into_stages_clips_by_the_same_bits_torchtitan_4312(run_rank
 def starved(rank: int, run: RunConfig, single: bool = False) -> tuple[Found, dict[str, Tensor] | list[Piece]]:
     """A step, and two in which only the first four experts are chosen. Also the moments after the first."""
     trainer = Trainer(run, part=None if single else part_of(run))
-    steps = [trainer.step(share_of(trainer, batch(run, 0)), 0, 8)._asdict()]
+    steps = [trainer.step(share_of(trainer, batch(run, 0)), 0)._asdict()]
     before = [piece._replace(tensor=piece.tensor.clone()) for piece in trainer.pieces()[1]]
     for module in trainer.model.modules():
         if isinstance(module, Gate):
             module.e_score_correction_bias.copy_(torch.where(torch.arange(8) < 4, 10.0, -10.0))
-    steps += [trainer.step(share_of(trainer, batch(run, i)), i, 8)._asdict() for i in (1, 2)]
+    steps += [trainer.step(share_of(trainer, batch(run, i)), i)._asdict() for i in (1, 2)]
     return Found(steps, evaluate(trainer), trainer.part.pieces(trainer.model), trainer.pieces()[1]), before
 
 
@@ -112,7 +112,7 @@ def gradients(rank: int, run: RunConfig, single: bool = False) -> list[Piece]:
             own |= {n: Piece(n, s.shape, s.start, s.parameter.grad.clone()) for n, s in slices}
 
         trainer.optimizer.register_step_pre_hook(keep)
-        trainer.step(share_of(trainer, batch(here, 0)), 0, 8)
+        trainer.step(share_of(trainer, batch(here, 0)), 0)
         found.append(own)
     with_it, without = found
     return [piece._replace(tensor=piece.tensor - without[name].tensor) for name, piece in with_it.items()]
@@ -178,7 +178,7 @@ def leg(rank: int, run: RunConfig, folder: Path, begin: int, end: int, single: b
         trainer.load_state_tensors(found.tensors, found.state["without_moments"])
     else:
         trainer = Trainer(run, part=part)
-    steps = [trainer.step(share_of(trainer, batch(run, i)), i, 8)._asdict() for i in range(begin, end)]
+    steps = [trainer.step(share_of(trainer, batch(run, i)), i)._asdict() for i in range(begin, end)]
     pieces, values = trainer.pieces(), {"without_moments": trainer.without_moments()}
     with Writer(folder, 9, ranks=part) as writer:
         writer.save(end, run.model, *pieces, values, folder.parent)
@@ -290,11 +290,11 @@ def spoilt(rank: int, run: RunConfig, culprit: int) -> tuple[list[dict[str, Any]
             hooks.append(layer.mlp.register_forward_hook(lambda m, i, out: (out[0] * math.nan, out[1])))
         if layer and step == 2:
             hooks.append(trainer.model.lm_head.register_forward_hook(lambda m, i, loss: loss * 50))
-        found.append(trainer.step(share_of(trainer, batch(run, step)), step, 8)._asdict())
+        found.append(trainer.step(share_of(trainer, batch(run, step)), step)._asdict())
         for hook in hooks:
             hook.remove()
     unchanged = same(trainer.model.state_dict(), before)
-    found.append(trainer.step(share_of(trainer, batch(run, 3)), 3, 8)._asdict())
+    found.append(trainer.step(share_of(trainer, batch(run, 3)), 3)._asdict())
     return found, list(trainer.state_tensors()), unchanged
 
 
@@ -316,7 +316,7 @@ def test_all_ranks_skip_what_one_had_and_name_it(run_ranks: Run) -> None:
 
 def optimizer_bytes(rank: int, run: RunConfig, single: bool = False) -> int:
     trainer = Trainer(run, part=None if single else part_of(run))
-    trainer.step(share_of(trainer, batch(run, 0)), 0, 8)
+    trainer.step(share_of(trainer, batch(run, 0)), 0)
     return sum(t.nbytes for t in trainer.state_tensors().values())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leanseek import ModelConfig, Transformer, fp8
 from leanseek.config import ConfigError
+from leanseek.data.batch import Batch
 from leanseek.distributed import exchange, experts, turns
 from leanseek.distributed.pipeline import Pipeline, Place
 from leanseek.distributed.turns import Turns
@@ -25,7 +26,7 @@ from leanseek.ops import WeightGradients, deferred, linear
 from leanseek.planning.schedules import SCHEDULES, Action, Span, bubble, build, measured, simulate
 from leanseek.training.balance import add_counts
 from leanseek.training.objective import Losses, losses
-from leanseek.training.part import MicroBatch, Part
+from leanseek.training.part import Part
 
 pytestmark = pytest.mark.distributed
 Run = Callable[..., list[Any]]
@@ -53,11 +54,11 @@ class Case:
     def config(self) -> ModelConfig:
         return dataclasses.replace(MODEL, tie_word_embeddings=self.tied, num_nextn_predict_layers=self.mtp)
 
-    def parts(self) -> list[MicroBatch]:
+    def parts(self) -> list[Batch]:
         generator = torch.Generator().manual_seed(1)
         shape = self.micro_batches, 2, 6 + self.config.lookahead
         tokens = torch.randint(0, self.config.vocab_size, shape, generator=generator)
-        return [MicroBatch(part, 1 / self.micro_batches) for part in tokens]
+        return [Batch(part, 2 * self.micro_batches) for part in tokens]
 
     def model(self, *stages: Stage) -> Transformer:
         found = Transformer(self.config, stages=stages).init_weights(5)
@@ -66,7 +67,9 @@ class Case:
 
     def forward(self, model: Transformer) -> Callable[..., Losses]:
         options = {"mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": self.dtype, "recompute": self.recompute}
-        return lambda tokens, hidden=None, stage=0: losses(model, tokens, hidden, stage=stage, **options)
+        return lambda batch, hidden=None, stage=0: losses(
+            model, batch.tokens, hidden, share=batch.share, stage=stage, **options
+        )
 
     def stages(self, ranks: int, rank: int) -> list[Stage]:
         schedule = build(self.schedule, ranks, max(self.micro_batches, 2 * ranks))
@@ -79,11 +82,11 @@ class Case:
 def whole(case: Case) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor]]:
     """Sums of losses, counts and gradients of one process."""
     model, sums, counts = case.model(), torch.zeros(3), {}
-    for tokens, share in case.parts():
-        found = case.forward(model)(tokens)
-        found.backward(share)
+    for batch in case.parts():
+        found = case.forward(model)(batch)
+        found.backward()
         add_counts(counts, found.routes)
-        sums += torch.stack((found.main, found.mtp, found.balance)).detach() * share
+        sums += torch.stack((found.main, found.mtp, found.balance)).detach()
     return sums, counts, gradients(model)
 
 
@@ -215,12 +218,12 @@ def two_by_two() -> tuple[Place, int, dist.ProcessGroup]:
     return Place(2, rank // 2, columns[rank % 2]), rank % 2, rows[rank // 2]
 
 
-def shared_experts_of(case: Case, overlap: bool) -> tuple[Pipeline, Transformer, list[MicroBatch]]:
+def shared_experts_of(case: Case, overlap: bool) -> tuple[Pipeline, Transformer, list[Batch]]:
     place, column, row = two_by_two()
     model = Transformer(case.config, stages=case.stages(2, place.rank), experts=range(4 * column, 4 * column + 4))
     fp8.apply(model.init_weights(5), case.precision)
     experts.apply(model, exchange.Exchange([row], case.config.n_routed_experts, fp8=case.precision == "fp8"))
-    batches = [MicroBatch(tokens[column : column + 1], share / 2) for tokens, share in case.parts()]
+    batches = [batch.rows(column, column + 1) for batch in case.parts()]
     return pipeline(case, place, model, overlap=overlap, trace=True), model, batches
 
 
@@ -382,8 +385,8 @@ def test_both_stages_on_one_rank(
     """Halves and pairs without messages; to the bit on a CPU, and to rounding where a GPU adds in another order."""
     device, group = only_rank
     case = Case(micro_batches=4, precision=precision, dtype=torch.bfloat16 if precision == "fp8" else torch.float32)
-    batches = [MicroBatch(tokens.to(device), share) for tokens, share in case.parts()]
-    batches[2] = batches[2]._replace(share=0.0)  # is not counted
+    batches = [batch.to(device) for batch in case.parts()]
+    batches[2] = dataclasses.replace(batches[2], sequences=0)  # is not counted
     model, loop = case.model(*case.stages(1, 0)).to(device), case.model().to(device)
     for network in (model, loop):
         experts.apply(network, exchange.Exchange([group], case.config.n_routed_experts))
@@ -477,16 +480,16 @@ def alone(schedule: str, ranks: int) -> Pipeline:
     )
 
 
-def nothing(tokens: Tensor, hidden: Tensor | None = None, stage: int = 0) -> Losses:
+def nothing(batch: Batch, hidden: Tensor | None = None, stage: int = 0) -> Losses:
     raise AssertionError("nothing is to be computed")
 
 
 def test_micro_batches_below_stages_torchtitan_775() -> None:
     with pytest.raises(ConfigError, match="dualpipev on 4 ranks needs at least 8 micro-batches, not 6"):
-        alone("dualpipev", 4).accumulate([MicroBatch(torch.zeros(2, 7, dtype=torch.int64), 0.1)] * 6, nothing)
+        alone("dualpipev", 4).accumulate([Batch(torch.zeros(2, 7, dtype=torch.int64), 12)] * 6, nothing)
 
 
 def test_micro_batches_of_several_sizes_are_refused() -> None:
-    parts = [MicroBatch(torch.zeros(n, 7, dtype=torch.int64), 0.1) for n in (2, 2, 1)]
+    parts = [Batch(torch.zeros(n, 7, dtype=torch.int64), 5) for n in (2, 2, 1)]
     with pytest.raises(ConfigError, match=r"of one size, not of 2, 2, 1 sequences: make train\.batch_size a multiple"):
         alone("1f1b", 2).accumulate(parts, nothing)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from leanseek import ModelConfig, Transformer, native, planning
+from leanseek.data.batch import Batch
 from leanseek.machine.device import multiplies
 from leanseek.model import Stage
 from leanseek.planning import schedules
@@ -93,7 +94,8 @@ def test_every_stage_but_the_last_has_a_layer(schedule: str, pp: int) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_state_is_the_trainers(precision: str) -> None:
     trainer = Trainer(run(SMALL, precision, ema=0.9))
-    trainer.step(torch.randint(2, 512, (1, 32 + SMALL.lookahead), generator=torch.Generator().manual_seed(0)), 0)
+    tokens = torch.randint(2, 512, (1, 32 + SMALL.lookahead), generator=torch.Generator().manual_seed(0))
+    trainer.step(Batch(tokens, 1), 0)
     parts = memory(SMALL, Recipe(seq_len=32, batch_size=1), Layout(precision=precision))
     weights = sum(p.nbytes for p in trainer.model.parameters())
     assert parts["weights"] == parts["gradients"] == weights  # float32, as `.grad` of a parameter is

@@ -34,16 +34,16 @@ def model(precision: str, **changes: object) -> Transformer:
 )
 def test_two_halves_are_one_backward(precision: str, recompute: bool, dtype: torch.dtype, changes: dict) -> None:
     """Two micro-batches: the gradients of both add up. Nothing is left of what was put off."""
-    options = {"mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": dtype, "recompute": recompute}
+    options = {"share": 0.5, "mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": dtype, "recompute": recompute}
     whole, halves = model(precision, **changes), model(precision, **changes)
     for tokens in (TOKENS, TOKENS.flip(0)):
-        losses(whole, tokens, **options).backward(0.5)
+        losses(whole, tokens, **options).backward()
         later = ops.WeightGradients()
         with later:
             found = losses(halves, tokens, **options)
         before = {name: None if p.grad is None else p.grad.clone() for name, p in halves.named_parameters()}
         with later:
-            found.backward(0.5)
+            found.backward()
         waiting = [n for n, p in halves.named_parameters() if p.grad is None or _same(p.grad, before[n])]
         assert sorted(waiting) == sorted(_put_off(halves))
         later.compute()

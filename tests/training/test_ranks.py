@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leanseek import ModelConfig
+from leanseek.data.batch import Batch
 from leanseek.model.moe import Gate
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.config import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -60,7 +61,7 @@ def run(rows: slice, spoils: bool, part: Part | None = None) -> tuple[list[dict]
             hooks.append(weight.register_hook(lambda g: g * float("nan")))
         if spoils and step == SPIKE:
             hooks.append(trainer.model.lm_head.register_forward_hook(lambda module, inputs, loss: loss * 50))
-        result = trainer.step(batch[rows], step, BATCH)
+        result = trainer.step(Batch(batch[rows], BATCH), step)
         for hook in hooks:
             hook.remove()
         found.append(

@@ -26,6 +26,7 @@ from leanseek.checkpoint.pieces import Spread
 from leanseek.checkpoint.training import newest_checkpoint, open_state, read_checkpoint, steps_on_disk
 from leanseek.cli import app
 from leanseek.config import ConfigError
+from leanseek.data.batch import Batch
 from leanseek.data.loader import TokenDataset
 from leanseek.data.prepare import prepare
 from leanseek.errors import RunError
@@ -415,10 +416,10 @@ def test_a_single_bad_step_is_left_out_and_the_run_goes_on(
 ) -> None:
     step = Trainer.step
 
-    def sometimes(self: Trainer, tokens: torch.Tensor, number: int, size: int):  # type: ignore[no-untyped-def]
+    def sometimes(self: Trainer, batch: Batch, number: int):  # type: ignore[no-untyped-def]
         weight = self.model.layers[0].mlp.up_proj.weight
         hook = weight.register_hook(lambda g: g * (float("inf") if number == 4 else 1.0))
-        result = step(self, tokens, number, size)
+        result = step(self, batch, number)
         hook.remove()
         return result
 
@@ -478,9 +479,9 @@ def test_the_pace_counts_evaluations(place: Path, monkeypatch: pytest.MonkeyPatc
     now = [0.0]
     step = Trainer.step
 
-    def counted(self: Trainer, tokens: torch.Tensor, number: int, size: int) -> object:
+    def counted(self: Trainer, batch: Batch, number: int) -> object:
         now[0] += 1.0
-        return step(self, tokens, number, size)
+        return step(self, batch, number)
 
     monkeypatch.setattr(Trainer, "step", counted)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
@@ -493,7 +494,7 @@ def test_a_run_that_was_fitted_is_the_shorter_run(
     """`--minutes` times steps before the run and leaves no trace in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        pace, "tokens_per_second", lambda run, part: (Trainer(run).step(pace.random_tokens(run), 0), 100.0)[1]
+        pace, "tokens_per_second", lambda run, part: (Trainer(run).step(pace.random_batch(run), 0), 100.0)[1]
     )
     command = ["train", str(place / "run.toml"), f"data.path={place / 'shards'}", "--minutes", "0.128"]
     done = CliRunner().invoke(app, command)
@@ -674,7 +675,7 @@ def spoil(state: dict[str, torch.Tensor], how: str) -> str:
 def test_a_state_that_does_not_fit_is_named_before_anything_is_written(place: Path, how: str, tmp_path: Path) -> None:
     run = config(place)
     trainer = Trainer(run)
-    trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
+    trainer.step(Batch(torch.zeros(4, 26, dtype=torch.long), 4), 0)
     state = {name: t.clone() for name, t in trainer.state_tensors().items()}
     Trainer(run).load_state_tensors(stored(state, tmp_path), [])
     name = spoil(state, how)
@@ -685,7 +686,7 @@ def test_a_state_that_does_not_fit_is_named_before_anything_is_written(place: Pa
 def test_missing_and_foreign_tensors_are_named(place: Path, tmp_path: Path) -> None:
     run = config(place)
     trainer = Trainer(run)
-    trainer.step(torch.zeros(4, 26, dtype=torch.long), 0)
+    trainer.step(Batch(torch.zeros(4, 26, dtype=torch.long), 4), 0)
     state = trainer.state_tensors()
 
     def loaded(state: dict[str, torch.Tensor], without: list[str]) -> None:

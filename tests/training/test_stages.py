@@ -23,7 +23,7 @@ MODEL = ModelConfig(
     num_nextn_predict_layers=2, initializer_range=0.1,
 )  # fmt: skip
 TOKENS = torch.randint(0, 67, (3, 12 + 3), generator=torch.Generator().manual_seed(1))
-LOSS = {"mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": torch.bfloat16}
+LOSS = {"share": 0.5, "mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": torch.bfloat16}
 
 
 @pytest.fixture(params=["own head", "tied"])
@@ -35,7 +35,7 @@ def whole(config: ModelConfig, recompute: bool = False) -> tuple[Losses, dict[st
     """Losses and gradients of half a batch, say, of the network in one piece."""
     model = Transformer(config).init_weights(5)
     found = losses(model, TOKENS, recompute=recompute, **LOSS)
-    found.backward(0.5)
+    found.backward()
     return found, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -57,7 +57,7 @@ def test_stages_one_after_the_other_are_the_whole(config: ModelConfig, cuts: tup
         found.append(losses(stage, TOKENS, hidden, recompute=recompute, **LOSS))
     got: dict[str, torch.Tensor] = {}
     for i in reversed(range(len(stages))):
-        found[i].backward(0.5, handed[i].grad if i + 1 < len(stages) else None)
+        found[i].backward(handed[i].grad if i + 1 < len(stages) else None)
         for name, p in stages[i].named_parameters():
             got[name] = got[name] + p.grad if name in got else p.grad  # an embedding at both ends
     assert got.keys() == gradients.keys()
@@ -82,7 +82,7 @@ def test_one_module_runs_the_first_and_the_last_stage(config: ModelConfig) -> No
         if found[-1].hidden is not None:
             handed.append(found[-1].hidden.detach().requires_grad_())
     for place in reversed(range(4)):
-        found[place].backward(0.5, handed[place + 1].grad if place < 3 else None)
+        found[place].backward(handed[place + 1].grad if place < 3 else None)
     got = {name: p.grad for model in (outer, inner) for name, p in model.named_parameters()}
     assert got.keys() == gradients.keys()
     assert torch.equal(found[-1].main, expected.main) and torch.equal(found[-1].mtp, expected.mtp)
@@ -114,11 +114,11 @@ def test_the_balance_loss_reaches_a_stage_without_a_head() -> None:
     """Its gradients come from the stage's own losses, whatever the next stage sends."""
     first = Transformer(MODEL, stages=[Stage(range(3), True, False)]).init_weights(5)
     found = losses(first, TOKENS, sequence_alpha=0.5)
-    found.backward(0.5, torch.zeros_like(found.hidden))
+    found.backward(torch.zeros_like(found.hidden))
     assert all(first.layers[i].mlp.gate.weight.grad.abs().max() > 0 for i in (1, 2))
     quiet = Transformer(MODEL, stages=[Stage(range(3), True, False)]).init_weights(5)
     found = losses(quiet, TOKENS)
-    found.backward(0.5, torch.zeros_like(found.hidden))
+    found.backward(torch.zeros_like(found.hidden))
     assert all(quiet.layers[i].mlp.gate.weight.grad.abs().max() == 0 for i in (1, 2))
 
 
@@ -139,7 +139,7 @@ def test_fully_shard_trains_alike(config: ModelConfig, one_rank: None, recompute
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     found = losses(model, TOKENS, recompute=recompute, **LOSS)
-    found.backward(0.5)
+    found.backward()
     assert torch.equal(found.total, expected.total)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad.to_local(), gradients[name]), name

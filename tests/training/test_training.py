@@ -13,6 +13,7 @@ import torch
 
 from leanseek import ModelConfig, Transformer
 from leanseek.config import ConfigError
+from leanseek.data.batch import Batch
 from leanseek.model.moe import Gate, Route
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.balance import add_counts, update_biases
@@ -37,8 +38,9 @@ RUN = RunConfig(
 )
 
 
-def tokens(batch: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 67, (batch, length + 2), generator=torch.Generator().manual_seed(seed))
+def batch(rows: int = 4, length: int = 12, seed: int = 0) -> Batch:
+    ids = torch.randint(0, 67, (rows, length + 2), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids, rows)
 
 
 def but(**changes: object) -> RunConfig:
@@ -57,7 +59,7 @@ def biases(trainer: Trainer) -> dict[int, torch.Tensor]:
 def test_bias_moves_once_per_step_over_the_whole_batch_under_accumulation() -> None:
     """torchtitan#1304, #1324: the update ran once per micro-batch."""
     whole, parts = Trainer(RUN), Trainer(but(train={"micro_batch_size": 1}))
-    a, b = whole.step(tokens(), 0), parts.step(tokens(), 0)
+    a, b = whole.step(batch(), 0), parts.step(batch(), 0)
     assert all(torch.equal(a.counts[layer], b.counts[layer]) for layer in a.counts)
     for layer, bias in biases(parts).items():
         assert torch.equal(bias, biases(whole)[layer])
@@ -66,23 +68,23 @@ def test_bias_moves_once_per_step_over_the_whole_batch_under_accumulation() -> N
 
 def test_recomputation_counts_each_token_once() -> None:
     """torchtitan#1593: tokens counted twice under activation checkpointing."""
-    result = Trainer(but(train={"recompute": True})).step(tokens(), 0)
+    result = Trainer(but(train={"recompute": True})).step(batch(), 0)
     assert all(int(c.sum()) == 4 * 12 * 2 for c in result.counts.values())
 
 
 def test_evaluation_counts_nothing() -> None:
     """torchtitan#4148: validation tokens moved the bias."""
     seen, plain = Trainer(RUN), Trainer(RUN)
-    seen.evaluate(tokens(seed=9))
-    seen.step(tokens(), 0)
-    plain.step(tokens(), 0)
+    seen.evaluate(batch(seed=9))
+    seen.step(batch(), 0)
+    plain.step(batch(), 0)
     assert all(torch.equal(b, biases(plain)[layer]) for layer, b in biases(seen).items())
 
 
 def test_the_mtp_modules_experts_are_balanced_too() -> None:
     """torchtitan#4494: their bias stayed at zero."""
     trainer = Trainer(RUN)
-    result = trainer.step(tokens(), 0)
+    result = trainer.step(batch(), 0)
     assert 3 in result.counts  # the layer after the last
     assert biases(trainer)[3].abs().max() > 0
 
@@ -123,7 +125,7 @@ def test_counts_are_summed_over_ranks_before_the_bias_moves() -> None:
             return super().reduce(slices, sums, counts)
 
     trainer = Trainer(but(train={"micro_batch_size": 1}), part=OtherRank())
-    result = trainer.step(tokens(), 0)
+    result = trainer.step(batch(), 0)
     assert [(c.dtype, c.shape) for c in seen] == [(torch.int64, (3, 8))]  # once a step; 2 layers and MTP's
     assert all(int(c[0]) >= 1000 for c in result.counts.values())
     assert all(b[0] < 0 and (b[1:] > 0).all() for b in biases(trainer).values())
@@ -132,7 +134,7 @@ def test_counts_are_summed_over_ranks_before_the_bias_moves() -> None:
 def test_the_bias_is_float32_in_a_bf16_run() -> None:
     """Megatron-LM#1482."""
     trainer = Trainer(but(train={"dtype": "bfloat16"}))
-    trainer.step(tokens(), 0)
+    trainer.step(batch(), 0)
     assert all(b.dtype == torch.float32 for b in biases(trainer).values())
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())  # master weights
 
@@ -140,9 +142,9 @@ def test_the_bias_is_float32_in_a_bf16_run() -> None:
 def test_the_sequence_loss_reaches_the_gate() -> None:
     """Megatron-Bridge#5165: silently zero."""
     assert BalanceConfig().sequence_alpha == 1e-4  # on unless a run turns it off
-    assert Trainer(RUN).step(tokens(), 0).balance_loss > 1e-4
+    assert Trainer(RUN).step(batch(), 0).balance_loss > 1e-4
     model = Transformer(MODEL).init_weights(0)
-    off, on = losses(model, tokens()), losses(model, tokens(), sequence_alpha=0.5)
+    off, on = losses(model, batch().tokens), losses(model, batch().tokens, sequence_alpha=0.5)
     assert float(off.balance.detach()) == 0
     assert float(on.balance.detach()) > 0.5 * 0.9 * 3  # about α per MoE layer, 2 + 1 of MTP
     on.balance.backward()
@@ -157,7 +159,7 @@ def test_balancing_by_the_bias_evens_the_load() -> None:
         with torch.no_grad():  # a gate that begins with a favourite
             for layer in (1, 2):
                 trainer.model.layers[layer].mlp.gate.e_score_correction_bias[0] = 0.3
-        found = [trainer.step(tokens(16, 24, seed=i % 4), 10).max_violation for i in range(50)]
+        found = [trainer.step(batch(16, 24, seed=i % 4), 10).max_violation for i in range(50)]
         violations[speed] = sum(sum(v.values()) / len(v) for v in found[-10:]) / 10
     assert violations[0.01] < 0.3 * violations[0.0]
 
@@ -186,7 +188,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         found: dict[str, torch.Tensor] = {}
         for name, parameter in trainer.model.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda p, n=name, into=found: into.update({n: p.grad.clone()}))
-        trainer.step(tokens(), 0)
+        trainer.step(batch(), 0)
         grads.append(found)
     for name, whole in grads[0].items():
         assert (grads[1][name] - whole).abs().max() < 1e-5 * whole.abs().max() + 1e-9, name
@@ -196,17 +198,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_a_batch_can_be_learned_by_heart(moments: str) -> None:
     trainer = Trainer(but(optimizer={"lr": 1e-2, "moments": moments, "weight_decay": 0.0}))
-    first = trainer.step(tokens(2, 8), 0).loss
+    first = trainer.step(batch(2, 8), 0).loss
     for step in range(1, 60):
-        last = trainer.step(tokens(2, 8), min(step, 60)).loss
+        last = trainer.step(batch(2, 8), min(step, 60)).loss
     assert last < 0.2 * first
 
 
 def test_bf16_moments_follow_float32_moments() -> None:
     exact, rough = Trainer(RUN), Trainer(but(optimizer={"moments": "bfloat16"}))
     for step in range(5):
-        exact.step(tokens(seed=step), step)
-        rough.step(tokens(seed=step), step)
+        exact.step(batch(seed=step), step)
+        rough.step(batch(seed=step), step)
     assert {t.dtype for n, t in rough.state_tensors().items() if n.startswith("exp_avg")} == {torch.bfloat16}
     for (name, a), b in zip(exact.model.named_parameters(), rough.model.parameters(), strict=True):
         assert (a - b).abs().max() < 6e-3, name
@@ -223,17 +225,17 @@ def test_decay_spares_norms_and_the_embedding() -> None:
 
 def test_a_nonfinite_gradient_changes_nothing_and_is_named() -> None:
     trainer = Trainer(RUN)
-    trainer.step(tokens(), 0)
+    trainer.step(batch(), 0)
     before = {n: t.clone() for n, t in (trainer.model.state_dict() | trainer.state_tensors()).items()}
     weight = trainer.model.layers[1].self_attn.o_proj.weight
     hook = weight.register_hook(lambda g: g * math.nan)
-    result = trainer.step(tokens(seed=1), 1)
+    result = trainer.step(batch(seed=1), 1)
     hook.remove()
     assert not result.applied
     assert result.culprit == "gradient of layers.1.self_attn.o_proj.weight"
     after = trainer.model.state_dict() | trainer.state_tensors()
     assert all(torch.equal(before[n], after[n]) for n in before)
-    assert trainer.step(tokens(seed=1), 1).applied
+    assert trainer.step(batch(seed=1), 1).applied
 
 
 def test_the_first_thing_that_is_not_finite_is_named() -> None:
@@ -241,11 +243,11 @@ def test_the_first_thing_that_is_not_finite_is_named() -> None:
     trainer = Trainer(RUN)
     layer = trainer.model.layers[1]
     hook = layer.mlp.experts.register_forward_hook(lambda module, inputs, output: output * math.inf)
-    assert trainer.step(tokens(), 0).culprit == "output of layers.1.mlp.experts"
+    assert trainer.step(batch(), 0).culprit == "output of layers.1.mlp.experts"
     hook.remove()
     with torch.no_grad():
         layer.self_attn.o_proj.weight[0, 0] = math.nan
-    assert trainer.step(tokens(), 0).culprit == "weight layers.1.self_attn.o_proj.weight"
+    assert trainer.step(batch(), 0).culprit == "weight layers.1.self_attn.o_proj.weight"
     assert trainer.nonfinite_weight() == "layers.1.self_attn.o_proj.weight"
 
 
@@ -253,7 +255,7 @@ def test_ema_is_the_moving_average() -> None:
     trainer = Trainer(but(optimizer={"ema": 0.9}))
     expected = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     for step in range(3):
-        trainer.step(tokens(seed=step), step)
+        trainer.step(batch(seed=step), step)
         for n, p in trainer.model.named_parameters():
             expected[n] = 0.9 * expected[n] + 0.1 * p.detach()
     for n, average in trainer.ema.weights.items():
