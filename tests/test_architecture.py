@@ -35,7 +35,7 @@ ALLOWED = {
         "engine",
     },
     "reproduce": {
-        "machine", "model", "checkpoint", "data", "planning", "training", "backends", "engine", "evaluation", "bench",
+        "machine", "ops", "model", "checkpoint", "data", "planning", "training", "backends", "engine", "evaluation", "bench",
     },
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -76,6 +76,12 @@ class Scorer:
                 scores.append(Score(sum(entry.logprob for entry in known), greedy))
         return scores
 
+    def continued(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
+        """The model's greedy text after each prompt of token ids."""
+        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        parts = [prompts[first : first + AT_ONCE] for first in range(0, len(prompts), AT_ONCE)]
+        return [output.outputs[0].text for part in parts for output in self._llm.generate(part, params)]
+
     def answer(self, asks: Sequence[Ask]) -> list[str]:
         """The model's text after each prompt, up to a stop string."""
         texts: list[str] = []

@@ -3,11 +3,12 @@
 from leanseek.fp8.layers import expert_products, linear, mlp
 from leanseek.fp8.memory import Recomputed, live_bytes
 from leanseek.fp8.modules import PRECISIONS, apply, forget, observe
-from leanseek.fp8.recipe import Cast, Tensorwise, Tilewise
+from leanseek.fp8.recipe import Cast, GradientBlocks, Tensorwise, Tilewise
 
 __all__ = [
     "PRECISIONS",
     "Cast",
+    "GradientBlocks",
     "Recomputed",
     "Tensorwise",
     "Tilewise",

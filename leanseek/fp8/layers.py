@@ -51,7 +51,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         weight, *kept = ctx.saved_tensors
         cast, dtype, grad = ctx.cast, grad.dtype, grad.contiguous()
-        cast.note("gradient", grad)
+        cast.note("gradient", grad, cast.recipe.gradient_tile)
         groups = Groups(grad.shape[0], grad.device)
         g = cast.recipe.both(grad, groups)
         dx = grouped_product(g.rows, cast.weight(0, dtype, weight).transpose(1, 2), groups, dtype)
@@ -85,7 +85,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         codes, scales, hidden_codes, hidden_scales, weights, token, place, down, *ups = ctx.saved_tensors
         cast, recipe, groups, dtype, grad = ctx.cast, ctx.cast.recipe, ctx.groups, grad.dtype, grad.contiguous()
-        cast.note("gradient", grad)
+        cast.note("gradient", grad, cast.recipe.gradient_tile)
         w_up, w_down = _weights(cast, dtype, down, ups)
         by_rows, turned = recipe.both(grad, groups)
         # memory peaks here: besides grad, at most two [M, D] at a time

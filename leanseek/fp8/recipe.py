@@ -23,6 +23,8 @@ class Tilewise:
     128×1 tiles loses only what is too small beside its new neighbours. Else scales are float32 (amax / 448).
     """
 
+    gradient_tile = 1, TILE  # of the gradients' `rows`
+
     def __init__(self, power_of_two: bool = True):
         self.power_of_two = power_of_two
         self._latest: tuple[weakref.ref[Tensor], int, tuple[Activation, Kept]] | None = None
@@ -60,6 +62,24 @@ class Tilewise:
 
     def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups) -> SwiGLUBackward:
         return q.swiglu_backward(grad, hidden, weight, groups, self.power_of_two)
+
+
+class GradientBlocks(Tilewise):
+    """Activation gradients in 128×128 blocks, the rest as in the paper: its appendix B.2, which diverged.
+
+    One cast then serves both products of backward, but tokens with small gradients share a scale with those that have
+    large ones. Scales are powers of two.
+    """
+
+    gradient_tile = TILE, TILE
+
+    def both(self, x: Tensor, groups: Groups) -> Both:
+        return q.both_blocks(x, groups, x.dtype)
+
+    def swiglu_backward(self, grad: Tensor, hidden: Kept, weight: Tensor | None, groups: Groups) -> SwiGLUBackward:
+        dgate, dup, act, dweight = swiglu_gradient(*q.hidden_halves(hidden), weight, grad.float())
+        dhidden = q.both_blocks(torch.cat((dgate, dup), dim=-1), groups, grad.dtype, 2)
+        return SwiGLUBackward(dhidden, q.turn(act, groups, True, grad.dtype), dweight)
 
 
 class Tensorwise(Tilewise):

@@ -15,7 +15,7 @@ from leanseek.ops.adamw import AdamW
 from leanseek.ops.dispatch import Rows
 from leanseek.ops.experts import combine_rows
 from leanseek.ops.grouped import Groups
-from leanseek.ops.operands import Blocks, Codes, Kept
+from leanseek.ops.operands import Blocks, Coded, Codes, Kept
 from leanseek.ops.quantize import Both, SwiGLUBackward
 from leanseek.ops.swiglu import weighted_swiglu, weighted_swiglu_backward
 
@@ -64,6 +64,14 @@ def both(x: Tensor, groups: Groups, power_of_two: bool) -> Both:
     from leanseek.gpu.quantize import quantize_both
 
     return Both(*quantize_both(x, power_of_two, groups.tiles))
+
+
+@implements(quantize.both_blocks, _takes)
+def both_blocks(x: Tensor, groups: Groups, dtype: torch.dtype, halves: int = 1) -> Both:
+    """Tiles hold the values of a block exactly: their scales are at most the block's, and powers of two as well."""
+    rounded = quantize.both_blocks.reference(x, groups, dtype, halves).rows
+    assert isinstance(rounded, Coded)
+    return both((rounded.codes * rounded.scale).to(dtype), groups, True)
 
 
 @implements(quantize.blocks, _tilewise)

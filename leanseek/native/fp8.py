@@ -6,6 +6,8 @@ said in leanseek/ops/quantize.py; what is kept is (codes, scales).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -95,6 +97,15 @@ def _run_turn(
         DTYPES[dtype], DTYPES[turned.dtype], int(power_of_two), *pointers(wide, codes, scales, index, bands),
         bands.numel() - 1, turned.shape[1], *pointers(by_rows, turned),
     )  # fmt: skip
+
+
+@implements(quantize.both_blocks, accepts)
+def both_blocks(x: Tensor, groups: Groups, dtype: torch.dtype, halves: int = 1) -> Both:
+    out = torch.empty(x.shape, dtype=dtype)
+    for start, stop in pairwise([0, *groups.ends]):
+        parts = x[start:stop].unflatten(-1, (halves, -1)).transpose(0, 1)
+        out[start:stop].unflatten(-1, (halves, -1)).copy_(blocks(parts, True, dtype).transpose(0, 1))
+    return Both(out, out)
 
 
 @implements(quantize.blocks, accepts)

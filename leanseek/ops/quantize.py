@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanseek.ops.dispatch import op
-from leanseek.ops.formats import E5M6, TILE, quantize, spread
+from leanseek.ops.formats import E5M6, TILE, encode, quantize, spread, tile_scale
 from leanseek.ops.grouped import Groups
 from leanseek.ops.operands import FP8, Activation, Coded, Kept, Weight, cuts
 from leanseek.ops.swiglu import swiglu_gradient
@@ -68,6 +68,22 @@ def turn(
 def both(x: Tensor, groups: Groups, power_of_two: bool) -> Both:
     """`rows` and `turn` of x [M, C] in one pass."""
     return Both(rows.reference(x, power_of_two)[0], turn.reference(x, groups, power_of_two, x.dtype))
+
+
+@op("fp8_both_blocks")
+def both_blocks(x: Tensor, groups: Groups, dtype: torch.dtype, halves: int = 1) -> Both:
+    """As `both` with one power-of-two scale for 128 rows × 128 columns: the same codes serve both products.
+
+    Each of `halves` equal parts of x's columns has blocks of its own. `dtype` is that of the compute.
+    """
+    padded = F.pad(x.float().unflatten(-1, (halves, -1)), (0, -(x.shape[1] // halves) % TILE))
+    amax = torch.where(padded.isfinite(), padded, 0.0).abs().unflatten(-1, (-1, TILE)).amax(-1)  # [M, halves, c]
+    band = torch.searchsorted(groups.bands, torch.arange(x.shape[0], device=x.device), right=True) - 1
+    place = band[:, None, None].expand_as(amax)
+    of_band = amax.new_zeros(groups.bands.numel(), *amax.shape[1:]).scatter_reduce_(0, place, amax, "amax")
+    scale = tile_scale(of_band, True)[band].repeat_interleave(TILE, -1)[..., : x.shape[1] // halves].flatten(1)
+    codes = encode(x, scale)
+    return Both(Coded(codes, scale, cuts(x.shape[1], halves)), Coded(codes, scale))
 
 
 @op("fp8_blocks")

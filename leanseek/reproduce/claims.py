@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,11 +136,16 @@ def seeded(run: RunConfig, seed: int) -> RunConfig:
 
 
 def fingerprint(run: RunConfig) -> str:
-    """Of all that decides a run's figures, so that claims share the runs that they have in common."""
-    neutral = dataclasses.replace(
-        run, name="run", data=dataclasses.replace(run.data, path="shards"), checkpoint=type(run.checkpoint)()
-    )
-    return hashlib.sha256(neutral.to_toml().encode()).hexdigest()[:12]
+    """Of all that decides a run's figures, so that claims share the runs that they have in common. What is at its
+    default is left out: a setting that comes later changes no fingerprint."""
+    sections = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+    given = {
+        section: {f.name: v for f in dataclasses.fields(value) if (v := getattr(value, f.name)) != f.default}
+        for section, value in sections.items()
+        if dataclasses.is_dataclass(value) and section not in ("checkpoint", "parallel")
+    }
+    given["data"].pop("path", None)
+    return hashlib.sha256(json.dumps(given, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()[:12]
 
 
 def find_claims(names: list[str], quick: bool = False) -> list[Claim]:

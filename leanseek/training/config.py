@@ -36,7 +36,7 @@ class TrainConfig:
     ramp: float = 0.03  # share of the steps over which it grows
     micro_batch_size: int = 0  # sequences per forward; 0: the whole batch
     dtype: str = "auto"  # compute dtype: bfloat16 if the hardware multiplies it, else float32
-    precision: str = "bf16"  # of the linears' products: bf16 (meaning dtype), fp8, fp8-tensorwise (docs/fp8.md)
+    precision: str = "bf16"  # of the linears' products: bf16 (meaning dtype), fp8 or one of its variants (docs/fp8.md)
     spike_limit: float = 10.0  # robust z-score of the loss from which on a step is skipped; 0: never
     device: str = "auto"
     recompute: bool = False  # recompute norms and MLA up-projections in backward (3.2.3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -126,7 +127,16 @@ def _serve(rank: int, n: int, folder: str, end: Connection) -> None:
             answer = True, function(rank, *arguments, **options)
         except BaseException:
             answer = False, traceback.format_exc()
+        _forget_groups()
         end.send_bytes(pickle.dumps(answer))
+
+
+def _forget_groups() -> None:
+    """End the groups that a call has formed: each keeps threads that poll, hundreds after a module's cases."""
+    gc.collect()  # an executor and its model refer to each other
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 @pytest.fixture(scope="module")

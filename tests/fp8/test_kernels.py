@@ -75,6 +75,18 @@ def test_rows_turned_and_blocks(shape: tuple[int, int], dtype: torch.dtype, powe
         same(a, b)
 
 
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_in_blocks(shape: tuple[int, int], dtype: torch.dtype, halves: int) -> None:
+    x, groups = hard(shape[0], shape[1] * halves, dtype), groups_of(shape[0] // 3, shape[0] // 3, shape[0])
+    found = q.both_blocks(x, groups, torch.bfloat16, halves)
+    with ops.use("torch"):
+        expected = q.both_blocks(x, groups, torch.bfloat16, halves)
+    same(found.rows, expected.rows)
+    same(found.turned, expected.turned)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_code_is_read(dtype: torch.dtype) -> None:
     """Also of rows that are parts of longer ones."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leanseek import fp8, ops
-from leanseek.fp8 import Cast, Tensorwise, Tilewise
+from leanseek.fp8 import Cast, GradientBlocks, Tensorwise, Tilewise
 from leanseek.model.layers import Linear
 from leanseek.ops import quantize as q
 from leanseek.ops.formats import Counts
@@ -70,6 +70,20 @@ def test_all_three_products_are_those_of_the_codes(backend: str, m: int, k: int,
     assert dw.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@given(m=st.integers(1, 300), k=st.integers(1, 300), n=st.integers(1, 300), seed=st.integers(0, 99))
+def test_gradients_in_blocks_are_those_of_the_codes(backend: str, m: int, k: int, n: int, seed: int) -> None:
+    """Appendix B.2: only the gradient is cast otherwise, and its codes serve both products of backward."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(m, k, generator=generator).bfloat16(), torch.randn(n, k, generator=generator) * 0.05
+    with ops.use(backend):
+        out, dx, dw = run(lambda x, w: fp8.linear(x, w, Cast(GradientBlocks())), x, weight)
+        assert torch.equal(out, fp8.linear(x, weight, Cast(Tilewise())))
+    grad = coded(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).bfloat16(), 128, 128)
+    close(dx, grad, coded(weight, 128, 128).t())
+    close(dw.float(), grad.t(), coded(coded(x, 1, 128), 128, 1).t())
+
+
 def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, cast: Cast) -> Tensor:
     sent = ops.expert_dispatch(x, indices, weights, gate_up.shape[0])
     return ops.expert_combine(fp8.expert_products(sent, gate_up, down, cast), sent)
@@ -83,10 +97,11 @@ def experts_case(tokens: int = 200, size: int = 128) -> tuple[Tensor, ...]:
     return x, indices, weights, torch.randn(6, 2 * size, 96) * 0.1, torch.randn(6, 96, size) * 0.1
 
 
+@pytest.mark.parametrize("recipe", [Tilewise(), GradientBlocks()], ids=["tiles", "blocks"])
 @pytest.mark.parametrize("size", [128, 40, 200])
-def test_experts_fast_path_is_the_exact_one(size: int) -> None:
+def test_experts_fast_path_is_the_exact_one(size: int, recipe: Tilewise) -> None:
     case = experts_case(size=size)
-    run_experts = lambda *inputs: experts(*inputs, Cast(Tilewise()))  # noqa: E731
+    run_experts = lambda *inputs: experts(*inputs, Cast(recipe))  # noqa: E731
     fast = run(run_experts, *case)
     with ops.use("torch"):
         exact = run(run_experts, *case)
@@ -111,7 +126,9 @@ def test_one_expert_for_all_is_the_mlp() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", [Tilewise(), Tilewise(power_of_two=False), Tensorwise()], ids=["p2", "fp32", "whole"]
+    "recipe",
+    [Tilewise(), Tilewise(power_of_two=False), GradientBlocks(), Tensorwise()],
+    ids=["p2", "fp32", "blocks", "whole"],
 )
 def test_outputs_and_gradients_are_near_float32(recipe: Tilewise) -> None:
     """Rounding to three bits of mantissa, uncorrelated: a few per cent of a product's norm, no more, no bias."""
@@ -217,6 +234,22 @@ def test_a_scale_for_the_whole_tensor_is_visibly_worse_beside_one_outlier() -> N
 
     assert error(Tilewise()) < 0.05
     assert error(Tensorwise()) > 3 * error(Tilewise())
+
+
+def test_a_token_with_a_large_gradient_spoils_its_block_and_no_other() -> None:
+    """What B.2 takes for the cause of the divergence. Blocks end where an expert's rows do."""
+    grad = torch.randn(200, 256).bfloat16()
+    grad[3, 5] = 2.0**30
+    groups = ops.Groups(200, torch.device("cpu"), torch.tensor([100, 100, 200], dtype=torch.int32))
+    tiles, blocks = (recipe.both(grad, groups).rows for recipe in (Tilewise(), GradientBlocks()))
+    assert isinstance(tiles, Tensor) and isinstance(blocks, Tensor)
+    spoilt = torch.zeros(200, 256, dtype=torch.bool)
+    spoilt[:100, :128] = True  # the first expert's rows, the outlier's columns
+    spoilt[3] = False
+    assert tiles[spoilt].abs().gt(0).float().mean() > 0.99
+    assert not blocks[spoilt].any()
+    spoilt[3, :128] = True
+    assert float((blocks - grad)[~spoilt].norm() / grad[~spoilt].norm()) < 0.04
 
 
 def test_bands_end_where_experts_do() -> None:

@@ -37,9 +37,9 @@ from leanseek.gpu.quantize import (
     turn_tiles,
 )
 from leanseek.gpu.swiglu import swiglu_backward_quantize, swiglu_quantize
-from leanseek.ops import formats, use
+from leanseek.ops import formats, quantize, use
 from leanseek.ops.grouped import group_tiles
-from leanseek.ops.operands import Coded, Codes, cuts, exact_product
+from leanseek.ops.operands import Coded, Codes, Kept, cuts, exact_product
 from leanseek.ops.quantize import quantize_blocks as stored_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -357,11 +357,13 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "_RAN", Counter())
 
 
-def run_layer(layer: Callable[..., Tensor], backend: str, *inputs: Tensor) -> list[Tensor]:
+def run_layer(
+    layer: Callable[..., Tensor], backend: str, *inputs: Tensor, recipe: fp8.Tilewise | None = None
+) -> list[Tensor]:
     """Output and gradients."""
     leaves = [t.to(DEVICE, copy=True).requires_grad_(t.is_floating_point()) for t in inputs]
     with use(backend):
-        out = layer(*leaves, fp8.Cast(fp8.Tilewise()))
+        out = layer(*leaves, fp8.Cast(recipe or fp8.Tilewise()))
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out))
     return [out.detach(), *(t.grad for t in leaves if t.grad is not None)]
 
@@ -407,6 +409,25 @@ def test_experts_are_those_of_the_exact_arithmetic(size: int, on_gpu: None) -> N
     assert paths.ran()["grouped product"] and paths.ran()["grouped weight gradient"]
     near(found, run_layer(experts, "torch", *inputs))
     assert not found[3][[2, 5]].any() and not found[4][[2, 5]].any()
+
+
+def test_tiles_hold_blocks_of_gradients_exactly(on_gpu: None) -> None:
+    """Two experts' rows, gate and up with blocks of their own: the values are those of the exact arithmetic."""
+    _, on_device = ends_of(100, 30)
+    x, groups = draw(130, 256, dtype=torch.float32), ops.Groups(130, torch.device(DEVICE), on_device)
+    with use("torch"):
+        exact = quantize.both_blocks(x, groups, torch.bfloat16, 2).rows
+    with use("gpu"):
+        rows, turned = quantize.both_blocks(x, groups, torch.bfloat16, 2)
+    assert isinstance(exact, Coded) and isinstance(rows, Codes) and isinstance(turned, Codes)
+    expected, transposed = exact.codes * exact.scale, Kept(turned.codes, turned.scales).wide().t()
+    assert torch.equal(Kept(*rows).wide(), expected)
+    assert torch.equal(torch.cat((transposed[:100], transposed[128:158])), expected)
+
+
+def test_gradients_in_blocks_are_those_of_the_exact_arithmetic(on_gpu: None) -> None:
+    inputs = torch.randn(9, 64).bfloat16(), *(torch.randn(40, 64) * 0.1 for _ in range(2)), torch.randn(64, 40)
+    near(*(run_layer(fp8.mlp, backend, *inputs, recipe=fp8.GradientBlocks()) for backend in ("gpu", "torch")))
 
 
 def test_e5m6_is_the_oracles() -> None:

@@ -71,7 +71,7 @@ def test_it_is_no_language_model(reward_model: Transformer, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="a reward model scores texts and writes none"):
         _ = reward_model.head_weight
     with pytest.raises(InputError, match="a reward model"):
-        export_gguf(reward_model, tmp_path / "rm.gguf", None)
+        export_gguf(tmp_path / "rm", tmp_path / "rm.gguf")
     with pytest.raises(ConfigError, match="num_nextn_predict_layers must be 0"):
         ModelConfig(num_labels=1)
 

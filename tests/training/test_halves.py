@@ -28,7 +28,7 @@ def model(precision: str, **changes: object) -> Transformer:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-tensorwise"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-tensorwise", "fp8-gradient-blocks"])
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True, "q_lora_rank": None}, {"attention": "gqa", "head_dim": 8}]
 )
