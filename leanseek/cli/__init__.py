@@ -19,6 +19,7 @@ from leanseek.cli import (
     place,
     plan,
     reproduce,
+    reward,
     sample,
     serve,
     terminal,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 for command in (
     train.train,
+    reward.reward,
     generate.generate,
     chat.chat,
     serve.serve,

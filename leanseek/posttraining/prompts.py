@@ -42,6 +42,22 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
+def read_pairs(path: Path) -> Iterator[tuple[Any, Any, Any, str]]:
+    """Prompt, chosen and rejected answer of each row, all texts or all messages, and the row's place.
+
+    Raises:
+        DataError: the file cannot be read, or a row lacks one; the message names it.
+    """
+    for row, where in _rows(path):
+        if missing := [key for key in ("prompt", "chosen", "rejected") if key not in row]:
+            raise DataError(f"{where} has no {missing[0]}; pairs are rows of prompt, chosen and rejected")
+        values = [row[key] for key in ("prompt", "chosen", "rejected")]
+        if not all(isinstance(value, str) for value in values):
+            for key, value in zip(("prompt", "chosen", "rejected"), values, strict=True):
+                _check_messages(value, where, key)
+        yield *values, where
+
+
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Rows and their places, for messages."""
     if path.suffix.lower() == ".parquet":
