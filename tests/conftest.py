@@ -16,12 +16,13 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which some tests' peers do
 
-from leanseek import ops
+from leanseek import native, ops
 from leanseek.config import ModelConfig
 from leanseek.data.prepare import prepare
 from leanseek.model import Transformer
 from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
+from leanseek.native.library import STALE
 from leanseek.ops.quantize import quantize_blocks
 from leanseek.ops.weights import replace_weight
 
@@ -49,6 +50,12 @@ TINY = {
     "num_nextn_predict_layers": 0,
     "max_position_embeddings": 128,
 }
+
+
+def pytest_sessionstart() -> None:
+    """Without kernels much is skipped: that must not come from libraries that nobody has built anew."""
+    if native.status().detail == STALE:
+        pytest.exit(f"the kernels would be {STALE}", returncode=4)
 
 
 @pytest.fixture(scope="session")

@@ -179,6 +179,8 @@ def _rank_chart(trained: Rows) -> list[tuple[str, Draw]]:
     def draw(ax: Axes) -> None:
         below = [0.0] * len(idle)
         for (kind, label), color in zip(kinds.items(), COLORS, strict=False):
+            if not any(median[kind]):
+                continue  # no experts on other ranks
             ax.bar(range(len(idle)), median[kind], bottom=below, color=color, label=label, width=0.8)
             below = [a + b for a, b in zip(below, median[kind], strict=True)]
         ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
