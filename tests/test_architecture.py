@@ -30,7 +30,7 @@ ALLOWED = {
     "server": {"engine"},
     "evaluation": {"engine"},
     "posttraining": {
-        "machine", "ops", "model", "checkpoint", "data", "training", "engine", "server", "evaluation",
+        "machine", "ops", "fp8", "model", "checkpoint", "data", "training", "backends", "engine", "server", "evaluation",
     },
     "bench": {
         "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",

@@ -22,6 +22,7 @@ from leanseek.cli import (
     reward,
     sample,
     serve,
+    sft,
     terminal,
     train,
 )
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 for command in (
     train.train,
+    sft.sft,
     reward.reward,
     generate.generate,
     chat.chat,

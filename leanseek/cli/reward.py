@@ -33,7 +33,6 @@ def reward(
     begun = [] if source is None else [f"from={json.dumps(given_text(source, '--from'))}"]
     given = [given_text(override, shorten(override)) for override in overrides or []]
     settings = RewardRun.load(config, [*given, *begun, *named], Path("runs") if resume else None)
-    assert isinstance(settings, RewardRun)
     from leanseek.distributed import check_layout, join, launch, launched
 
     if nproc > 1 and not launched():

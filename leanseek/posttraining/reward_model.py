@@ -14,8 +14,7 @@ from leanseek.data.batch import Batch
 from leanseek.errors import InputError
 from leanseek.machine.device import default_device
 from leanseek.model import Lengths, Route, Transformer, without_padding
-from leanseek.posttraining.answered import Answers
-from leanseek.posttraining.prompts import Message
+from leanseek.posttraining.chat import Chats, Message
 from leanseek.training.objective import Losses
 
 AT_ONCE = 8192  # tokens that are scored together
@@ -105,13 +104,11 @@ class RewardModel:
             raise InputError(f"{folder} has no tokenizer.json")
         self.device = default_device()
         self.model = checkpoint.load(folder, self.device).requires_grad_(False)
-        self.answers = Answers(tokenizer)
+        self._chats = Chats(tokenizer)
 
-    def score(
-        self, prompts: Sequence[str | Sequence[Message]], completions: Sequence[str | Sequence[Message]]
-    ) -> list[float]:
+    def score(self, prompts: Sequence[str | list[Message]], completions: Sequence[str | list[Message]]) -> list[float]:
         """Raises InputError if an answer is longer than the model's window."""
-        samples = [self.answers.ids(*both) for both in zip(prompts, completions, strict=True)]
+        samples = [self._chats.answered(*both)[-1].ids for both in zip(prompts, completions, strict=True)]
         most = self.model.config.max_position_embeddings
         if long := next((len(ids) for ids in samples if len(ids) > most), 0):
             raise InputError(f"an answer with its prompt has {long:,} tokens; the reward model's window is {most:,}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -14,9 +14,10 @@ from leanseek.checkpoint.training import Resumed
 from leanseek.config import ConfigError
 from leanseek.data.batch import Batch
 from leanseek.data.formats import DataError
-from leanseek.posttraining.answered import Answers
-from leanseek.posttraining.prompts import read_pairs
+from leanseek.posttraining.chat import Chats
+from leanseek.posttraining.preferences import pair
 from leanseek.posttraining.reward_model import Pairwise, packed, score_samples
+from leanseek.posttraining.rows import read_rows
 from leanseek.training import Summary, Trainer, train
 from leanseek.training.config import (
     BalanceConfig,
@@ -28,6 +29,7 @@ from leanseek.training.config import (
 )
 from leanseek.training.feed import Evaluation, Feed
 from leanseek.training.part import Part
+from leanseek.training.resume import check_kept
 from leanseek.training.schedules import batch_size
 from leanseek.training.trainer import compute_dtype
 
@@ -71,12 +73,10 @@ class RewardRun(RunConfig):
             raise ConfigError("data.fim_rate is for texts; leave it at 0")
 
     @classmethod
-    def _from_layers(cls, layers: list[dict[str, Any]]) -> RewardRun:
+    def _from_layers(cls, layers: list[dict[str, Any]]) -> Self:
         scalar = {"num_labels": 1, "num_nextn_predict_layers": 0}
         more = [{"model": scalar}] if any("model" in layer for layer in layers) else []
-        run = super()._from_layers([*layers, *more])
-        assert isinstance(run, RewardRun)
-        return run
+        return super()._from_layers([*layers, *more])
 
 
 def train_reward(
@@ -105,14 +105,14 @@ class PairFeed(Feed):
         if found is None:
             raise ConfigError("pairs are encoded by the tokenizer of the model to start from: set from = ...")
         self.folder = found
-        answers = Answers(found)
-        self.special = answers.special
-        if (ids := answers.tokenizer.inner.get_vocab_size()) > run.model.vocab_size:
+        chats = Chats(found)
+        self.special = chats.special
+        if (ids := chats.tokenizer.inner.get_vocab_size()) > run.model.vocab_size:
             raise ConfigError(f"model.vocab_size = {run.model.vocab_size}, but the tokenizer in {found} has {ids} ids")
-        self.pairs = _encoded(answers, Path(run.data.path).expanduser(), run.data.seq_len)
+        self.pairs = _encoded(chats, Path(run.data.path).expanduser(), run.data.seq_len)
         held_out = run.reward.held_out
-        self.held_out = _encoded(answers, Path(held_out).expanduser(), run.data.seq_len) if held_out else []
-        answers.close()
+        self.held_out = _encoded(chats, Path(held_out).expanduser(), run.data.seq_len) if held_out else []
+        chats.close()
         self.objective = self._pairwise = Pairwise(compute_dtype(run, torch.device("cpu")), run.train.recompute)
         self.taken = self.tokens = 0
         self._epoch, self._order = -1, list[int]()
@@ -167,20 +167,20 @@ class PairFeed(Feed):
         return [len(self.pairs), sum(len(ids) for pair in self.pairs for ids in pair)]
 
     def resume(self, then: Any, found: Resumed) -> list[str]:
-        if then.train.seed != self.run.train.seed:
-            raise ConfigError(
-                f"train.seed = {self.run.train.seed}: the run began with {then.train.seed}, which orders the pairs"
-            )
+        check_kept(then, self.run, {"train.seed": "the order"})
         if found.state.get("data") != self._size():
             raise ConfigError(f"{self.run.data.path} holds other pairs than those that the run began with")
         self.taken, self.tokens = found.state["rows"], found.state["tokens"]
         return []
 
 
-def _encoded(answers: Answers, path: Path, longest: int) -> list[Pair]:
+def _encoded(chats: Chats, path: Path, longest: int) -> list[Pair]:
     pairs: list[Pair] = []
-    for prompt, chosen, rejected, where in read_pairs(path):
-        each = answers.ids(prompt, chosen), answers.ids(prompt, rejected)
+    for row, where in read_rows(path):
+        if not {"chosen", "rejected"} <= row.keys():
+            raise DataError(f"{where}: a pair has prompt, chosen and rejected")
+        chosen, rejected = pair(chats, row, where)
+        each = chosen.ids, rejected.ids
         if each[0] == each[1]:
             raise DataError(f"{where}: chosen and rejected are the same; leave the row out")
         if (length := max(map(len, each))) > longest:

@@ -188,7 +188,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(place: Path, trained: Path)
     whole, again = (leanseek.load(folder).state_dict() for folder in (trained, place / "runs" / "again"))
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
-    with pytest.raises(ConfigError, match=r"train.seed = 1: the run began with 0"):
+    with pytest.raises(ConfigError, match=r"train.seed = 1, but the run continues with 0"):
         train_reward(
             RewardRun.load(str(place / "rm.toml"), ["name=again", "train.seed=1"]), runs=place / "runs", resume=True
         )
@@ -206,10 +206,10 @@ def test_the_command_trains(place: Path, monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, r"pairs.jsonl:1 has no rejected; pairs are rows of"),
+        ({"prompt": "a", "chosen": "b"}, r"pairs.jsonl:1: a pair has prompt, chosen and rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, r"pairs.jsonl:1: chosen and rejected are the same"),
         ({"prompt": "a", "chosen": "b" * 99, "rejected": "b"}, r"pairs.jsonl:1 has an answer of 10\d tokens"),
-        ({"prompt": "a", "chosen": 3, "rejected": "b"}, r"pairs.jsonl:1: prompt must be a text or a list of messages"),
+        ({"prompt": "a", "chosen": 3, "rejected": "b"}, r"pairs.jsonl:1: prompt is a text, so completion must be one"),
     ],
 )
 def test_rows_that_are_no_pairs_are_refused(place: Path, tmp_path: Path, row: dict[str, Any], message: str) -> None:
