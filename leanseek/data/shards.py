@@ -224,8 +224,8 @@ class Shards:
         return array
 
 
-def _checked(array: np.ndarray, crc: int, path: Path, mask: int = 0) -> int:
-    """The largest value of a file, of its bits in `mask` if given, after checking that its checksum is `crc`."""
+def _checked(array: np.ndarray, crc: int, path: Path, mask: int) -> int:
+    """The largest value of a file (of its bits in `mask` if not 0), after checking that its checksum is `crc`."""
     found, largest, step = 0, 0, _BLOCK // array.itemsize
     for first in range(0, len(array), step):
         block = array[first : first + step]

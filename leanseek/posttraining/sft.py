@@ -67,6 +67,8 @@ def _prepared(run: SFTConfig, part: Part, folder: Path, resume: bool) -> Path:
                 f"data.path = {run.data.path!r} holds rows, and there is no tokenizer to encode them: start from a "
                 "model that has one (from = ...), or run `leanseek data prepare --chat` first"
             )
+        if not Path(run.data.path).exists():
+            raise ConfigError(f"data.path = {run.data.path!r} does not exist")
         prepare_chats([Path(run.data.path)], path, tokenizer, seed=run.train.seed)
     part.gather(None)
     return path

@@ -386,7 +386,7 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any], sections: d
     if by >= 0 and shortened_by > by and warmup > start * steps and isinstance(table["schedule"], dict):
         table["schedule"] = table["schedule"] | {"warmup_steps": -1}
         return (f"schedule.warmup_steps = {warmup} does not fit in {steps} steps: the warm-up takes {fitting}",)
-    if by < 0 and fitting < _V3_WARMUP:
+    if by < 0 and warmup < 0 and fitting < _V3_WARMUP:
         return (f"schedule.warmup_steps is not set: the warm-up takes {fitting} of the {steps} steps",)
     return ()
 
