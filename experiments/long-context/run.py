@@ -3,9 +3,9 @@
     python run.py TEXTS RUNS          # what is there is not done again; a killed run goes on where it was
     python run.py TEXTS RUNS --draw   # results.json and needles.png from what has been measured so far
 
-TEXTS is a folder of .txt files, such as `leanseek data fetch shakespeare` makes. Every stage is a run of `leanseek train`
-with the weights of the one before (`from`). Needle maps of the checkpoints of both arms say how many steps a length
-takes to become green. docs/long-context.md says what of this has run so far.
+TEXTS is a folder of .txt files, such as `leanseek data fetch shakespeare` makes. Every stage is a run of `train` with
+the weights of the one before (`from`). Needle maps of the checkpoints of both arms say how many steps a length takes
+to become green. docs/long-context.md says what of this has run so far.
 """
 
 from __future__ import annotations
