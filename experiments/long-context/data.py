@@ -39,8 +39,8 @@ def codes(rng: random.Random, size: int, sentences: list[str]) -> str:
 
 
 def documents(texts: Path, window: int, count: int, share: float, seed: int) -> Iterator[str]:
-    """`count` documents of half a window to a whole one; `share` of them made, the others pieces of the texts. Where all
-    are made, they are lists of several windows."""
+    """`count` documents of half a window to a whole one; `share` of them made, the others pieces of the texts.
+    Where all are made, they are lists of several windows."""
     rng = random.Random(seed)
     whole = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
     sentences = [" ".join(s.split()) + "." for s in whole.split(".") if 10 < len(s) < 200]
