@@ -86,7 +86,7 @@ test-slow: $(BIN)/leanseek.stamp
 
 # Everything that forms a group of processes, gloo on this machine; `make test` runs the quick part.
 test-dist: $(BIN)/leanseek.stamp
-	$(SHARED) -m distributed
+	$(SHARED) -m "distributed and not gpu"
 
 # Peers that take long to install: llama.cpp is compiled from its sdist.
 test-peers: $(BIN)/leanseek.stamp

@@ -16,12 +16,14 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which some tests' peers do
 
-from leanseek import ops
+from leanseek import native, ops
 from leanseek.config import ModelConfig
 from leanseek.data.prepare import prepare
+from leanseek.data.tokenizer import save_tokenizer, train_tokenizer
 from leanseek.model import Transformer
 from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
+from leanseek.native.library import STALE
 from leanseek.ops.quantize import quantize_blocks
 from leanseek.ops.weights import replace_weight
 
@@ -51,6 +53,12 @@ TINY = {
 }
 
 
+def pytest_sessionstart() -> None:
+    """Without kernels much is skipped: that must not come from libraries that nobody has built anew."""
+    if native.status().detail == STALE:
+        pytest.exit(f"the kernels would be {STALE}", returncode=4)
+
+
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """run_folder(config): a new folder with shards of a few words, and the configuration as run.toml."""
@@ -63,6 +71,23 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         (folder / "text.jsonl").write_text("\n".join(rows))
         prepare([folder / "text.jsonl"], folder / "shards", train_vocab=290, validation_fraction=0.2, workers=1)
         (folder / "run.toml").write_text(config)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """chat_tokenizer(*added, template=None): the folder of a byte-level tokenizer with `added` special tokens."""
+    text = "What is 2+2? It is 4. Be brief. User: Assistant: a king and a queen of war and peace\n\n" * 3
+
+    def make(*added: str, template: str | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("tokenizer")
+        tokenizer = train_tokenizer([text], 290)
+        tokenizer.add_special_tokens(list(added))
+        save_tokenizer(tokenizer, folder)
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
         return folder
 
     return make

@@ -29,7 +29,9 @@ ALLOWED = {
     "engine": {"machine", "ops", "checkpoint", "backends"},
     "server": {"engine"},
     "evaluation": {"engine"},
-    "posttraining": {"machine", "ops", "model", "checkpoint", "data", "training", "engine", "evaluation"},
+    "posttraining": {
+        "machine", "ops", "fp8", "model", "checkpoint", "data", "training", "backends", "engine", "server", "evaluation",
+    },
     "bench": {
         "machine", "ops", "native", "gpu", "fp8", "model", "checkpoint", "data", "planning", "training", "backends",
         "engine",

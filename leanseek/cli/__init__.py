@@ -20,6 +20,7 @@ from leanseek.cli import (
     plan,
     reproduce,
     serve,
+    sft,
     terminal,
     train,
 )
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 for command in (
     train.train,
+    sft.sft,
     generate.generate,
     chat.chat,
     serve.serve,

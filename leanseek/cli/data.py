@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leanseek.cli.terminal import spelled
+from leanseek.errors import InputError
 
 if TYPE_CHECKING:
     from leanseek.data.shards import Prepared
@@ -30,15 +31,21 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="processes  (default: one per usable CPU)")] = None,
     follow_links: Annotated[bool, typer.Option("--follow-links", help="follow links in folders")] = False,
     max_document: Annotated[int, typer.Option(metavar="MiB", help="size limit of a row or a line")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="rows of chats for `leanseek sft` (.jsonl, .parquet)")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tokenize INPUTS into the shard folder OUT. After an interruption, the same command continues."""
+    inputs, out = [path.expanduser() for path in inputs], out.expanduser()
+    tokenizer = tokenizer and tokenizer.expanduser()
+    if chat:
+        _prepare_chats(inputs, out, tokenizer, train_tokenizer, validation_fraction, seed, follow_links, as_json)
+        return
     from leanseek.data.prepare import prepare as run
 
     done = run(
-        [path.expanduser() for path in inputs],
-        out.expanduser(),
-        tokenizer=tokenizer and tokenizer.expanduser(),
+        inputs,
+        out,
+        tokenizer=tokenizer,
         train_vocab=train_tokenizer,
         validation_fraction=validation_fraction,
         seed=seed,
@@ -57,6 +64,30 @@ def prepare(
     _print_splits(done)
     if not done.documents["validation"]:
         print("no document is held out: `leanseek train` runs without validation, which takes at least two documents")
+
+
+def _prepare_chats(
+    inputs: list[Path],
+    out: Path,
+    tokenizer: Path | None,
+    train_tokenizer: int | None,
+    validation_fraction: float,
+    seed: int,
+    follow_links: bool,
+    as_json: bool,
+) -> None:
+    from leanseek.posttraining.shards import prepare_chats
+
+    if tokenizer is None or train_tokenizer is not None:
+        raise InputError("chats are encoded by the model's own tokenizer: give its folder, --tokenizer FOLDER")
+    done = prepare_chats(
+        inputs, out, tokenizer, validation_fraction=validation_fraction, seed=seed, follow_links=follow_links
+    )
+    if as_json:
+        _print_json(done)
+    else:
+        print(f"{done.files:,} files read; a document is a sample")
+        _print_splits(done)
 
 
 @app.command()

@@ -41,7 +41,7 @@ class TokenDataset:
         self.seed, self.fim_rate = seed, fim_rate
         self.shards: list[np.ndarray] = []
         starts, ends, shard_of = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        stored = Shards(folder)
+        stored = Shards(folder, kinds=("text",))
         for number, entry in enumerate(stored.entries):
             if getattr(entry, split).documents:
                 tokens, doc_ends = stored.open(number, split)

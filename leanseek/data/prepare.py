@@ -52,7 +52,7 @@ from leanseek.machine.threads import cpus
 from leanseek.reading import shorten
 from leanseek.writing import LOCK, alone, replace_file, writing
 
-__all__ = ["is_validation", "prepare"]
+__all__ = ["claim", "digest_of", "identity", "is_validation", "prepare"]
 
 SHARD_TOKENS = 1 << 24  # of both splits together: the most that a killed run repeats
 _BATCH_CHARACTERS = 1 << 18  # sent to a process at a time
@@ -132,8 +132,8 @@ def prepare(
         reading.check_links(tokenizer, DataError, "--follow-links follows it")
     found = find_inputs(inputs, follow_links, without=out)
     settings = _Settings(
-        [_identity(path) for path in found.files],
-        None if tokenizer is None else _digest(tokenizer),
+        [identity(path) for path in found.files],
+        None if tokenizer is None else digest_of(tokenizer),
         train_vocab,
         validation_fraction,
         seed,
@@ -142,11 +142,11 @@ def prepare(
     try:
         with writing(out, "make room, then run the same command again", DataError):
             if (out / "manifest.json").is_file():
-                _claim(out, settings)
+                claim(out, settings)
             else:
                 out.mkdir(parents=True, exist_ok=True)
                 with alone(out / LOCK, DataError(f"{out} is being prepared by another process; wait for it")):
-                    _claim(out, settings)
+                    claim(out, settings)
                     share = _share(found.files, validation_fraction, seed, max_document)
                     source = _Source(found.files, share, seed, max_document)
                     _write(out, source, settings, tokenizer, workers or cpus())
@@ -155,13 +155,15 @@ def prepare(
     return summary(out, len(found.files), tuple(found.skipped))
 
 
-def _identity(path: Path) -> list[Any]:
+def identity(path: Path) -> list[Any]:
+    """A file's name, size and time of change, by which settings know it."""
     status = path.stat()
     name = os.fsencode(path).decode("utf-8", "backslashreplace")  # the same in every locale, and valid in JSON
     return [name, status.st_size, status.st_mtime_ns]
 
 
-def _digest(tokenizer: Path) -> str:
+def digest_of(tokenizer: Path) -> str:
+    """sha256 of a tokenizer's files."""
     whole = hashlib.sha256()
     for path in tokenizer_files(tokenizer):
         if not path.is_file():
@@ -170,8 +172,9 @@ def _digest(tokenizer: Path) -> str:
     return whole.hexdigest()
 
 
-def _claim(out: Path, settings: _Settings) -> None:
-    """Write the settings to the folder, or check that they match. Until its first shard a folder may change settings.
+def claim(out: Path, settings: Any) -> None:
+    """Write the settings, a dataclass, to the folder, or check that they match. Until its first shard a folder may
+    change settings.
 
     Raises:
         DataError: it holds other files, or shards with other settings.
@@ -245,7 +248,7 @@ def _write(out: Path, source: _Source, settings: _Settings, tokenizer: Path | No
     if not entries:
         raise DataError("the input files contain no text")
     for path, before in zip(source.files, settings.files, strict=True):
-        if _identity(path) != before:
+        if identity(path) != before:
             raise DataError(f"{path} has changed while it was read; delete {out} and run data prepare again")
     write_manifest(out, entries)
 

@@ -5,6 +5,7 @@ token_bytes.npy                          UTF-8 bytes of each id
 settings.json                            the settings it was prepared with
 NNNNN.train.bin, NNNNN.validation.bin    token ids, one document after another, each with its end token
 NNNNN.train.ends, NNNNN.validation.ends  int64, where each document ends in the .bin
+                                         in chats, the ids that are learned have their highest bit set
 NNNNN.json                               counts, checksums, and where in the input the next shard begins
 manifest.json                            all of these and the tokenizer's checksums; marks the folder as complete
 """
@@ -30,6 +31,7 @@ from leanseek.writing import replace_file
 
 SPLITS = ("train", "validation")
 _CHECKED = ("tokenizer.json", "token_bytes.npy")
+LEARNED = 1 << 31  # beside an id of a chat
 _MOST_IDS = 1 << 24  # largest vocabulary
 _BLOCK = 1 << 24  # bytes checked at a time
 
@@ -60,6 +62,7 @@ class Manifest(Structure):
 
     files: dict[Literal["tokenizer.json", "token_bytes.npy"], Crc] = Field(default_factory=dict)
     shards: list[Entry]
+    kind: Literal["text", "chat", "preference"] = "text"  # a preference is two documents: the chosen, then the rejected
 
 
 class _Stamps(Structure):
@@ -117,10 +120,11 @@ def read_json(path: Path, kind: type[S]) -> S:
         raise DataError(f"{path} is corrupt ({error}); delete {path.parent} and run data prepare again") from None
 
 
-def write_manifest(folder: Path, shards: list[Entry]) -> None:
+def write_manifest(folder: Path, shards: list[Entry], kind: str = "text") -> None:
     """Mark the folder as complete."""
     files = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
-    replace_file(folder / "manifest.json", to_json({"files": files, "shards": [s.model_dump() for s in shards]}))
+    content = {"files": files, "shards": [s.model_dump() for s in shards]}
+    replace_file(folder / "manifest.json", to_json(content | ({"kind": kind} if kind != "text" else {})))
 
 
 def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
@@ -143,6 +147,13 @@ def read_token_bytes(folder: Path, files: dict[Any, int]) -> np.ndarray:
         raise DataError(f"{path} is missing or corrupt; delete {folder} and prepare it again") from None
 
 
+_HOLDS = {
+    "text": "texts, to pre-train on; prepare chats with `leanseek data prepare --chat`",
+    "chat": "chats, which `leanseek sft` trains on",
+    "preference": "preferences, which `leanseek sft` trains on",
+}
+
+
 class Shards:
     """A finished folder, opened for reading. `anew`: check every byte, even if it was checked before.
 
@@ -150,13 +161,18 @@ class Shards:
     checked only once: a stamp in the user's cache folder is valid as long as the file's size, times and inode stay the
     same.
 
+    kinds: what it may hold; anything, if empty.
+
     Raises:
-        DataError: the folder is not finished or is damaged.
+        DataError: the folder is not finished or is damaged, or holds something else.
     """
 
-    def __init__(self, folder: Path, anew: bool = False):
+    def __init__(self, folder: Path, anew: bool = False, kinds: tuple[str, ...] = ()):
         self.folder = folder
         manifest = read_manifest(folder)
+        self.kind = manifest.kind
+        if kinds and self.kind not in kinds:
+            raise DataError(f"{folder} holds {_HOLDS[self.kind]}")
         self.entries = manifest.shards
         self.token_bytes = read_token_bytes(folder, manifest.files)  # [ids]
         self._stamps = _read_stamps(folder) if not anew else {}
@@ -198,7 +214,7 @@ class Shards:
         if (known := self._stamped.get(path.name)) is not None and known[:-1] == stamp:
             largest = known[-1]
         else:
-            largest = _checked(array, crc, path)
+            largest = _checked(array, crc, path, LEARNED - 1 if array.dtype == np.uint32 and self.kind != "text" else 0)
             self._stamped[path.name] = [*stamp, largest]
         if path.suffix == ".bin" and largest >= len(self.token_bytes):
             raise DataError(
@@ -208,13 +224,13 @@ class Shards:
         return array
 
 
-def _checked(array: np.ndarray, crc: int, path: Path) -> int:
-    """The largest value of a file, after checking that its checksum is `crc`."""
+def _checked(array: np.ndarray, crc: int, path: Path, mask: int) -> int:
+    """The largest value of a file (of its bits in `mask` if not 0), after checking that its checksum is `crc`."""
     found, largest, step = 0, 0, _BLOCK // array.itemsize
     for first in range(0, len(array), step):
         block = array[first : first + step]
         found = zlib.crc32(block, found)  # type: ignore[arg-type]  # an array is a buffer
-        largest = max(largest, int(block.max()))
+        largest = max(largest, int((block & mask if mask else block).max()))
     if found != crc:
         raise DataError(f"shard {path} is corrupt (checksum); delete {path.parent} and prepare it again")
     return largest

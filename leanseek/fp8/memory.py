@@ -10,10 +10,27 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class _Recipe(NamedTuple):
-    """In place of a kept tensor: how to make what it is a view of, and which view."""
+class _Maker:
+    """Computes a tensor again, once for all its views that wait for it."""
 
-    make: Callable[[], Tensor]
+    def __init__(self, make: Callable[[], Tensor]):
+        self.make, self.waiting, self.made = make, 0, None
+
+    made: Tensor | None
+
+    def take(self) -> Tensor:
+        if (made := self.made) is None:
+            with torch.no_grad():
+                made = self.make()
+        self.waiting -= 1
+        self.made = made if self.waiting > 0 else None
+        return made
+
+
+class _Recipe(NamedTuple):
+    """In place of a kept tensor: what makes the one that it is a view of, and which view."""
+
+    maker: _Maker
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
@@ -27,18 +44,19 @@ class Recomputed(saved_tensors_hooks):
     """
 
     def __init__(self, *pairs: tuple[Tensor, Callable[[], Tensor]]):
-        makers = {tensor.untyped_storage().data_ptr(): make for tensor, make in pairs}
+        makers = {tensor.untyped_storage().data_ptr(): _Maker(make) for tensor, make in pairs}
 
         def pack(t: Tensor) -> Tensor | _Recipe:
-            make = makers.get(t.untyped_storage().data_ptr())
-            return t if make is None else _Recipe(make, t.size(), t.stride(), t.storage_offset())
+            maker = makers.get(t.untyped_storage().data_ptr())
+            if maker is None:
+                return t
+            maker.waiting += 1
+            return _Recipe(maker, t.size(), t.stride(), t.storage_offset())
 
         def unpack(kept: Tensor | _Recipe) -> Tensor:
             if isinstance(kept, Tensor):
                 return kept
-            with torch.no_grad():
-                made = kept.make()
-            return made.as_strided(kept.size, kept.stride, kept.offset)
+            return kept.maker.take().as_strided(kept.size, kept.stride, kept.offset)
 
         super().__init__(pack, unpack)
 

@@ -9,7 +9,8 @@ from leanseek.fp8.memory import Recomputed
 from leanseek.fp8.recipe import Cast, GradientBlocks, Tensorwise, Tilewise
 from leanseek.model import attention, block, moe
 from leanseek.model import layers as plain
-from leanseek.ops import Dispatched, mla_attention
+from leanseek.model.packing import Lengths
+from leanseek.ops import Dispatched
 from leanseek.ops.formats import Counts
 from leanseek.ops.quantize import round_e5m6
 
@@ -50,12 +51,22 @@ class MLA(attention.MLA):
     """Keeps the latents alone (3.2.3)."""
 
     def _attend(
-        self, q_latent: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, recompute: bool
+        self,
+        q_latent: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        recompute: bool,
+        lengths: Lengths | None,
     ) -> Tensor:
-        c, held = self.config, (q_latent.detach(), latent.detach())
+        held = q_latent.detach(), latent.detach()
         q, kv = self._query(q_latent, recompute), self._keys_values(latent, recompute)
         with Recomputed((q, lambda: self._query(held[0])), (kv, lambda: self._keys_values(held[1]))):
-            out = mla_attention(q, kv, k_rope, cos, sin, c.softmax_scale, c.rope_interleave)
+            return attention.by_sample(self._mix, lengths, q, kv, k_rope, cos, sin)
+
+    def _mix(self, q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = super()._mix(q, kv, k_rope, cos, sin)
         # the attention's backward reads its output too (3.3.3): one tensor, rounded, serves it and W_O
         out.data.copy_(round_e5m6(out.detach()))
         return out

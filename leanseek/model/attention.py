@@ -6,15 +6,18 @@ Absorbed: the up-projections move onto the query and the output, and attention r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
+from leanseek.model.packing import Lengths
 from leanseek.ops.products import wide
 
 # The published code and transformers leave the norms of both latents at this eps whatever rms_norm_eps says
@@ -59,18 +62,32 @@ class MLA(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         return latent, k_rope
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False) -> Tensor:
-        """Expanded form over whole sequences: x [B, T, D], cos and sin [B or 1, T, rope / 2] -> [B, T, D]."""
-        out = self._attend(self._query_latent(x), *self._compress(x), cos, sin, recompute)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, lengths: Lengths | None = None
+    ) -> Tensor:
+        """Expanded form over whole sequences: x [B, T, D], cos and sin [B or 1, T, rope / 2] -> [B, T, D].
+
+        lengths: of the samples in each row, which do not see each other.
+        """
+        out = self._attend(self._query_latent(x), *self._compress(x), cos, sin, recompute, lengths)
         return self.o_proj(out.flatten(-2))  # eq. 11
 
     def _attend(
-        self, q_latent: Tensor, latent: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, recompute: bool
+        self,
+        q_latent: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        recompute: bool,
+        lengths: Lengths | None,
     ) -> Tensor:
         """eq. 2 to 10, from what `_query_latent` and `_compress` return -> [B, T, H, v]."""
-        c = self.config
         q, kv = self._query(q_latent, recompute), self._keys_values(latent, recompute)
-        return ops.mla_attention(q, kv, k_rope, cos, sin, c.softmax_scale, c.rope_interleave)
+        return by_sample(self._mix, lengths, q, kv, k_rope, cos, sin)
+
+    def _mix(self, q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return ops.mla_attention(q, kv, k_rope, cos, sin, self.config.softmax_scale, self.config.rope_interleave)
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """Absorbed form: x [N, D] of the step's new tokens; writes their latents into cache [slots, W] -> [N, D]."""
@@ -93,6 +110,19 @@ class MLA(nn.Module):
         weight = ops.dense(self.kv_b_proj.weight, dtype).unflatten(0, (c.num_attention_heads, -1))
         w_uk, w_uv = weight.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         return w_uk, w_uv
+
+
+def by_sample(attend: Callable[..., Tensor], lengths: Lengths | None, *inputs: Tensor) -> Tensor:
+    """`attend` over inputs [B or 1, T, ...], by whole rows; with `lengths` by samples, and zeros in the padding."""
+    if lengths is None:
+        return attend(*inputs)
+    rows, size = [], inputs[0].shape[1]
+    for row, samples in enumerate(lengths):
+        padding = size - sum(samples)
+        parts = zip(*(x[row : row + 1].split([*samples, padding], dim=1)[:-1] for x in inputs), strict=True)
+        row_out = torch.cat([attend(*part) for part in parts], dim=1)
+        rows.append(F.pad(row_out, (0, 0, 0, 0, 0, padding)) if padding else row_out)
+    return torch.cat(rows)
 
 
 def _up(norm: RMSNorm, proj: Linear, x: Tensor, recompute: bool) -> Tensor:
@@ -119,10 +149,14 @@ class GQA(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return ops.rotate(q, cos, sin, interleave), ops.rotate(k, cos, sin, interleave), v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, lengths: Lengths | None = None
+    ) -> Tensor:
         """As MLA.forward; there is no up-projection to recompute."""
-        q, k, v = self._qkv(x, cos, sin)
-        return self.o_proj(ops.causal_attention(q, k, v, self.config.softmax_scale).flatten(-2))
+        return self.o_proj(by_sample(self._mix, lengths, *self._qkv(x, cos, sin)).flatten(-2))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.causal_attention(q, k, v, self.config.softmax_scale)
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """As MLA.step, over rows of keys then values; plain torch, a sequence at a time: a baseline to compare with."""

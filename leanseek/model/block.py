@@ -10,6 +10,7 @@ from leanseek.config import ModelConfig
 from leanseek.model.attention import GQA, MLA
 from leanseek.model.layers import MLP, RMSNorm
 from leanseek.model.moe import MoE, Route
+from leanseek.model.packing import Lengths
 
 
 class Block(nn.Module):
@@ -39,10 +40,16 @@ class Block(nn.Module):
         return self.mlp(normed, replay) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, replay: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        recompute: bool = False,
+        replay: Tensor | None = None,
+        lengths: Lengths | None = None,
     ) -> tuple[Tensor, Route | None]:
         """x [B, T, D] -> ([B, T, D], the layer's route if it has experts)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, recompute)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, recompute, lengths)
         return self._feed_forward(x, replay)
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:

@@ -46,16 +46,23 @@ class Linear(nn.Module):
 class Head(Linear):
     """The output head: logits, or, given targets, their loss without ever holding the logits of all tokens."""
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         if targets is None:
             return super().forward(hidden)
         weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dense(hidden.dtype)
-        return next_token_loss(hidden, weight, targets)
+        return next_token_loss(hidden, weight, targets, weights)
 
 
-def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy, float32 scalar, of hidden [..., D], head [V, D] and targets [...] int64."""
-    return ops.linear_cross_entropy(hidden.flatten(0, -2), head, targets.flatten())
+def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross entropy, float32 scalar, of hidden [..., D], head [V, D] and targets [...] int64: the mean, or with weights
+    [...] float32 the weighted sum."""
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    if weights is None:
+        return ops.linear_cross_entropy(hidden, head, targets)
+    counted = weights.flatten().nonzero().squeeze(1)  # logits of the others would be thrown away
+    taken = (x.index_select(0, counted) for x in (hidden, targets, weights.flatten()))
+    hidden, targets, weights = taken
+    return ops.linear_cross_entropy(hidden, head, targets, weights)
 
 
 class RMSNorm(nn.Module):

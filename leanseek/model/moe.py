@@ -169,6 +169,17 @@ def sequence_balance_loss(route: Route, batch: int, top_k: int) -> Tensor:
     return (f * p).sum(-1).mean()
 
 
+def sample_balance_loss(route: Route, members: Tensor, top_k: int) -> Tensor:
+    """`sequence_balance_loss` of packed samples, as the sum over them of length times loss.
+
+    members [S, N] float32: 1 where a token of the route belongs to a sample.
+    """
+    chosen = route.scores.detach().topk(top_k, dim=-1, sorted=False).indices
+    each = torch.zeros_like(route.scores).scatter_(1, chosen, 1.0)  # [N, E]
+    counts, scores = members @ each, members @ (route.scores / route.scores.sum(-1, keepdim=True))  # [S, E]
+    return (counts * scores).sum(-1).div(members.sum(-1)).sum() * (route.scores.shape[1] / top_k)
+
+
 def switch_balance_loss(route: Route) -> Tensor:
     """The Switch Transformer's auxiliary loss without its factor (arXiv 2101.03961, eq. 4 to 6), over the batch."""
     n, experts = route.scores.shape

@@ -10,6 +10,7 @@ from leanseek.config import ModelConfig
 from leanseek.model.block import Block
 from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.moe import Route
+from leanseek.model.packing import Lengths
 
 
 class MTPModule(nn.Module):
@@ -46,9 +47,10 @@ class MTPModule(nn.Module):
         sin: Tensor,
         recompute: bool = False,
         replay: Tensor | None = None,
+        lengths: Lengths | None = None,
     ) -> tuple[Tensor, Route | None]:
         """embedded [B, T, D] of tokens i + k, hidden [B, T, D] of depth k - 1 -> (hidden of depth k, route)."""
-        out, route = self.block(self._join(embedded, hidden), cos, sin, recompute, replay)  # eq. 22
+        out, route = self.block(self._join(embedded, hidden), cos, sin, recompute, replay, lengths)  # eq. 22
         return self.norm(out), route
 
     def step(

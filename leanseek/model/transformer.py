@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from leanseek.model.block import Block
 from leanseek.model.layers import Embedding, Head, RMSNorm, next_token_loss
 from leanseek.model.moe import Experts, Route
 from leanseek.model.mtp import MTPModule
+from leanseek.model.packing import Lengths, positions, within
 from leanseek.model.rope import Rotary
 
 
@@ -37,6 +38,12 @@ class Output(NamedTuple):
     hidden: Tensor | None  # [B, T, D], the input of the next stage; None from the last
     losses: list[Tensor]  # from the last stage, float32 scalars: of the next token, then of each MTP depth
     routes: list[Route]  # of this stage's MoE layers, the MTP modules' included
+
+
+class _Options(TypedDict):
+    recompute: bool
+    replay: Mapping[int, Tensor] | None
+    lengths: Lengths | None
 
 
 class Layers(nn.ModuleList):
@@ -111,41 +118,51 @@ class Transformer(nn.Module):
         """[vocab_size, D]: the output head, which is the embedding when tied."""
         return self.embed_tokens.weight if self.lm_head is None else cast(Tensor, self.lm_head.weight)
 
-    def head(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def head(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """hidden [..., D] after the final norm -> logits [..., vocab_size]; with targets [...] int64 their mean
-        loss, a float32 scalar."""
+        loss, a float32 scalar, or with weights [...] the weighted sum."""
         if self.lm_head is not None:
-            return self.lm_head(hidden, targets)
+            return self.lm_head(hidden, targets, weights)
         weight = self.embed_tokens.weight
-        return ops.linear(hidden, weight) if targets is None else next_token_loss(hidden, weight, targets)
+        return ops.linear(hidden, weight) if targets is None else next_token_loss(hidden, weight, targets, weights)
 
     def forward(
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        weights: Tensor | None = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
         replay: Mapping[int, Tensor] | None = None,
+        lengths: Lengths | None = None,
         stage: int = 0,
     ) -> Tensor | Output:
         """tokens [B, T] int64 -> logits [B, T, vocab_size]; with `targets`, for training, an Output.
 
         targets [B, T + D] int64: the tokens after each position, D more than there are positions for the MTP modules.
+        With weights [B, T + D] float32, one for each target, losses are weighted sums, else means. No target lies in
+        another sample.
         `stage` says which of the stages held here runs. One that is not the first takes the hidden state [B, T, D] of
         the one before in place of tokens, and one that is not the last gives its hidden state in place of logits.
         Options as in `hidden`.
         """
-        hidden, routes = self.hidden(tokens, dtype=dtype, recompute=recompute, replay=replay, stage=stage)
+        options: _Options = {"recompute": recompute, "replay": replay, "lengths": lengths}
+        hidden, routes = self.hidden(tokens, dtype=dtype, stage=stage, **options)
         last = self.stages[stage].last
         if targets is None:
             return self.head(hidden) if last else hidden
         if not last:
             return Output(hidden, [], routes)
-        length = hidden.shape[1]
-        losses = [self.head(hidden, targets[:, :length])]
-        states, more = self.predict_ahead(hidden, targets, recompute=recompute, replay=replay)
-        losses += [self.head(state, targets[:, k : k + length]) for k, state in enumerate(states, start=1)]
+
+        def loss(depth: int, state: Tensor) -> Tensor:
+            places = slice(depth, depth + state.shape[1])
+            own = None if weights is None else within(lengths, weights[:, places], depth + 1)
+            return self.head(state, targets[:, places], own)
+
+        losses = [loss(0, hidden)]
+        states, more = self.predict_ahead(hidden, targets, **options)
+        losses += [loss(depth, state) for depth, state in enumerate(states, start=1)]
         return Output(None, losses, routes + more)
 
     def embed(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -160,20 +177,22 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         recompute: bool = False,
         replay: Mapping[int, Tensor] | None = None,
+        lengths: Lengths | None = None,
         stage: int = 0,
     ) -> tuple[Tensor, list[Route]]:
         """Whole sequences from position 0: tokens [B, T] -> (hidden [B, T, D] after the final norm, routes).
 
         A stage that is not the first takes hidden [B, T, D]; one that is not the last gives it before the norm.
         dtype: of the activations (BF16 compute over float32 weights). recompute: do not keep norms and MLA
-        up-projections for backward. replay: per layer, the experts [N, K] to use instead of the gate's choice.
+        up-projections for backward. replay: per layer, the experts [N, K] to use instead of the gate's choice. lengths:
+        of the samples packed into each row, which do not see each other; what is left of a row is padding.
         """
         layers, first, last = self.stages[stage]
         x = self.embed(tokens, dtype) if first else tokens
-        cos, sin = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
+        cos, sin = self.rotary(positions(lengths, x))
         routes = []
         for layer in layers:
-            x, route = self.layers[layer](x, cos, sin, recompute, (replay or {}).get(layer))
+            x, route = self.layers[layer](x, cos, sin, recompute, (replay or {}).get(layer), lengths)
             if route is not None:
                 routes.append(route)
         return self.norm(x) if last else x, routes
@@ -185,19 +204,22 @@ class Transformer(nn.Module):
         *,
         recompute: bool = False,
         replay: Mapping[int, Tensor] | None = None,
+        lengths: Lengths | None = None,
     ) -> tuple[list[Tensor], list[Route]]:
         """MTP hidden states of depths 1 to D (eq. 21, 22), each [B, T, D] after its norm, and their routes.
 
         hidden [B, T, D] as `hidden` returns it; targets [B, T - 1 + D] or more: the tokens after the first.
-        The head on depth k's state of token i predicts token i + k + 1 (eq. 23), targets[i + k].
+        The head on depth k's state of token i predicts token i + k + 1 (eq. 23), targets[i + k]. The last k states of
+        each of packed samples have no such token, and mean nothing.
         """
         length = hidden.shape[1]
-        cos, sin = self.rotary(torch.arange(length, device=hidden.device)[None])
+        cos, sin = self.rotary(positions(lengths, hidden))
         states, routes = [], []
         for depth, module in enumerate(self.mtp, start=1):
-            embedded = self.embed(targets[:, depth - 1 : depth - 1 + length], hidden.dtype)
+            after = within(lengths, targets[:, depth - 1 : depth - 1 + length], depth)
+            embedded = self.embed(after, hidden.dtype)
             layer = self.config.num_hidden_layers + depth - 1
-            hidden, route = module(embedded, hidden, cos, sin, recompute, (replay or {}).get(layer))
+            hidden, route = module(embedded, hidden, cos, sin, recompute, (replay or {}).get(layer), lengths)
             states.append(hidden)
             if route is not None:
                 routes.append(route)

@@ -3,6 +3,9 @@
 CMakeLists.txt builds one library per instruction set, each a plain C interface over pointers and sizes. The best that
 this CPU has is loaded, or the one that LEANSEEK_CPU names ("none" leaves all out). They share torch's OpenMP threads:
 torch's own runtime library is made visible to them here, so that no second pool of threads comes into the process.
+
+A library is left out, and a line says so, when the sources have changed since it was built: its functions may take
+other arguments, and would read them wrongly.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +36,7 @@ _LETTERS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
 _FORCED: list[str] = []  # innermost `use_variant` last
 
 
+STALE = "left out: built before leanseek/native/kernels changed; rebuild them with `pip install -e .`"
 _NO_MEMORY = "native kernels read memory: what they computed can be neither differentiated nor repeated by a tracer"
 
 
@@ -50,6 +56,8 @@ def status() -> Status:
     built = [v for v in VARIANTS if _path(v).exists()]
     if not built:
         return Status(None, "not built (no C++ compiler at install, or not Linux on x86-64)")
+    if any(_stale(v) for v in built):
+        return Status(None, STALE)
     if _openmp() is None:
         return Status(None, "torch's OpenMP library was not found among the loaded ones")
     return Status(None, f"built for {', '.join(built)}, which this CPU does not have")
@@ -132,10 +140,15 @@ def usable_variants() -> tuple[str, ...]:
 
 @functools.cache
 def _usable() -> tuple[str, ...]:
-    usable = [v for v in VARIANTS if _path(v).exists() and _load(v).supported()] if _openmp() else []
-    if wanted := os.environ.get("LEANSEEK_CPU"):
-        if wanted == NONE:
-            return ()
+    wanted = os.environ.get("LEANSEEK_CPU")
+    if wanted == NONE:
+        return ()
+    built = [v for v in VARIANTS if _path(v).exists()] if _openmp() else []
+    stale = [v for v in built if _stale(v)]
+    if stale:
+        print(f"leanseek: CPU kernels are {STALE}", file=sys.stderr, flush=True)
+    usable = [v for v in built if v not in stale and _load(v).supported()]
+    if wanted:
         if wanted not in usable:
             raise InputError(
                 f"LEANSEEK_CPU={wanted} names no kernels for this CPU; choose {', '.join([*usable, NONE])}"
@@ -151,6 +164,23 @@ def _path(variant: str) -> Path:
 @functools.cache
 def _load(variant: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(_path(variant)))
+
+
+def _stale(variant: str) -> bool:
+    """Whether the sources are here, and are not those that the library was built from."""
+    here, library = _sources(Path(__file__).parent / "kernels"), _load(variant)
+    if not hasattr(library, "sources"):
+        return here is not None
+    library.sources.restype = ctypes.c_char_p
+    return here is not None and library.sources().decode() != here
+
+
+@functools.cache
+def _sources(folder: Path) -> str | None:
+    """A hash of all sources, as CMakeLists.txt computes it; None in a wheel, which leaves them out."""
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h"))
+    each = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    return hashlib.sha256(each.encode()).hexdigest() if files else None
 
 
 @functools.cache

@@ -124,9 +124,9 @@ def costs(run: RunConfig) -> dict[str, Any]:
 
 
 def _shortened(run: RunConfig) -> RunConfig:
-    """A tenth of the steps, every schedule in proportion."""
-    steps = max(1, run.train.steps // QUICK)
-    train = dataclasses.replace(run.train, steps=steps, eval_every=max(1, run.train.eval_every // QUICK))
+    """A tenth of the steps, every schedule in proportion; four evaluations, on a quarter of the text."""
+    steps, windows = max(1, run.train.steps // QUICK), max(1, run.train.eval_sequences // 4)
+    train = dataclasses.replace(run.train, steps=steps, eval_every=max(1, steps // 4), eval_sequences=windows)
     warmup = dataclasses.replace(run.schedule, warmup_steps=run.schedule.warmup_steps // QUICK)
     return dataclasses.replace(run, train=train, schedule=warmup)
 

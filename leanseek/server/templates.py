@@ -77,6 +77,7 @@ class ChatTemplate:
         tokens: special tokens of its tokenizer
         source: the folder's template, if it has one
 
+    source: the template as a file for a folder, which writes the same
     takes_parts: whether the template reads a message's content as a list of parts instead of a text
 
     Raises:
@@ -92,9 +93,13 @@ class ChatTemplate:
         if source is None:
             self._defaults |= self.family.variables
             path = Path(__file__).parent / "chat_templates" / f"{self.family.template}.jinja"
-            template = jinja_worker.Template(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            template = jinja_worker.Template(text)
+            fixed = (f"{{%- set {name} = true -%}}\n" for name, value in self.family.variables.items() if value)
+            self.source = "".join(fixed) + text
             self._render, self._reads, self.takes_parts = template.render, template.variables, False
             return
+        self.source = source
         confined = self._confined = _ConfinedTemplate(source)
         self._render, self._reads, self.takes_parts = confined.render, confined.variables, confined.takes_parts
 

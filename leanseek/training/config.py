@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tomli_w
 
@@ -146,7 +146,7 @@ class RunConfig:
             raise ConfigError(contradiction)
 
     @classmethod
-    def load(cls, source: str, overrides: list[str], runs: Path | None = None) -> RunConfig:
+    def load(cls, source: str, overrides: list[str], runs: Path | None = None) -> Self:
         """From a TOML file or the name of a preset, with `section.key=value` overrides (values as in TOML).
 
         With `from`, the network is that of the checkpoint, whose config is read; keys of [model] override it. If the
@@ -175,13 +175,13 @@ class RunConfig:
         return run
 
     @classmethod
-    def from_dict(cls, table: dict[str, Any]) -> RunConfig:
+    def from_dict(cls, table: dict[str, Any]) -> Self:
         """From a TOML file's tables; with `preset = "NAME"` they override that preset's. With `from` they hold the
         whole network all the same: no checkpoint is read."""
         return cls._from_layers(_layers(table))
 
     @classmethod
-    def _from_layers(cls, layers: list[dict[str, Any]]) -> RunConfig:
+    def _from_layers(cls, layers: list[dict[str, Any]]) -> Self:
         """From tables, each of which overrides those before it."""
         table: dict[str, Any] = {}
         for layer in layers:
@@ -213,7 +213,7 @@ class RunConfig:
         """The tables besides [model], each with its defaults."""
         return {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
 
-    def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> RunConfig:
+    def with_tokens(self, bos: int | None, eos: tuple[int, ...]) -> Self:
         """The same run with the tokenizer's bos and eos tokens in its model.
 
         The end tokens of [model] stay if they include the tokenizer's own.
@@ -399,7 +399,7 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any], sections: d
     if by >= 0 and shortened_by > by and warmup > start * steps and isinstance(table["schedule"], dict):
         table["schedule"] = table["schedule"] | {"warmup_steps": -1}
         return (f"schedule.warmup_steps = {warmup} does not fit in {steps} steps: the warm-up takes {fitting}",)
-    if by < 0 and fitting < _V3_WARMUP:
+    if by < 0 and warmup < 0 and fitting < _V3_WARMUP:
         return (f"schedule.warmup_steps is not set: the warm-up takes {fitting} of the {steps} steps",)
     return ()
 

@@ -20,6 +20,7 @@ from leanseek.errors import InputError
 from leanseek.reading import Count, Structure, checked, parse_json, read_bytes
 from leanseek.writing import replace_file
 
+SAMPLES = "samples.jsonl"  # in a run's folder: rows of step, prompt and answer
 _LARGEST = 2**31  # bytes; a row has about 1000
 _SAY_EVERY = 30  # seconds between progress lines when there is no terminal for a bar
 

@@ -27,6 +27,8 @@ class NextToken:
             model,
             batch.tokens,
             hidden,
+            weights=batch.weights,
+            lengths=batch.lengths,
             share=batch.share,
             mtp_weight=mtp_weight(self.run, step),
             sequence_alpha=self.run.balance.sequence_alpha,

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from leanseek.data.batch import Batch
-from leanseek.model import Output, Route, Transformer, sequence_balance_loss, switch_balance_loss
+from leanseek.model import (
+    Lengths,
+    Output,
+    Route,
+    Transformer,
+    membership,
+    sample_balance_loss,
+    sequence_balance_loss,
+    switch_balance_loss,
+    without_padding,
+)
 
 
 class Losses(NamedTuple):
@@ -54,6 +64,8 @@ def losses(
     tokens: Tensor,
     hidden: Tensor | None = None,
     *,
+    weights: Tensor | None = None,
+    lengths: Lengths | None = None,
     share: float = 1.0,
     mtp_weight: float = 0.0,
     sequence_alpha: float = 0.0,
@@ -64,19 +76,33 @@ def losses(
 ) -> Losses:
     """`share` of the means over tokens [B, T + lookahead] int64: inputs, and the targets behind them.
 
-    hidden: of the stage before, if any.
+    hidden: of the stage before, if any. weights, lengths: as in Batch. With weights, main and mtp are sums by them, of
+    which `share` is not taken. Padding is in no loss, and not in the routes.
     """
     config = model.config
     inputs = tokens[:, : -config.lookahead] if hidden is None else hidden
-    found: Output = model(inputs, tokens[:, 1:], dtype=dtype, recompute=recompute, stage=stage)
+    after = None if weights is None else weights[:, 1:]
+    options = {"dtype": dtype, "recompute": recompute, "stage": stage, "lengths": lengths}
+    found: Output = model(inputs, tokens[:, 1:], weights=after, **options)
     nothing = torch.zeros((), device=tokens.device)
     main, *ahead = found.losses or [nothing]
     mtp = torch.stack(ahead).mean() if ahead else nothing  # eq. 25: 1/D Σ
-    balance, batch = nothing, tokens.shape[0]
-    if found.routes and sequence_alpha:
-        each = [sequence_balance_loss(r, batch, config.num_experts_per_tok) for r in found.routes]
-        balance = balance + sequence_alpha * sum(each)
-    if found.routes and switch_alpha:
-        balance = balance + switch_alpha * sum(switch_balance_loss(r) for r in found.routes)
-    total = (main + mtp_weight * mtp + balance) * share
-    return Losses(total, main * share, mtp * share, balance * share, found.routes, found.hidden)
+    balance, routes = nothing, found.routes if lengths is None else without_padding(found.routes, lengths)
+    if routes and sequence_alpha:
+        balance = balance + sequence_alpha * _sequence_balance(routes, inputs, lengths, config.num_experts_per_tok)
+    if routes and switch_alpha:
+        balance = balance + switch_alpha * sum(switch_balance_loss(r) for r in routes)
+    if weights is None:
+        total = (main + mtp_weight * mtp + balance) * share
+        return Losses(total, main * share, mtp * share, balance * share, routes, found.hidden)
+    total = main + mtp_weight * mtp + balance * share
+    return Losses(total, main, mtp, balance * share, routes, found.hidden)
+
+
+def _sequence_balance(routes: list[Route], inputs: Tensor, lengths: Lengths | None, top_k: int) -> Tensor | float:
+    """Of all layers; of packed samples the mean over the positions of inputs [B, T, ...], padding's part being 0."""
+    rows, length = inputs.shape[:2]
+    if lengths is None:
+        return sum(sequence_balance_loss(r, rows, top_k) for r in routes)
+    members = membership(lengths, inputs.device)
+    return sum(sample_balance_loss(r, members, top_k) for r in routes) / (rows * length)

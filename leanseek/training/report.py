@@ -12,8 +12,8 @@ from leanseek import planning
 from leanseek.config import ModelConfig
 from leanseek.pages import COLORS, INK, card, figure, inline, page, quiet, svg
 from leanseek.plotting import Axes, MaxNLocator
-from leanseek.reading import read_text, read_toml
-from leanseek.training.metrics import read_rows
+from leanseek.reading import parse_json, read_text, read_toml
+from leanseek.training.metrics import SAMPLES, read_rows
 
 Rows = list[dict[str, Any]]
 
@@ -32,6 +32,8 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     charts += [card(title, svg(draw, wide=True), wide=True) for title, draw in _rank_chart(trained)]
     if (run / "timeline.svg").is_file():
         charts.append(card("The last step on the pipeline's ranks", inline(read_text(run / "timeline.svg")), wide=True))
+    if (run / SAMPLES).is_file():
+        charts.append(card("Answers of the last evaluation, to held-out prompts", _answers(run / SAMPLES), wide=True))
     written = read_text(run / "config.toml")
     body = f"""<h1>{html.escape(run.name)}</h1><p>{html.escape(_sentence(model, trained))}</p>
 <div class="figures">{"".join(figure(*f) for f in _figures(model, rows, trained))}</div>
@@ -45,6 +47,13 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
 
 def _read(run: Path) -> tuple[dict[str, Any], Rows]:
     return read_toml(run / "config.toml"), read_rows(run / "metrics.jsonl")
+
+
+def _answers(path: Path) -> str:
+    rows = [parse_json(line, str(path)) for line in read_text(path).splitlines()]
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    each = (f"<pre>{html.escape(str(row['prompt']))}<b>{html.escape(str(row['answer']))}</b></pre>" for row in last)
+    return "<hr>".join(each)
 
 
 # ---- words and figures ----
@@ -68,7 +77,8 @@ def _figures(model: ModelConfig, rows: Rows, trained: Rows) -> list[tuple[str, s
         figures.append((f"{trained[-1]['loss']:.3f}", "training loss at the end"))
     if validated := [r for r in rows if "val_loss" in r]:
         figures.append((f"{validated[-1]['val_loss']:.3f}", "validation loss"))
-        figures.append((f"{validated[-1]['val_bits_per_byte']:.3f}", "validation bits per byte"))
+        if "val_bits_per_byte" in validated[-1]:
+            figures.append((f"{validated[-1]['val_bits_per_byte']:.3f}", "validation bits per byte"))
     if trained:
         speeds = sorted(r["tokens_per_second"] for r in trained)
         shares = sorted(r["mfu"] for r in trained)
@@ -179,6 +189,8 @@ def _rank_chart(trained: Rows) -> list[tuple[str, Draw]]:
     def draw(ax: Axes) -> None:
         below = [0.0] * len(idle)
         for (kind, label), color in zip(kinds.items(), COLORS, strict=False):
+            if not any(median[kind]):
+                continue  # no experts on other ranks
             ax.bar(range(len(idle)), median[kind], bottom=below, color=color, label=label, width=0.8)
             below = [a + b for a, b in zip(below, median[kind], strict=True)]
         ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -33,15 +33,22 @@ def check_data(then: RunConfig, now: RunConfig, data: TokenDataset, found: Resum
     """
     if (stored := found.folder / "tokenizer.json").is_file():
         check_tokenizer(stored, found.folder, data.folder)
-    for key, why in (
-        ("train.seed", "the order of the data depends on it"),
-        ("data.fim_rate", "every position in the data depends on it"),
-    ):
+    check_kept(then, now, {"train.seed": "the order of the data", "data.fim_rate": "every position in the data"})
+
+
+def check_kept(then: RunConfig, now: RunConfig, settings: dict[str, str]) -> None:
+    """Check that settings are as they were; what depends on each stands beside it.
+
+    Raises:
+        ConfigError: one has changed.
+    """
+    for key, what in settings.items():
         section, name = key.split(".")
         before, after = (getattr(getattr(run, section), name) for run in (then, now))
         if before != after:
             raise ConfigError(
-                f"{key} = {after}, but the run continues with {before}: {why}; keep it, or start a new run"
+                f"{key} = {after}, but the run continues with {before}: {what} depends on it; keep it, or start a new "
+                "run"
             )
 
 

@@ -150,6 +150,8 @@ class Trainer:
         """Sums over a batch of this part's own: negative log-likelihood, MTP's, and the number of targets."""
         alone = dataclasses.replace(batch, sequences=len(batch)).to(self.device)
         main, mtp = self.part.evaluate(self.model, alone, self.forward).tolist()
+        if batch.weights is not None:  # they are sums already
+            return main, mtp, int(batch.weights.count_nonzero())
         targets = len(batch) * (batch.tokens.shape[1] - self.run.model.lookahead)
         return main * targets, mtp * targets, targets
 

@@ -470,9 +470,9 @@ def read_whole(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     inner = shards._checked
 
-    def checked(array: np.ndarray, crc: int, path: Path) -> int:
+    def checked(array: np.ndarray, crc: int, path: Path, mask: int) -> int:
         names.append(path.name)
-        return inner(array, crc, path)
+        return inner(array, crc, path, mask)
 
     monkeypatch.setattr(shards, "_checked", checked)
     return names

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
-import gc
 import multiprocessing
 import os
 import pickle
@@ -37,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+# Calls that ranks serve before new ones take their place: each leaves process groups, whose threads poll for ever, and
+# FSDP keeps what belongs to them.
+CALLS = 8
+
 ROOT = str(Path(__file__).parent.parent.parent)
 if ROOT not in sys.path:
     sys.path.append(ROOT)  # a rank imports the test's function by its module's name, tests.distributed.…
@@ -49,7 +52,7 @@ class Ranks:
     """n processes in a gloo group, one thread each, that run what they are sent."""
 
     def __init__(self, n: int, folder: Path):
-        self.folder = folder
+        self.folder, self.calls = folder, 0
         self.ends, others = zip(*(PROCESSES.Pipe() for _ in range(n)), strict=True)
         self.processes = [
             PROCESSES.Process(target=_serve, args=(rank, n, str(folder), other), daemon=True)
@@ -63,6 +66,7 @@ class Ranks:
     def run(self, call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], timeout: float) -> list[Any]:
         """What a function, called with the rank, arguments and options, returns on each rank. What cannot run in time
         or raises is an AssertionError."""
+        self.calls += 1
         for end in self.ends:
             end.send_bytes(pickle.dumps(call))
         found: dict[int, Any] = {}
@@ -127,16 +131,7 @@ def _serve(rank: int, n: int, folder: str, end: Connection) -> None:
             answer = True, function(rank, *arguments, **options)
         except BaseException:
             answer = False, traceback.format_exc()
-        _forget_groups()
         end.send_bytes(pickle.dumps(answer))
-
-
-def _forget_groups() -> None:
-    """End the groups that a call has formed: each keeps threads that poll, hundreds after a module's cases."""
-    gc.collect()  # an executor and its model refer to each other
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +143,9 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     groups: dict[int, Ranks] = {}
 
     def run(n: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60, **options: Any) -> list[Any]:
-        if n not in groups or not all(process.is_alive() for process in groups[n].processes):
+        if n in groups and (groups[n].calls >= CALLS or not all(p.is_alive() for p in groups[n].processes)):
+            groups.pop(n).kill()
+        if n not in groups:
             groups[n] = Ranks(n, tmp_path_factory.mktemp("ranks"))
         return groups[n].run((function, arguments, options), timeout)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -20,6 +23,7 @@ import torch
 
 from leanseek import cli, load
 from leanseek.checkpoint.training import newest_checkpoint, steps_on_disk
+from leanseek.distributed import watch
 from leanseek.training import RunConfig, train
 from leanseek.training.metrics import read_rows
 
@@ -94,6 +98,8 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(place: Path, folder: Path, layout: str, *flags: str) -> list[BaseProcess]:
     """The command on every rank, each a fork of this process; what rank 1 says is in folder/said-1."""
     ranks, settings = LAYOUTS[layout]
+    for old in folder.glob("said-*"):
+        old.unlink()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -101,6 +107,7 @@ def start(place: Path, folder: Path, layout: str, *flags: str) -> list[BaseProce
     def run(rank: int) -> None:
         os.chdir(folder)
         torch.set_num_threads(1)
+        watch.BEAT = 0.25  # a killed rank is found silent four times as soon
         faulthandler.dump_traceback_later(200, file=open(f"stack-{rank}", "w", encoding="utf-8"))  # noqa: SIM115
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
@@ -130,9 +137,9 @@ def said(folder: Path, ranks: int) -> str:
     return "\n".join(file.read_text(encoding="utf-8")[-3000:] for file in files)
 
 
-def end(processes: list[BaseProcess], seconds: float = 300) -> list[int | None]:
+def end(processes: list[BaseProcess]) -> list[int | None]:
     """The exit codes of all, None of those that had to be killed for not ending by themselves."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 300  # a rank that waits for a lost one would go on for 900
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]
@@ -146,12 +153,25 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
 
-def partial(run: Path) -> bool:
-    return any(run.glob("checkpoints/.step-*.partial"))
+def begun(folder: Path) -> float:
+    """When the ranks that were started last began to train; infinity before that."""
+    said = folder / "said-0"
+    return said.stat().st_mtime if said.exists() and " at step " in said.read_text() else math.inf
 
 
-def rows(run: Path, count: int) -> bool:
-    return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= count
+def writing(folder: Path) -> bool:
+    """Whether they write a checkpoint; others may have left one half written."""
+    with contextlib.suppress(FileNotFoundError):  # it has its name meanwhile
+        return any(p.stat().st_mtime > begun(folder) for p in folder.glob("runs/run/checkpoints/.step-*.partial"))
+    return False
+
+
+def trained(folder: Path, steps: int) -> bool:
+    """Whether they have done so many steps."""
+    if begun(folder) == math.inf:
+        return False
+    *_, rows = re.split('"event": "(?:started|resumed)"', (folder / "runs/run/metrics.jsonl").read_text())
+    return rows.count('"loss"') >= steps
 
 
 def same_run(run: Path, whole: Path) -> None:
@@ -176,7 +196,7 @@ def test_a_run_goes_on_in_other_layouts(layouts: tuple[str, ...], place: Path, w
     for number, layout in enumerate(layouts):
         processes = start(place, tmp_path, layout, *["--resume"] * (number > 0))
         if number < 2:
-            wait_for(processes, lambda at=6 + 9 * number: rows(tmp_path / "runs/run", at), tmp_path)
+            wait_for(processes, lambda: trained(tmp_path, 6), tmp_path)
             os.kill(int(str(processes[-1].pid)), signal.SIGTERM)
             assert set(end(processes)) == {130}, said(tmp_path, len(processes))
         else:
@@ -193,17 +213,20 @@ def test_a_killed_rank_stops_all_and_the_run_goes_on_in_a_smaller_layout(
     rng, run = random.Random(seed), tmp_path / "runs/run"
     layouts = [["zero3", "zero3", "zero2", "zero2", "one"], ["ep4zero", "ep4zero", "pp2", "pp2v", "ep2"]][seed % 2]
     for number, layout in enumerate(layouts):
+        if number:  # ranks killed while they write one leave it behind
+            (run / f"checkpoints/.step-{5 * number}.partial").mkdir(parents=True, exist_ok=True)
         processes = start(place, tmp_path, layout, *["--resume"] * (number > 0))
         if number == len(layouts) - 1:
             assert set(end(processes)) == {0}, said(tmp_path, len(processes))
             break
-        at = (len(losses(run)) if number else 0) + rng.randrange(1, 6)
-        moment = (lambda: partial(run)) if number % 2 else (lambda at=at: rows(run, at))
-        wait_for(processes, moment, tmp_path)
+        steps = rng.randrange(1, 6)
+        wait_for(
+            processes, lambda n=steps, odd=number % 2: writing(tmp_path) if odd else trained(tmp_path, n), tmp_path
+        )
         time.sleep(rng.random() * 0.02)
         victim = rng.randrange(len(processes))
         processes[victim].kill()
-        codes = end(processes, seconds=120)
+        codes = end(processes)
         assert None not in codes, f"ranks went on after rank {victim} was killed: {said(tmp_path, len(processes))}"
         assert codes[victim] == -signal.SIGKILL
         assert all(code == 1 for rank, code in enumerate(codes) if rank != victim), said(tmp_path, len(processes))

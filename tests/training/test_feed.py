@@ -154,6 +154,24 @@ def test_a_pipeline_refuses_an_objective_of_whole_networks(run: RunConfig) -> No
         Trainer(piped, objective=Distance())
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_any_micro_batches_have_the_same_gradient_trl_2617(run: RunConfig, size: int) -> None:
+    """Rows with 1 to 12 targets: the denominator is the whole step's."""
+    targets = torch.tensor([1, 12, 4, 9, 2])
+    weights = (torch.arange(17) < targets[:, None] + 1).float() * (torch.arange(17) > 0) / targets.sum()
+    batch = Batch(torch.randint(0, 290, (5, 17)), 5, weights=weights)
+    found = {}
+    for micro in (0, size):
+        trainer = Trainer(dataclasses.replace(run, train=dataclasses.replace(run.train, micro_batch_size=micro)))
+        result = trainer.step(batch, 1)
+        found[micro] = result.loss, result.grad_norm, trainer.model.layers[0].self_attn.o_proj.weight.detach()
+    assert found[size][:2] == pytest.approx(found[0][:2], rel=1e-5)
+    torch.testing.assert_close(found[size][2], found[0][2], rtol=1e-4, atol=1e-6)
+    logits = Trainer(run).model(batch.tokens[:, :-1])
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+    assert found[0][0] == pytest.approx(float((each * (weights[:, 1:] > 0)).sum() / targets.sum()), rel=1e-5)
+
+
 def test_a_batch_keeps_its_columns_together() -> None:
     batch = Batch(
         torch.arange(15).view(5, 3), 10, ((1, 1), (2,), (1,), (2,), (1, 1)), torch.ones(5, 3), {"x": torch.arange(5)}

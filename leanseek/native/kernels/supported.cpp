@@ -4,7 +4,12 @@
 
 enum { AVX2, AVX512, AVX512_BF16 };
 
-extern "C" __attribute__((visibility("default"))) int supported() {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The hash of the sources that this library was built from (CMakeLists.txt).
+EXPORTED const char* sources() { return SOURCES; }
+
+EXPORTED int supported() {
     __builtin_cpu_init();
     bool has = HAS(avx2) && HAS(fma) && HAS(f16c);
     if (VARIANT >= AVX512) has = has && HAS(avx512f) && HAS(avx512bw) && HAS(avx512dq) && HAS(avx512vl);
