@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanseek import planning
+from leanseek.backends.protocol import Trace
 from leanseek.config import ModelConfig
 from leanseek.engine import Engine, Request, SamplingParams
 from leanseek.ops import CacheIndex
@@ -28,6 +30,9 @@ class _Still:
 
     def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Tensor:
         return hidden
+
+    def trace(self, tokens: Tensor, lengths: Sequence[int]) -> Trace:
+        raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.zeros(len(hidden), self.config.vocab_size)
