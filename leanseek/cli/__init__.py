@@ -20,6 +20,7 @@ from leanseek.cli import (
     place,
     plan,
     reproduce,
+    reward,
     sample,
     serve,
     sft,
@@ -39,6 +40,7 @@ app.add_typer(data.app, name="data")
 for command in (
     train.train,
     sft.sft,
+    reward.reward,
     generate.generate,
     grpo.grpo,
     chat.chat,

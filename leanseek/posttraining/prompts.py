@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from leanseek.data.formats import DataError
-from leanseek.reading import parse_json, read_text, shorten
+from leanseek.posttraining.rows import read_rows
+from leanseek.reading import shorten
 
 Message = Mapping[str, Any]
-MOST_BYTES = 2**32  # of a file of prompts, which is read whole
 _OWN = ("prompt", "messages", "completion")  # keys that are no columns of rewards
 
 
@@ -32,7 +32,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: the file cannot be read, or a row has no prompt; the message names the row. Or rows have different
             columns.
     """
-    prompts = [_prompt(row, where) for row, where in _rows(path)]
+    prompts = [_prompt(row, where) for row, where in read_rows(path)]
     if not prompts:
         raise DataError(f"{path} has no rows")
     names = prompts[0].columns.keys()
@@ -40,27 +40,6 @@ def read_prompts(path: Path) -> list[Prompt]:
         if odd := sorted(prompt.columns.keys() ^ names):
             raise DataError(f"{path}: column {odd[0]!r} is in some rows and not in others, such as row {number}")
     return prompts
-
-
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows and their places, for messages."""
-    if path.suffix.lower() == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with path.open("rb") as file:
-                table = pyarrow.parquet.read_table(file)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from None
-        for number, row in enumerate(table.to_pylist(), 1):
-            yield row, f"{path} row {number}"
-        return
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        raise DataError(f"{path} is neither .jsonl nor .parquet; prompts come as rows of these")
-    for number, line in enumerate(read_text(path, DataError, MOST_BYTES).split("\n"), 1):
-        if line.strip():
-            yield parse_json(line, f"{path}:{number}", DataError), f"{path}:{number}"
 
 
 def _prompt(row: dict[str, Any], where: str) -> Prompt:

@@ -239,7 +239,7 @@ def test_the_command_writes_rows_and_survives_kill_9(
     prompts.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "rewards.toml").write_text(f'[[rewards]]\nfunction = "{even}"\nweight = 2.0\n')
     arguments = ["sample", str(model), str(prompts), "--reward", str(tmp_path / "rewards.toml"), "--n", "2"]
-    arguments += ["--max-tokens", "16", "--temperature", "1"]
+    arguments += ["--max-tokens", "16", "--temperature", "1", "--threads", "1"]
     app([*arguments, "--out", str(tmp_path / "whole.jsonl"), "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert found["prompts"] == 160 and found["samples"] == 320 and set(found["pass_at"]) == {"1", "2"}
