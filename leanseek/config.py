@@ -147,6 +147,7 @@ class ModelConfig(_Checked):
     initializer_range: Annotated[float, Field(ge=0, le=1e3)] = (
         0.006  # 4.2: the report's value; published configs carry 0.02
     )
+    num_labels: Annotated[int, Field(ge=0, le=1)] = 0  # 1: a reward model, with a `score` in place of the output head
     bos_token_id: Ids | None = 0
     eos_token_id: Ids | tuple[Ids, ...] | None = 1
     model_type: str = "deepseek_v3"
@@ -168,6 +169,8 @@ class ModelConfig(_Checked):
             raise ConfigError(
                 f"rope_theta = {self.rope_theta} must be above 1 under rope_scaling (YaRN divides by its log)"
             )
+        if self.num_labels and self.num_nextn_predict_layers:
+            raise ConfigError("a reward model (num_labels = 1) predicts no tokens: num_nextn_predict_layers must be 0")
         if self.rope_dim < 2 or self.rope_dim % 2:
             raise ConfigError(f"the rotary dimension must be even and at least 2, not {self.rope_dim}")
         if self.attention == "gqa" and self.num_attention_heads % self.kv_heads:
@@ -292,8 +295,10 @@ class ModelConfig(_Checked):
             values["n_routed_experts"] = 0
         names = {f.name for f in dataclasses.fields(cls)}
         # HF writes these for its own use; MLA has no such heads
-        names -= {"num_key_value_heads", "head_dim", "attention"}
+        names -= {"num_key_value_heads", "head_dim", "attention", "num_labels"}
         values |= {name: hf[name] for name in names if hf.get(name) is not None}
+        if published.scores:
+            values |= {"num_labels": published.labels, "num_nextn_predict_layers": 0}
         for none in ("q_lora_rank", "bos_token_id", "eos_token_id"):  # null means none
             if none in hf or none == "q_lora_rank":
                 values[none] = hf.get(none)
@@ -313,9 +318,12 @@ class ModelConfig(_Checked):
         if self.attention != "mla":
             raise ConfigError("only MLA networks have a Hugging Face DeepSeek config; this one has attention = 'gqa'")
         v2 = self.model_type in _V2_TYPES
-        own = ("attention", "head_dim", "rope_scaling")
+        own = ("attention", "head_dim", "rope_scaling", "num_labels")
         hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
-        hf["architectures"] = ["DeepseekV2ForCausalLM" if v2 else "DeepseekV3ForCausalLM"]
+        kind = "ForSequenceClassification" if self.num_labels else "ForCausalLM"
+        hf["architectures"] = [f"Deepseek{'V2' if v2 else 'V3'}{kind}"]
+        if self.num_labels:
+            hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         hf["model_type"] = "deepseek_v2" if v2 else "deepseek_v3"
         hf["num_key_value_heads"] = self.num_attention_heads
         hf["hidden_act"] = "silu"
@@ -394,6 +402,19 @@ class _Published(Structure):
     rope_theta: Positive | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
+    architectures: list[str] | None = None
+    id2label: dict[str, Any] | None = None
+    num_labels: int | None = None
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a reward model."""
+        return any(name.endswith("ForSequenceClassification") for name in self.architectures or ())
+
+    @property
+    def labels(self) -> int:
+        """Outputs of a reward model's head; 2 where nothing says so, as in transformers."""
+        return len(self.id2label) if self.id2label is not None else self.num_labels or 2
 
 
 class _Rope(Structure):

@@ -47,8 +47,13 @@ def open_backend(
     thread that is returned.
 
     Raises:
-        CheckpointError: as `checkpoint.load`.
+        CheckpointError: as `checkpoint.load`; or it is a reward model.
     """
+    if checkpoint.read_config(folder).num_labels:
+        raise checkpoint.CheckpointError(
+            f"{folder} is a reward model: its score.weight, in place of an output head, scores texts and writes none; "
+            '[[rewards]] takes it by function = "model"'
+        )
     # a mapped file's pages are not interleaved over memory nodes
     packed_copy = packed_copy and device.type == "cpu" and not panels.refusal() and len(memory_nodes()) < 2
     copy = PackedCopy(folder, str(dtype).removeprefix("torch."), int8_head) if packed_copy else None

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from leanseek.config import ModelConfig
 from leanseek.ops import CacheIndex
+
+PAGE = 16  # rows of a page of whole sequences
+
+
+class Trace(NamedTuple):
+    """What a step went through."""
+
+    states: list[Tensor]  # what each layer begins with and what the last one ends with, [N, D] each
+    routes: list[Tensor | None]  # the experts of each layer [N, K] int64; None where it has none
+    hidden: Tensor  # [N, D], as `step` returns it
+
+
+def whole(lengths: Sequence[int], device: torch.device) -> CacheIndex:
+    """The index of a step that computes whole sequences of these lengths, one after the other, in an empty cache."""
+    counts = torch.tensor(lengths, device=device)
+    used = (counts + PAGE - 1) // PAGE
+    first = used.cumsum(0) - used  # of each sequence's pages
+    owner = torch.repeat_interleave(counts)
+    offsets = torch.tensor([0, *accumulate(lengths)], device=device)
+    positions = torch.arange(len(owner), device=device) - offsets[owner]
+    most = torch.arange(int(used.max()) if lengths else 0, device=device)
+    pages = (first[:, None] + most).clamp(max=max(0, int(used.sum()) - 1))
+    return CacheIndex(positions, first[owner] * PAGE + positions, offsets, counts, pages, PAGE)
+
+
+def scratch(index: CacheIndex, config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """A cache for `whole`, [layers, slots, W]. Layers share its memory, since each reads what it has just written."""
+    slots = (int(index.pages.max()) + 1) * index.page_size if index.pages.numel() else 0
+    rows = torch.zeros(slots, config.cache_width, dtype=dtype, device=index.pages.device)
+    return rows.expand(config.num_hidden_layers, -1, -1)
 
 
 class StepBackend(Protocol):
@@ -43,6 +75,9 @@ class StepBackend(Protocol):
 
         cache and index as in `step`; the module's layer is num_hidden_layers + depth - 1.
         """
+
+    def trace(self, tokens: Tensor, lengths: Sequence[int]) -> Trace:
+        """Whole sequences, tokens [N] int64 one after the other: the same bits as `step` in any steps."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] of any rows -> [R, vocab_size] float32."""

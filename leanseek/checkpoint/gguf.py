@@ -87,6 +87,8 @@ def unsupported_by_llama_cpp(config: ModelConfig) -> str | None:
     c = config
     if c.attention != "mla":
         return f"attention = {c.attention!r}"
+    if c.num_labels:
+        return "a reward model"
     if not c.rope_interleave:
         return "rope_interleave = false"
     if c.q_lora_rank and (c.num_hidden_layers in (26, 27) or (c.num_hidden_layers, c.vocab_size) == (48, 128256)):

@@ -49,7 +49,7 @@ def _hf_path(name: str, num_hidden_layers: int) -> str:
     if mtp := _MTP.fullmatch(name):
         depth, _, norm, rest = mtp.groups()
         return f"model.layers.{num_hidden_layers + int(depth)}.{'shared_head.norm.' if norm else ''}{rest}"
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
 
 
 def iter_hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:

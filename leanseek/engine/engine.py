@@ -120,6 +120,19 @@ class Engine:
             )
         return wanted or limit
 
+    def adopt(self, backend: StepBackend) -> None:
+        """Go on with other weights of the same network; what was cached of the old ones is found no more.
+
+        Raises:
+            EngineError: requests are running, whose cache is of the old weights; or it is another network.
+        """
+        if self.has_work():
+            raise EngineError("new weights while requests are running: let them end, or abort them")
+        if backend.config != self.config or backend.dtype != self._runner.backend.dtype:
+            raise EngineError("the new weights are of another network or dtype")
+        self._runner.backend = backend
+        self._pool.clear()
+
     # ---- requests ----
 
     @classmethod
@@ -313,6 +326,8 @@ class Engine:
             delta.reasoning_tokens = s.text.reasoning_tokens - thought
         if result.logprobs and s in result.logprobs:
             delta.logprobs = result.logprobs[s][:count]
+        if s.params.sampled_logprobs:
+            delta.sampled_logprobs = result.sampled_logprobs[s][:count]
         if s.prompt_logprobs:
             delta.prompt_logprobs, s.prompt_logprobs = s.prompt_logprobs, []
         if end:

@@ -284,6 +284,7 @@ def _extend(output: RequestOutput, delta: Delta) -> None:
     choice = output.outputs[delta.index]
     choice.text += delta.text
     choice.token_ids += delta.token_ids
+    choice.sampled_logprobs += delta.sampled_logprobs
     if delta.logprobs is not None:
         choice.logprobs = (choice.logprobs or []) + delta.logprobs
     output.prompt_logprobs = delta.prompt_logprobs or output.prompt_logprobs

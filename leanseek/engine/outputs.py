@@ -47,6 +47,7 @@ class Delta:
     text: str = ""  # whole characters; text that may be the start of a stop string is held back
     logprobs: list[TokenLogprob] | None = None  # one per token id, if requested
     prompt_logprobs: list[TokenLogprob | None] | None = None  # on choice 0's first delta, if requested
+    sampled_logprobs: list[float] = field(default_factory=list)  # one per token id, if requested
     reasoning_tokens: int = 0  # known to be reasoning by now; needs SamplingParams.spans
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or string; None for the end-of-sequence token
@@ -68,6 +69,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprob] | None
     usage: Usage
     timing: Timing
+    sampled_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass

@@ -91,6 +91,15 @@ class PagePool:
             self._key[page], self._serial[page] = key, self._last_serial
         return self._serial[known]
 
+    def clear(self) -> None:
+        """Find nothing again of what was registered: the weights it was computed with have changed. Pages must not be
+        held."""
+        assert self.available == self.pages, "a page is held"
+        while self._idle:
+            page = self._idle.popitem()[0]
+            self._forget(page)
+            self._empty.append(page)
+
     def serial(self, page: int) -> int:
         return self._serial[page]
 

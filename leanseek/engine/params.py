@@ -101,6 +101,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # for each sampled token, with this many alternatives
     prompt_logprobs: int | None = None
+    sampled_logprobs: bool = False  # of each sampled token, after temperature; not with what else changes the sampling
     guided: Guide | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -113,6 +114,11 @@ class SamplingParams:
             raise EngineError(f"min_tokens = {self.min_tokens} exceeds max_tokens = {self.max_tokens}")
         if len(self.stop_strings) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop_strings):
             raise EngineError(f"stop must be at most {MAX_STOPS} strings, none of them empty")
+        if self.sampled_logprobs and (self.top_p < 1 or self.top_k or self.min_p or self.adjusts or self.guided):
+            raise EngineError(
+                "sampled_logprobs are those of softmax(logits / temperature): leave top_p, top_k, min_p, penalties, "
+                "logit_bias, min_tokens and guides away"
+            )
         for token, bias in (self.logit_bias or {}).items():
             if not _is_whole(token) or not _is_between(bias, -_LOGIT_BIAS, _LOGIT_BIAS):
                 raise EngineError("logit_bias must map token ids to numbers between -100 and 100")

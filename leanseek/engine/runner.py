@@ -34,6 +34,7 @@ class StepResult:
     tokens: list[list[int]] = field(default_factory=list)  # per `Rows.sequences`: the accepted drafts and one more
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # what may come after them
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)  # of `tokens`, where asked for
+    sampled_logprobs: dict[Sequence, list[float]] = field(default_factory=dict)  # of `tokens`, where asked for
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)  # of the tokens after the work's
     not_finite: set[Sequence] = field(default_factory=set)  # whose logits hold a NaN or an infinity
     main_seconds: float = 0.0
@@ -87,8 +88,9 @@ class Runner:
                 clock.turn("main")
                 logits = self.backend.logits(hidden if place is None else hidden[place])
                 clock.turn("host")
-                sampled = sampler.choose(sampler.adjust(logits, rows), rows.choice(self._vocab_size, self.device))
-                self._collect(rows, logits, sampled, result)
+                choice = rows.choice(self._vocab_size, self.device)
+                sampled = sampler.choose(sampler.adjust(logits, rows), choice)
+                self._collect(rows, logits, sampled, choice, result)
             if self._drafts and any(work.sequence.depth for work in works):
                 clock.turn("draft")
                 if len(rows):
@@ -201,13 +203,19 @@ class Runner:
     # ---- results ----
 
     @staticmethod
-    def _collect(rows: Rows, logits: Tensor, sampled: Tensor, result: StepResult) -> None:
+    def _collect(rows: Rows, logits: Tensor, sampled: Tensor, choice: Choice | None, result: StepResult) -> None:
         tokens, finite = torch.stack((sampled, ops.finite_rows(logits))).tolist()  # here the host waits
+        scores: list[float] = []
+        if any(s.params.sampled_logprobs for s in rows.sequences):
+            temperature = torch.zeros(len(logits), device=logits.device) if choice is None else choice.temperature
+            scores = ops.token_logprobs(logits, sampled, temperature).tolist()
         for sequence, first in zip(rows.sequences, rows.first, strict=True):
             stop = first + 1 + (_confirmed(sequence.drafts, tokens, first) if sequence.drafts else 0)
             result.tokens.append(tokens[first:stop])
             if not all(finite[first:stop]):
                 result.not_finite.add(sequence)
+            if sequence.params.sampled_logprobs:
+                result.sampled_logprobs[sequence] = scores[first:stop]
             wanted = sequence.logprobs
             if wanted is not None:
                 result.logprobs[sequence] = sampler.logprobs_of(logits[first:stop], sampled[first:stop], wanted)

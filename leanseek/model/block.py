@@ -52,7 +52,9 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, recompute, lengths)
         return self._feed_forward(x, replay)
 
-    def step(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
-        """x [N, D] of a step's new tokens, cache [slots, W] of this layer -> [N, D]."""
+    def step(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex
+    ) -> tuple[Tensor, Route | None]:
+        """x [N, D] of a step's new tokens, cache [slots, W] of this layer -> ([N, D], its route)."""
         x = x + self.self_attn.step(self.input_layernorm(x), cos, sin, cache, index)
-        return self._feed_forward(x, None)[0]
+        return self._feed_forward(x, None)

@@ -57,4 +57,4 @@ class MTPModule(nn.Module):
         self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: ops.CacheIndex
     ) -> Tensor:
         """As forward over a step's new tokens, [N, D], with this module's own cache [slots, W]."""
-        return self.norm(self.block.step(self._join(embedded, hidden), cos, sin, cache, index))
+        return self.norm(self.block.step(self._join(embedded, hidden), cos, sin, cache, index)[0])

@@ -7,16 +7,16 @@ Two ways through: `forward` over whole sequences (training, evaluation), `step` 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
 from leanseek import ops
-from leanseek.config import ModelConfig
+from leanseek.config import ConfigError, ModelConfig
 from leanseek.model.block import Block
-from leanseek.model.layers import Embedding, Head, RMSNorm, next_token_loss
+from leanseek.model.layers import Embedding, Head, Linear, RMSNorm, next_token_loss
 from leanseek.model.moe import Experts, Route
 from leanseek.model.mtp import MTPModule
 from leanseek.model.packing import Lengths, positions, within
@@ -86,7 +86,10 @@ class Transformer(nn.Module):
         self.layers = Layers({i: Block(config, i, device, dtype, experts) for i in held})
         if last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
-            self.lm_head = None if tied else Head(config.hidden_size, config.vocab_size, device, dtype)
+            headless = tied or config.num_labels
+            self.lm_head = None if headless else Head(config.hidden_size, config.vocab_size, device, dtype)
+            if config.num_labels:  # a reward model (5.2.1): a scalar for each position, read at the last
+                self.score = Linear(config.hidden_size, config.num_labels, device, dtype, high_precision=True)
         self.mtp = nn.ModuleList(MTPModule(config, k, device, dtype, experts) for k in range(depths))
         self.rotary = Rotary(config, device)
 
@@ -115,15 +118,23 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocab_size, D]: the output head, which is the embedding when tied."""
+        """[vocab_size, D]: the output head, which is the embedding when tied.
+
+        Raises:
+            ConfigError: this is a reward model, which has none.
+        """
+        if self.config.num_labels:
+            raise ConfigError("a reward model scores texts and writes none: it has a score in place of an output head")
         return self.embed_tokens.weight if self.lm_head is None else cast(Tensor, self.lm_head.weight)
 
     def head(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """hidden [..., D] after the final norm -> logits [..., vocab_size]; with targets [...] int64 their mean
-        loss, a float32 scalar, or with weights [...] the weighted sum."""
+        loss, a float32 scalar, or with weights [...] the weighted sum. Of a reward model -> scores [..., 1]."""
         if self.lm_head is not None:
             return self.lm_head(hidden, targets, weights)
-        weight = self.embed_tokens.weight
+        if self.config.num_labels and targets is None:
+            return self.score(hidden)
+        weight = self.head_weight
         return ops.linear(hidden, weight) if targets is None else next_token_loss(hidden, weight, targets, weights)
 
     def forward(
@@ -231,11 +242,20 @@ class Transformer(nn.Module):
         cache [num_hidden_layers (+ D), slots, cache_width] is read and written in place; MTP modules use the layers
         after the main model's.
         """
+        for state, _ in self.step_states(tokens, cache, index):
+            last = state
+        return self.norm(last)
+
+    def step_states(
+        self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex
+    ) -> Iterator[tuple[Tensor, Route | None]]:
+        """The parts of `step`: what the first layer begins with, then what each ends with, [N, D], and its route."""
         x = self.embed(tokens)
+        yield x, None
         cos, sin = self.rotary(index.positions)
         for block, layer_cache in zip(self.layers, cache, strict=False):
-            x = cast(Block, block).step(x, cos, sin, layer_cache, index)
-        return self.norm(x)
+            x, route = cast(Block, block).step(x, cos, sin, layer_cache, index)
+            yield x, route
 
     def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Tensor:
         """MTP module `depth` (from 1) in serving: hidden [N, D] of depth - 1, the tokens [N] after them -> [N, D]."""

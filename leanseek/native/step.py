@@ -13,7 +13,7 @@ from leanseek.native.library import DTYPES, kernel, pointers
 from leanseek.native.panels import Matrix
 from leanseek.ops.latent_attention import CacheIndex
 
-_step = kernel("stack_step", "ppp npnn pppp nnn p")
+_step = kernel("stack_step", "ppp npnn pppp nnn p ppn")
 
 
 _n, _p, _d = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
@@ -67,10 +67,20 @@ class Stack:
         if join is not None:
             plan.enorm, plan.hnorm, plan.join = join
 
-    def step(self, tokens: Tensor, hidden: Tensor | None, cache: Tensor, index: CacheIndex) -> Tensor:
+    def step(
+        self,
+        tokens: Tensor,
+        hidden: Tensor | None,
+        cache: Tensor,
+        index: CacheIndex,
+        states: Tensor | None = None,
+        routes: Tensor | None = None,
+    ) -> Tensor:
         """tokens [N] (and an MTP module's hidden [N, D]) -> [N, D] after the last norm, in the embedding's dtype.
 
-        The blocks' latents are written into cache [blocks or more, slots, W].
+        The blocks' latents are written into cache [blocks or more, slots, W]. Where they are given, states [blocks + 1,
+        N, D] float32 take what each block begins with and what the last one ends with, and routes [blocks, N, K] int64
+        the experts chosen.
 
         Raises:
             ValueError: the cache is of another dtype, or its rows do not follow each other.
@@ -84,6 +94,6 @@ class Stack:
         _step(
             ctypes.addressof(self.plan), *pointers(tokens, hidden), DTYPES[cache.dtype], cache.data_ptr(),
             cache.stride(0), index.page_size, *pointers(index.positions, index.slots, index.row_offsets, pages),
-            len(tokens), *pages.shape, out.data_ptr(),
+            len(tokens), *pages.shape, *pointers(out, states, routes), 0 if routes is None else routes.shape[2],
         )  # fmt: skip
         return out

@@ -57,7 +57,11 @@ def _matrices(c: ModelConfig, layer: int) -> int:
 def _matrices_after_layers(c: ModelConfig) -> int:
     """Matrix elements that multiply a token after the main model's layers: head and MTP modules."""
     mtp = range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
-    return sum(_matrices(c, i) + 2 * c.hidden_size**2 for i in mtp) + (1 + len(mtp)) * c.vocab_size * c.hidden_size
+    return sum(_matrices(c, i) + 2 * c.hidden_size**2 for i in mtp) + _head(c) * (1 + len(mtp))
+
+
+def _head(c: ModelConfig) -> int:
+    return (c.num_labels or c.vocab_size) * c.hidden_size
 
 
 def _blocks(c: ModelConfig, layers: range, experts: int) -> int:
@@ -71,7 +75,8 @@ def _mtp(c: ModelConfig, experts: int) -> int:
 
 def _ends(c: ModelConfig) -> int:
     """Embedding, head and final norm."""
-    return c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
+    head = c.num_labels or (0 if c.tie_word_embeddings else c.vocab_size)
+    return (c.vocab_size + head + 1) * c.hidden_size
 
 
 def parameters(config: ModelConfig, mtp: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""The built-in rewards: answer, format, length, code, reasoning_gym. Called as any other: by keyword, with lists.
+"""The built-in rewards. Called as any other: by keyword, with lists.
 
 Nothing here evaluates what a model wrote, except `code`, which runs it in a process with limits.
 """
@@ -9,9 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from leanseek.errors import InputError
+
+if TYPE_CHECKING:
+    from leanseek.posttraining.judge import Judge
+    from leanseek.posttraining.reward_model import RewardModel
 
 OPEN, CLOSE = "<think>", "</think>"
 MAX_NUMBER = 100  # characters of a number; what is longer is compared as text
@@ -221,5 +226,63 @@ def reasoning_gym(
     return scores
 
 
-BUILT_IN = {grade.__name__: grade for grade in (answer, format, length, code, reasoning_gym)}
+# ---- models ----
+
+
+def model(prompts: Sequence[Any], completions: Sequence[Any], path: str) -> list[float]:
+    """The score of a reward model: the run or folder at `path`, made by `leanseek reward`."""
+    return _reward_model(path).score(prompts, completions)
+
+
+@cache
+def _reward_model(path: str) -> RewardModel:
+    from leanseek.posttraining.reward_model import RewardModel
+
+    return RewardModel(path)
+
+
+QUESTION = """Question: {prompt}
+
+Reference answer: {reference}
+
+Answer to judge: {answer}
+
+Does the answer to judge agree with the reference answer? Reply with yes or no."""
+
+
+def judge(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    path: str,
+    answer: Sequence[Any] | None = None,
+    ground_truth: Sequence[Any] | None = None,
+    question: str = QUESTION,
+    yes: str = "yes",
+    no: str = "no",
+) -> list[float]:
+    """P(yes) of the model at `path`, asked whether an answer agrees with the row's `answer` or `ground_truth`.
+
+    question: what it is asked, with {prompt}, {reference} and {answer}. Its reply is `yes` or `no`, and P(yes) is that
+    of yes against no.
+    """
+    truths = answer if answer is not None else ground_truth
+    if truths is None or any(truth is None for truth in truths):
+        raise InputError("the reward judge needs a column answer or ground_truth in each row")
+    asked = []
+    for prompt, completion, truth in zip(prompts, completions, truths, strict=True):
+        last = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        said = text_of(completion).rpartition(CLOSE)[2].strip()
+        asked.append(question.replace("{prompt}", last).replace("{reference}", str(truth)).replace("{answer}", said))
+    return _judge(path).agree(asked, yes, no)
+
+
+@cache
+def _judge(path: str) -> Judge:
+    from leanseek.posttraining.judge import Judge
+
+    return Judge(path)
+
+
+BUILT_IN = {grade.__name__: grade for grade in (answer, format, length, code, reasoning_gym, model, judge)}
+PREPARE = {"model": _reward_model, "judge": _judge}  # what is loaded once, by path, before the first call
 BY_ROW = frozenset({"code"})  # each row has the time limit to itself

@@ -49,6 +49,10 @@ class Grader:
         self.by_row |= self._verl
         if unknown := sorted(arguments.keys() - self._names) if not self._any else []:
             raise InputError(f"{source} takes no argument {unknown[0]!r}; it takes {', '.join(named)}")
+        if (prepare := _prepares(source)) is not None:
+            if "path" not in arguments:
+                raise InputError(f"{source} needs path: arguments = {{ path = ... }}, a run or a folder")
+            prepare(arguments["path"])
         given = {*_GIVEN, *arguments, *(("solution_str", "extra_info", "ground_truth") if self._verl else ())}
         self.needs = [p.name for p in named.values() if p.default is p.empty and p.name not in given]
 
@@ -127,6 +131,15 @@ def _load(source: str) -> tuple[Callable[..., Any], bool]:
         what = "a class; name an instance of it" if inspect.isclass(found) else "nothing that can be called"
         raise InputError(f"{source}: {name!r} is {what}")
     return found, False
+
+
+def _prepares(source: str) -> Callable[[str], Any] | None:
+    """What a built-in loads before its first call, which that call's time limit does not cover."""
+    if ":" in source:
+        return None
+    from leanseek.posttraining import graders
+
+    return graders.PREPARE.get(source)
 
 
 def _module_of_file(path: Path) -> Any:

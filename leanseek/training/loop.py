@@ -376,9 +376,8 @@ class _Loop:
             row["max_violation_per_layer"] = {str(k): round(v, 4) for k, v in result.max_violation.items()}
         every = max(1, self.run.train.steps // 100)  # for about a hundred columns in the report's heat map
         if result.counts and step % every == 0:
-            row["load"] = {
-                str(k): [round(x, 5) for x in (c / c.sum().clamp_min(1)).tolist()] for k, c in result.counts.items()
-            }
+            counted = {k: c for k, c in result.counts.items() if c.any()}  # an MTP module's layer may have no part
+            row["load"] = {str(k): [round(x, 5) for x in (c / c.sum()).tolist()] for k, c in counted.items()}
         if ranks := self.part.seconds(seconds):
             row["ranks"] = ranks
         self.metrics.write(row | self.feed.figures() | self.trainer.objective.figures())

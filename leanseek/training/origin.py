@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leanseek.checkpoint import CheckpointError, find_tokenizer, open_checkpoint, resolve
+import torch
+
+from leanseek.checkpoint import CheckpointError, find_tokenizer, open_checkpoint, read_config, resolve
 from leanseek.checkpoint.files import read_json
 from leanseek.checkpoint.hf import load_pieces
 from leanseek.checkpoint.ranks import Ranks, failing_together
@@ -29,7 +31,8 @@ def network_of(source: str) -> ModelConfig:
 def check_change(source: str, before: ModelConfig, after: ModelConfig) -> None:
     """Check that a network may go on with the weights of another.
 
-    RoPE, the window and routing may change, and MTP modules may go. A weight may not change its shape, come or go.
+    RoPE, the window and routing may change, MTP modules may go, and the output head for a reward model's score. No
+    other weight may change its shape, come or go.
 
     Raises:
         ConfigError: one would; the line names the setting.
@@ -40,6 +43,9 @@ def check_change(source: str, before: ModelConfig, after: ModelConfig) -> None:
     ]
     had, has = shapes
     lost = [name for name in had.keys() - has.keys() if not name.startswith("mtp.")]
+    if after.num_labels > before.num_labels:
+        lost = [name for name in lost if name != "lm_head.weight"]
+        del has["score.weight"]
     if not lost and has.items() <= had.items():
         return
     was, now = before.to_dict(), after.to_dict()
@@ -89,7 +95,10 @@ def first_model(source: str, seed: int, config: ModelConfig, part: Part) -> Tran
         folder = resolve(source)
         if (folder / STATE).is_file():  # a run's, which has checksums
             check(folder, ranks)
-        load_pieces(folder, part.pieces(model))
+        pieces, new = part.pieces(model), config.num_labels > read_config(folder).num_labels
+        load_pieces(folder, [piece for piece in pieces if not (new and piece.name == "score.weight")])
+        if new:
+            torch.nn.init.zeros_(model.get_parameter("score.weight"))  # all answers are equally good so far
     return model
 
 

@@ -184,8 +184,8 @@ void choose(const BlockPlan& p, float* logits, int64_t* indices, float* weights)
 
 // ---- feed-forward ----
 
-// h += the block's feed-forward of its norm; `normed` [N][D] is space.
-void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, float* normed, float* h) {
+// h += the block's feed-forward of its norm; `normed` [N][D] is space. The experts chosen go to `indices` [N][top_k], unless null.
+void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, float* normed, float* h, int64_t* indices) {
     const long D = p.kv_a.columns;
     parallel_rows(N, D, [&](int64_t n) { rms_norm(h + n * D, D, p.post_norm, normed + n * D); });
     std::vector<Group> groups;
@@ -196,7 +196,7 @@ void feed_forward_of(Arena& arena, const BlockPlan& p, bool narrow, long N, floa
         const RoutedExperts experts{p.gated, p.down, p.experts};
         float* logits = arena.take<float>(N * p.experts);
         linear(p.gate, prepared(arena, p.gate, false, normed, N).rows(), N, logits);  // in FP32
-        auto* indices = arena.take<int64_t>(N * p.top_k);
+        if (!indices) indices = arena.take<int64_t>(N * p.top_k);
         auto* weights = arena.take<float>(N * p.top_k);
         parallel_rows(N, 16 * p.experts, [&](int64_t n) { choose(p, logits + n * p.experts, indices + n * p.top_k, weights + n * p.top_k); });
         groups.push_back(experts.group(arena, rows, narrow, {indices, weights, N, p.top_k}, place));
@@ -252,11 +252,12 @@ void begin(Arena& arena, const StackPlan& p, long N, long D, const int64_t* toke
 }
 }  // namespace
 
-// cache: the first block's; the next one's is `layer_stride` values on.
+// cache: the first block's; the next one's is `layer_stride` values on. states [blocks + 1][N][D], unless null: what each block
+// begins with, and what the last one ends with; routes [blocks][N][top_k], unless null: the experts chosen, where a block has any.
 KERNEL stack_step(const StackPlan* plan, const int64_t* tokens, const void* hidden, int64_t cache_type, void* cache,
                   int64_t layer_stride, int64_t page_size, const int64_t* positions, const int64_t* slots,
                   const int64_t* row_offsets, const int64_t* pages, int64_t N, int64_t sequences, int64_t pages_per_sequence,
-                  void* out) {
+                  void* out, float* states, int64_t* routes, int64_t top_k) {
     const StackPlan& p = *plan;
     const BlockPlan& some = *p.blocks;
     const long D = some.kv_a.columns, C = some.w_uv.columns, half = some.rope / 2;
@@ -266,14 +267,19 @@ KERNEL stack_step(const StackPlan* plan, const int64_t* tokens, const void* hidd
     float *cos = lasting.take<float>(N * half), *sin = lasting.take<float>(N * half);
     angles(p, positions, N, half, cos, sin);
     begin(Arena::start(), p, N, D, tokens, hidden, h);
+    const auto keep = [&](long layer) {
+        if (states) std::copy_n(h, N * D, states + layer * N * D);
+    };
     for (long layer = 0; layer < p.count; layer++) {
         auto* own = static_cast<char*>(cache) + layer * layer_stride * value_bytes(cache_type);
         const Step step{{positions, row_offsets, pages, N, sequences, pages_per_sequence}, slots, cos, sin,
                         {cache_type, own, C + some.rope, C, page_size}};
         Arena& arena = Arena::start();
+        keep(layer);
         attention(arena, p.blocks[layer], narrow, step, normed, h);
-        feed_forward_of(arena, p.blocks[layer], narrow, N, normed, h);
+        feed_forward_of(arena, p.blocks[layer], narrow, N, normed, h, routes ? routes + layer * N * top_k : nullptr);
     }
+    keep(p.count);
     with_type(p.type, [&](auto* type) {
         using T = ELEMENT(type);
         parallel_rows(N, D, [&](int64_t n) {

@@ -1,0 +1,306 @@
+"""The data of `make reason`: text and traces to pre-train on, chats, prompts with their answers, preference pairs.
+
+    python experiments/reason/data.py --corpus corpora/shakespeare --out data/reason --seed 0
+
+The task is the sum of three numbers of three digits. An answer is short (the sum) or long (first a thought that adds
+column by column, the last digits first, each column with the carry before it). Everything is a function of the seed.
+Problems for testing have operands that occur nowhere else, in any order: their hash decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from leanseek.tokens import BOS, EOS, PAD
+
+VOCABULARY = 512
+USER, ASSISTANT, THINK, CLOSE = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
+# As R1's, but whether to think is left to the model, and a thought is kept where the conversation ends with it.
+TEMPLATE = (
+    "{{- bos_token -}}{%- for message in messages -%}"
+    f"{{%- if message.role == 'user' -%}}{{{{- '{USER}' + message.content -}}}}"
+    f"{{%- elif message.role == 'assistant' -%}}{{{{- '{ASSISTANT}' -}}}}"
+    f"{{{{- message.content if loop.last else message.content.split('{CLOSE}')[-1] -}}}}"
+    f"{{%- if not message.prefix -%}}{{{{- '{EOS}' -}}}}{{%- endif -%}}"
+    "{%- else -%}{{- message.content -}}{%- endif -%}{%- endfor -%}"
+    f"{{%- if add_generation_prompt -%}}{{{{- '{ASSISTANT}' -}}}}{{%- endif -%}}"
+)
+SIZES = {
+    "traces": 20_000,  # documents
+    "text": 2_900_000,  # bytes
+    "sft": 8_000,
+    "rl": 4_000,
+    "distil": 3_000,
+    "pairs": 4_000,
+    "test": 500,
+    "dev": 500,
+}
+LONG = 0.25  # share of SFT's answers that think
+Operands = tuple[int, ...]
+
+# ---- the task ----
+
+
+def split_of(operands: Sequence[int]) -> str:
+    """test, dev or train, by the hash of the operands in any order: a twentieth each of the first two."""
+    name = " ".join(map(str, sorted(operands)))
+    return {0: "test", 1: "dev"}.get(hashlib.blake2b(name.encode(), digest_size=8).digest()[0] % 20, "train")
+
+
+def problem(operands: Sequence[int]) -> str:
+    return f"What is {'+'.join(map(str, operands))}?"
+
+
+def columns(operands: Sequence[int]) -> list[str]:
+    """The columns of a sum, last digits first, each with the carry of the one before it in front."""
+    lines, carry, width = [], 0, max(len(str(n)) for n in operands)
+    for place in range(width):
+        digits = [n // 10**place % 10 for n in operands]
+        terms = [carry, *digits] if carry else digits
+        lines.append(f"{'+'.join(map(str, terms))}={sum(terms)}")
+        carry = sum(terms) // 10
+    return lines
+
+
+def long_answer(operands: Sequence[int]) -> str:
+    return f"{THINK}{chr(10).join(columns(operands))}{CLOSE}{sum(operands)}"
+
+
+def draw(chance: random.Random, split: str, count: int, low: int = 100, high: int = 999) -> Iterator[Operands]:
+    """Distinct triples of a split."""
+    seen: set[Operands] = set()
+    while len(seen) < count:
+        operands = tuple(chance.randint(low, high) for _ in range(3))
+        if split_of(operands) == split and operands not in seen:
+            seen.add(operands)
+            yield operands
+
+
+# ---- pre-training ----
+
+
+def _sum(chance: random.Random) -> str:
+    """A sum written out, of two to four numbers of one to three digits; never one that is held out."""
+    while True:
+        digits = chance.choice((1, 2, 3, 3, 3))
+        operands = [chance.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(chance.choice((2, 3, 3, 3, 4)))]
+        if split_of(operands) == "train":
+            return "\n".join([f"{'+'.join(map(str, operands))}=", *columns(operands), str(sum(operands))])
+
+
+def _plain_sum(chance: random.Random) -> str:
+    """A small sum with nothing but its result."""
+    while True:
+        operands = [chance.randint(1, 99) for _ in range(chance.choice((2, 3)))]
+        if split_of(operands) == "train":
+            return f"{'+'.join(map(str, operands))}={sum(operands)}"
+
+
+def _digits(chance: random.Random) -> str:
+    digits = [chance.randint(0, 9) for _ in range(chance.choice((3, 4)))]
+    return f"{'+'.join(map(str, digits))}={sum(digits)}"
+
+
+def _copy(chance: random.Random) -> str:
+    text = "".join(chance.choice("0123456789") for _ in range(chance.randint(3, 9)))
+    return f"copy {text}: {text}"
+
+
+def _reverse(chance: random.Random) -> str:
+    text = "".join(chance.choice("0123456789") for _ in range(chance.randint(3, 6)))
+    return f"reverse {text}: {text[::-1]}"
+
+
+def _sort(chance: random.Random) -> str:
+    digits = [chance.choice("0123456789") for _ in range(chance.randint(3, 7))]
+    return f"sort {''.join(digits)}: {''.join(sorted(digits))}"
+
+
+TRACES: tuple[tuple[Callable[[random.Random], str], int], ...] = (
+    (_sum, 6), (_plain_sum, 2), (_digits, 2), (_copy, 1), (_reverse, 1), (_sort, 1),
+)  # fmt: skip
+
+
+def traces(chance: random.Random, count: int) -> Iterator[str]:
+    """Documents of a few exercises each."""
+    kinds, weights = zip(*TRACES, strict=True)
+    for _ in range(count):
+        yield "\n".join(kind(chance) for kind in chance.choices(kinds, weights, k=4)) + "\n"
+
+
+def texts(corpus: Path, size: int) -> Iterator[str]:
+    """Paragraphs of a corpus, about `size` bytes in all, evenly from its files."""
+    files = sorted(corpus.rglob("*.txt"))
+    if not files:
+        raise SystemExit(f"{corpus} holds no .txt; leanseek data fetch shakespeare --out {corpus}")
+    for file in files:
+        taken = 0
+        for part in file.read_text(encoding="utf-8", errors="replace").replace("\r", "").split("\n\n"):
+            if part.strip() and not any(c.isdigit() for c in part):  # numbers come from the traces alone
+                yield part.strip() + "\n"
+                taken += len(part.encode())
+            if taken >= size // len(files):
+                break
+
+
+# ---- tokenizer ----
+
+
+def train_tokenizer(documents: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE in which each digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 2, special_tokens=[BOS, EOS, PAD, USER, ASSISTANT], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.add_tokens([THINK, CLOSE])  # not special: they are text of an answer
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+
+
+# ---- chats, prompts, pairs ----
+
+
+def chat(operands: Sequence[int], answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": problem(operands)}, {"role": "assistant", "content": answer}]}
+
+
+def prompt(operands: Sequence[int]) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": problem(operands)}], "answer": str(sum(operands))}
+
+
+def wrong_short(chance: random.Random, operands: Sequence[int]) -> str:
+    """A sum with one digit changed, or off by a carry: as many digits as the right one."""
+    right = str(sum(operands))
+    while True:
+        if chance.random() < 0.5:
+            place = chance.randrange(len(right))
+            said = right[:place] + chance.choice("0123456789") + right[place + 1 :]
+        else:
+            said = str(sum(operands) + chance.choice((-1, 1)) * 10 ** chance.randrange(1, 3))
+        if said != right and len(said) == len(right) and said[0] != "0":
+            return said
+
+
+def wrong_long(chance: random.Random, operands: Sequence[int]) -> str:
+    """A thought with one mistake, carried on to the answer, or an answer that is not its thought's."""
+    lines = columns(operands)
+    if chance.random() < 0.3:
+        return f"{THINK}{chr(10).join(lines)}{CLOSE}{wrong_short(chance, operands)}"
+    while True:
+        carry, said, digits, wrong = 0, [], "", chance.randrange(len(lines))
+        for place in range(len(lines)):
+            terms = [n // 10**place % 10 for n in operands]
+            terms = [carry, *terms] if carry else terms
+            total = sum(terms) + (chance.choice((-2, -1, 1, 2)) if place == wrong else 0)
+            if place == wrong and carry and chance.random() < 0.3:  # the carry forgotten
+                terms, total = terms[1:], sum(terms[1:])
+            total = max(total, 0)
+            said.append(f"{'+'.join(map(str, terms))}={total}")
+            digits, carry = str(total % 10) + digits, total // 10
+        answer = str(int(f"{carry}{digits}"))
+        if answer != str(sum(operands)):
+            return f"{THINK}{chr(10).join(said)}{CLOSE}{answer}"
+
+
+def pair(chance: random.Random, operands: Sequence[int]) -> dict[str, Any]:
+    """A right answer and a wrong one. Either may be the longer, equally often, so length says nothing."""
+    right_long, wrong_is_long = chance.choice(((True, True),) * 4 + ((False, False), (True, False), (False, True)))
+    right = long_answer(operands) if right_long else str(sum(operands))
+    wrong = (wrong_long if wrong_is_long else wrong_short)(chance, operands)
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (right, wrong))
+    return {"prompt": prompt(operands)["prompt"], "chosen": chosen, "rejected": rejected}
+
+
+def balanced_pairs(chance: random.Random, operands: Iterable[Operands]) -> list[dict[str, Any]]:
+    """Pairs, of which as many have the longer answer chosen as rejected; those in excess are drawn again."""
+    pairs, lead = [], 0
+    for triple in operands:
+        while True:
+            drawn = pair(chance, triple)
+            longer = len(drawn["chosen"][0]["content"]) - len(drawn["rejected"][0]["content"])
+            sign = (longer > 0) - (longer < 0)
+            if sign * lead <= 0:  # else it would add to the excess
+                break
+        pairs.append(drawn)
+        lead += sign
+    return pairs
+
+
+# ---- all of it ----
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def make(corpus: Path, out: Path, seed: int = 0, sizes: dict[str, int] = SIZES) -> None:
+    """Write tokenizer/ and the .jsonl files into `out`: pretrain, sft, sft-short, rl, distil, pairs, and held out
+    dev, test, sft-dev, pairs-test."""
+
+    def chance(name: str) -> random.Random:
+        return random.Random(f"{seed} {name}")
+
+    out.mkdir(parents=True, exist_ok=True)
+    documents = [*traces(chance("traces"), sizes["traces"]), *texts(corpus, sizes["text"])]
+    chance("order").shuffle(documents)
+    _write(out / "pretrain.jsonl", ({"text": text} for text in documents))
+    chats = [problem(operands) for operands in draw(chance("tokenizer"), "train", 1000)]
+    write_tokenizer(train_tokenizer([*documents[:20_000], *chats]), out / "tokenizer")
+
+    style = chance("style")
+    train = list(draw(chance("train"), "train", sizes["sft"] + sizes["rl"] + sizes["distil"] + sizes["pairs"]))
+    parts: dict[str, list[Operands]] = {}
+    for name in ("sft", "rl", "distil", "pairs"):
+        parts[name], train = train[: sizes[name]], train[sizes[name] :]
+    thinks = [style.random() < LONG for _ in parts["sft"]]
+    _write(
+        out / "sft.jsonl",
+        (chat(o, long_answer(o) if t else str(sum(o))) for o, t in zip(parts["sft"], thinks, strict=True)),
+    )
+    _write(out / "sft-short.jsonl", (chat(o, str(sum(o))) for o in parts["sft"]))
+    _write(out / "rl.jsonl", map(prompt, parts["rl"]))
+    _write(out / "distil.jsonl", map(prompt, parts["distil"]))
+    _write(out / "pairs.jsonl", balanced_pairs(chance("pairs"), parts["pairs"]))
+    for name in ("dev", "test"):
+        held = list(draw(chance(name), name, sizes[name]))
+        _write(out / f"{name}.jsonl", map(prompt, held))
+        if name == "dev":
+            _write(
+                out / "sft-dev.jsonl", (chat(o, long_answer(o) if style.random() < LONG else str(sum(o))) for o in held)
+            )
+        else:
+            _write(out / "pairs-test.jsonl", balanced_pairs(chance("pairs-test"), held))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True, help="folder made by `leanseek data fetch shakespeare`")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    make(given.corpus, given.out, given.seed)
+
+
+if __name__ == "__main__":
+    main()
