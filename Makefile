@@ -90,7 +90,7 @@ test-dist: $(BIN)/leanseek.stamp
 
 # Peers that take long to install: llama.cpp is compiled from its sdist, TRL brings pandas and datasets.
 test-peers: $(BIN)/leanseek.stamp
-	$(BIN)/pip install -q llama-cpp-python==0.3.36 trl==1.16.0
+	$(BIN)/pip install -q llama-cpp-python==0.3.36 trl==1.16.0 reasoning-gym==0.1.25
 	$(BIN)/pytest -m peer
 
 # The chat page in a real headless Chromium, which must be installed.

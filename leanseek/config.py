@@ -6,10 +6,10 @@ Sources: the technical report (arXiv 2412.19437, sections 2.1, 4.2, 4.3) and the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -45,7 +45,7 @@ class _Checked:
         return "the network"
 
     @classmethod
-    @cache
+    @functools.cache
     def _structure(cls) -> type[Structure]:
         hints = get_type_hints(cls, include_extras=True)
         fields: dict[str, Any] = {f.name: (hints[f.name], ...) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -380,7 +380,7 @@ class ModelConfig(_Checked):
         Raises:
             ConfigError: unknown preset; the message lists them.
         """
-        return cls.from_dict(read_toml(preset_path(name), ConfigError)["model"])
+        return cls.from_dict(merged(with_presets({"preset": name})).get("model", {}))
 
 
 _YARN_KEYS = {f.name for f in dataclasses.fields(YarnConfig)}
@@ -469,3 +469,29 @@ def preset_path(name: str) -> Path:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
         raise ConfigError(f"no preset {name!r}; there are {known}")
     return path
+
+
+def with_presets(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables to merge, base first: those of the presets that a TOML file builds on, then its own.
+
+    Raises:
+        ConfigError: unknown preset, or one that leads back to itself.
+    """
+    layers = [table]
+    while "preset" in layers[0]:
+        layers.insert(0, read_toml(preset_path(str(layers[0]["preset"])), ConfigError))
+        if len(layers) > 8:
+            raise ConfigError(f"preset = {table['preset']!r} leads back to itself")
+    return layers
+
+
+def merged(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One table of several, each of which overrides those before it, table by table."""
+    return functools.reduce(_merge, layers, {})
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return base | {
+        key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in changes.items()
+    }

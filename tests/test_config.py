@@ -1,17 +1,22 @@
 """ModelConfig: the paper's derived sizes, round trips through TOML and Hugging Face, refusals that say what to mend."""
 
+import dataclasses
 import math
 import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leanseek.cli.info import find_config
 from leanseek.config import ConfigError, ModelConfig, YarnConfig, preset_path, presets_folder
 
-PRESETS = ("demo", "bench-30m", "bench-3b", "moonlight-16b", "v2-lite", "v3-671b")
+PRESETS = (
+    "demo", "demo-unbalanced", "bench-30m", "bench-3b", "moonlight-16b", "v2-lite", "v3-671b", "v3-671b-128k"
+)  # fmt: skip
 
 # ---- derived sizes ----
 
@@ -130,6 +135,12 @@ def test_presets(name: str) -> None:
     config = ModelConfig.preset(name)
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert (presets_folder() / f"{name}.toml").samefile(preset_path(name))
+
+
+def test_info_sees_what_a_file_changes_of_its_preset(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('preset = "v3-671b-32k"\n[model]\nnum_hidden_layers = 4\n')
+    found, preset = find_config(str(tmp_path / "own.toml")), ModelConfig.preset("v3-671b-32k")
+    assert found == dataclasses.replace(preset, num_hidden_layers=4) and found.rope_scaling is not None
 
 
 @pytest.mark.parametrize("name", ["no-such", "../demo", "", "demo.toml"])

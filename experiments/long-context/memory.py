@@ -16,17 +16,18 @@ from pathlib import Path
 
 import torch
 
+from leanseek.data.batch import Batch
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.config import DataConfig
-from leanseek.training.pace import random_tokens
+from leanseek.training.pace import random_batch
 
 SHORT = 64
 
 
-def peak_of_step(trainer: Trainer, tokens: torch.Tensor, step: int) -> int:
+def peak_of_step(trainer: Trainer, batch: Batch, step: int) -> int:
     """Bytes of this process at most while it does a step."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    trainer.step(tokens, step)
+    trainer.step(batch, step)
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
@@ -48,12 +49,12 @@ def main() -> None:
             preset.train, batch_size=1, precision=given.precision, recompute=given.recompute, device="cpu"
         ),
     )
-    trainer, tokens = Trainer(run), random_tokens(run)
-    short = tokens[:, : SHORT + run.model.lookahead]
+    trainer, batch = Trainer(run), random_batch(run)
+    short = Batch(batch.tokens[:, : SHORT + run.model.lookahead], 1)
     trainer.step(short, 0)  # moments come into being
     fixed = peak_of_step(trainer, short, 1)
     start = time.process_time()
-    peak = peak_of_step(trainer, tokens, 2)
+    peak = peak_of_step(trainer, batch, 2)
     print(json.dumps({
         **vars(given), "dtype": str(trainer.dtype).removeprefix("torch."), "fixed_bytes": fixed, "peak_bytes": peak,
         "bytes_per_token": (peak - fixed) / (given.length - SHORT), "cpu_seconds": time.process_time() - start,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from leanseek.cli.generate import AllowLinks
-from leanseek.config import ConfigError, ModelConfig
+from leanseek.config import ConfigError, ModelConfig, merged, with_presets
 from leanseek.reading import read_toml, shorten
 
 
@@ -17,9 +17,7 @@ def find_config(name: str, allow_links: bool = False) -> ModelConfig:
     """The network of a preset, a TOML file, a Hugging Face folder or a run. Raises InputError for anything else."""
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
-        table = read_toml(path, ConfigError)
-        if "preset" in table:
-            return ModelConfig.preset(str(table["preset"]))
+        table = merged(with_presets(read_toml(path, ConfigError)))
         if not isinstance(model := table.get("model", {}), dict):
             raise ConfigError(f"{path}: model = {shorten(repr(model))} is not a table")
         return ModelConfig.from_dict(model)

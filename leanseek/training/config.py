@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import re
@@ -15,7 +14,7 @@ from typing import Any, Self
 
 import tomli_w
 
-from leanseek.config import ConfigError, ModelConfig, preset_path
+from leanseek.config import ConfigError, ModelConfig, merged, preset_path, with_presets
 from leanseek.fp8 import PRECISIONS
 from leanseek.reading import read_toml, shorten
 from leanseek.training.origin import check_change, network_of
@@ -163,8 +162,8 @@ class RunConfig:
         if "preset" in changes:
             table["preset"] = changes.pop("preset")
         table.setdefault("name", path.stem)
-        layers = [*_layers(table), changes]
-        given = functools.reduce(_merge, layers)
+        layers = [*with_presets(table), changes]
+        given = merged(layers)
         if stored := _begun(runs, given):
             return cls._from_layers([{key: stored[key] for key in ("from", "model")}, *layers])
         if "from" not in given:
@@ -178,14 +177,12 @@ class RunConfig:
     def from_dict(cls, table: dict[str, Any]) -> Self:
         """From a TOML file's tables; with `preset = "NAME"` they override that preset's. With `from` they hold the
         whole network all the same: no checkpoint is read."""
-        return cls._from_layers(_layers(table))
+        return cls._from_layers(with_presets(table))
 
     @classmethod
     def _from_layers(cls, layers: list[dict[str, Any]]) -> Self:
         """From tables, each of which overrides those before it."""
-        table: dict[str, Any] = {}
-        for layer in layers:
-            table = _merge(table, layer)
+        table = merged(layers)
         sections = cls.sections()
         values: dict[str, Any] = {"notes": _fit_warmup(layers, table, sections)}
         for key, value in table.items():
@@ -365,16 +362,6 @@ def _read(path: Path) -> dict[str, Any]:
     return read_toml(path, ConfigError)
 
 
-def _layers(table: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tables to merge, base first: those of the presets that the table builds on, then the table itself."""
-    layers = [table]
-    while "preset" in layers[0]:
-        layers.insert(0, _read(preset_path(str(layers[0]["preset"]))))
-        if len(layers) > 8:
-            raise ConfigError(f"preset = {table['preset']!r} leads back to itself")
-    return layers
-
-
 def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any], sections: dict[str, Any]) -> tuple[str, ...]:
     """If nobody chose a warm-up for a run of this length, sets the default in `table`; returns notes on it."""
 
@@ -402,14 +389,6 @@ def _fit_warmup(layers: list[dict[str, Any]], table: dict[str, Any], sections: d
     if by < 0 and warmup < 0 and fitting < _V3_WARMUP:
         return (f"schedule.warmup_steps is not set: the warm-up takes {fitting} of the {steps} steps",)
     return ()
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` updated with `changes`, table by table."""
-    return base | {
-        key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-        for key, value in changes.items()
-    }
 
 
 def _section(name: str, values: dict[str, Any], default: Any) -> Any:

@@ -1,5 +1,7 @@
 """The network is transformers' DeepSeek network: logits whole and cached, gradients, for every switch of both types."""
 
+import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 
@@ -200,3 +202,80 @@ def gradient_error(parameter: torch.nn.Parameter, theirs: Tensor | None, relativ
     assert parameter.grad is not None and theirs is not None
     assert theirs.abs().max() > 0  # else the comparison says nothing
     return relative(parameter.grad, theirs)
+
+
+# ---- YaRN beyond the original window, and what other implementations got wrong about it ----
+
+ORIGINAL = 24  # tokens
+
+
+@pytest.mark.parametrize("times", [4, 16])
+def test_yarn_logits_at_several_times_the_original_window(times: int, tiny_config, randomise, relative, server) -> None:
+    """Float32; of whole sequences and of the absorbed decode."""
+    length = ORIGINAL * times
+    config = tiny_config(
+        **yarn(float(times), ORIGINAL, mscale_all_dim=1.0), first_k_dense_replace=3, max_position_embeddings=length
+    )
+    peer, model = peer_of(config), Transformer(config)
+    randomise(peer)
+    copy_weights(peer, model)
+    tokens = torch.randint(0, config.vocab_size, (1, length))
+    with torch.no_grad():
+        expected = peer(tokens).logits
+        assert relative(model(tokens), expected) <= TOLERANCE
+        plain = Transformer(dataclasses.replace(config, rope_scaling=None))
+        plain.load_state_dict(model.state_dict())
+        assert relative(plain(tokens), expected) > 100 * TOLERANCE
+        with ops.row_invariant():
+            (hidden,) = server(model, 1, length).feed([tokens[0]], [[length - 3, 1, 1, 1]])
+        assert relative(model.head(hidden), expected[0]) <= TOLERANCE
+
+
+def both(tiny_config: Callable[..., ModelConfig], **changes: object) -> tuple[Tensor, Tensor]:
+    """Logits of ours and of transformers' on weights that YaRN matters for."""
+    config = tiny_config(first_k_dense_replace=3, **changes)
+    peer, model = peer_of(config), Transformer(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in peer.parameters():
+        parameter.data.normal_(0.0, 1.0 if parameter.dim() == 1 else 0.3, generator=generator)
+    copy_weights(peer, model)
+    tokens = torch.randint(0, config.vocab_size, (1, 20), generator=generator)
+    with torch.no_grad():
+        return model(tokens), peer(tokens).logits
+
+
+def test_yarn_stays_on_where_the_window_is_the_original_one_torchtitan_4117(tiny_config, relative) -> None:
+    """The first steps of an extended model may have the old length: frequencies and softmax scale are YaRN's."""
+    short = yarn(40.0, 32, mscale_all_dim=1.0) | {"max_position_embeddings": 32}
+    ours, theirs = both(tiny_config, **short)
+    assert relative(ours, theirs) <= TOLERANCE
+    without, _ = both(tiny_config, max_position_embeddings=32)
+    assert relative(ours, without) > 100 * TOLERANCE
+
+
+def test_max_position_embeddings_is_no_part_of_yarn_megatron_1418(tiny_config, relative) -> None:
+    """Correction range and factor come from rope_scaling; the window only says how far a model goes."""
+    scaling = yarn(40.0, 16, mscale_all_dim=1.0)
+    found = [both(tiny_config, **scaling, max_position_embeddings=window)[0] for window in (32, 128, 640)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert relative(found[0], both(tiny_config, **scaling, max_position_embeddings=640)[1]) <= TOLERANCE
+    other = both(tiny_config, **yarn(40.0, 128, mscale_all_dim=1.0), max_position_embeddings=640)[0]
+    assert relative(found[0], other) > 100 * TOLERANCE
+
+
+def test_without_mscale_all_dim_the_scale_is_on_the_rotary_part_alone(tiny_config, relative) -> None:
+    """cos and sin then carry 0.1 ln s + 1, and the softmax scale carries nothing."""
+    scaling = YarnConfig(40.0, 16)
+    assert scaling.softmax_scale == 1.0 and scaling.rotary_scale == pytest.approx(0.1 * math.log(40) + 1)
+    ours, theirs = both(tiny_config, rope_scaling=scaling)
+    assert relative(ours, theirs) <= TOLERANCE
+    assert relative(ours, both(tiny_config, **yarn(40.0, 16, mscale_all_dim=1.0))[0]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("value", [1.0, 0.8, 1.3])
+def test_an_explicit_attention_factor_takes_the_place_of_the_formula_mlx_lm_1507(
+    value: float, tiny_config, relative
+) -> None:
+    ours, theirs = both(tiny_config, rope_scaling=YarnConfig(40.0, 16, attention_factor=value))
+    assert relative(ours, theirs) <= TOLERANCE
+    assert relative(ours, both(tiny_config, rope_scaling=YarnConfig(40.0, 16))[0]) > 100 * TOLERANCE

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from leanseek.config import ConfigError, ModelConfig
+from leanseek.config import ConfigError, ModelConfig, YarnConfig
 from leanseek.training import RunConfig
 from leanseek.training.config import OptimizerConfig, ScheduleConfig
+from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
 
 MODEL = "[model]\nvocab_size = 300\nhidden_size = 32\nnum_hidden_layers = 1\nnum_attention_heads = 2\n"
 
@@ -188,3 +190,20 @@ def test_the_model_takes_the_tokenizers_tokens() -> None:
 def test_a_number_that_no_float_holds_is_refused(key: str, digits: int) -> None:
     with pytest.raises(ConfigError, match="must be below"):
         RunConfig.load("demo", [f"{key}=1{'0' * digits}"])
+
+
+@pytest.mark.parametrize(("name", "length", "sequences"), [("v3-671b-32k", 32768, 1920), ("v3-671b-128k", 131072, 480)])
+def test_the_phases_of_long_context_are_those_of_the_report(name: str, length: int, sequences: int) -> None:
+    """Section 4.3: 1,000 steps each at the last learning rate of pre-training, one YaRN for both."""
+    run, base = RunConfig.load(name, []), RunConfig.load("v3-671b", [])
+    assert (run.data.seq_len, run.train.batch_size, run.train.steps) == (length, sequences, 1000)
+    assert {learning_rate(run, step) for step in (0, 1, 500, 999)} == {base.schedule.last_lr} == {7.3e-6}
+    assert {batch_size(run, step) for step in (0, 999)} == {sequences}
+    yarn = run.model.rope_scaling
+    assert yarn == YarnConfig(40, 4096, beta_fast=32, beta_slow=1, mscale=1, mscale_all_dim=1)
+    assert yarn.rotary_scale == 1 and yarn.softmax_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2)
+    assert bias_update_speed(run, 0) == bias_update_speed(base, base.train.steps - 1) == 0
+    assert mtp_weight(run, 0) == mtp_weight(base, base.train.steps - 1) == 0.1
+    changed = {"rope_scaling": None, "max_position_embeddings": 4096}
+    assert dataclasses.replace(run.model, **changed) == base.model == ModelConfig.preset("v3-671b")
+    assert run.model == ModelConfig.preset(name)
