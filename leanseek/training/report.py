@@ -16,6 +16,7 @@ from leanseek.reading import parse_json, read_text, read_toml
 from leanseek.training.metrics import SAMPLES, read_rows
 
 Rows = list[dict[str, Any]]
+SHOWN = 8  # completions of a step
 
 
 def write_report(run: Path, compare: Path | None = None) -> Path:
@@ -37,7 +38,7 @@ def write_report(run: Path, compare: Path | None = None) -> Path:
     written = read_text(run / "config.toml")
     body = f"""<h1>{html.escape(run.name)}</h1><p>{html.escape(_sentence(model, trained))}</p>
 <div class="figures">{"".join(figure(*f) for f in _figures(model, rows, trained))}</div>
-<div class="charts">{"".join(charts)}</div><br>{_cache_table(model)}
+<div class="charts">{"".join(charts)}</div><br>{_completions(run)}{_cache_table(model)}
 <section><h2>Configuration</h2><pre>{html.escape(written)}</pre></section>
 """
     path = run / "report.html"
@@ -102,6 +103,21 @@ def _cache_table(model: ModelConfig) -> str:
     return f"<section><h2>Cache</h2><table>{head}{rows}</table></section>"
 
 
+def _completions(run: Path) -> str:
+    """What a policy in training said in its first and last step, with rewards; nothing without completions.jsonl."""
+    if not (path := run / "completions.jsonl").is_file():
+        return ""
+    rows = read_rows(path)
+    cells = [
+        (str(r["step"]), str(r["prompt"])[-300:], r["completion"][:600], str(r["reward"]))
+        for step in sorted({rows[0]["step"], rows[-1]["step"]})
+        for r in [r for r in rows if r["step"] == step][:SHOWN]
+    ]
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+    head = "<tr><th>step</th><th>prompt</th><th>completion</th><th>reward</th></tr>"
+    return f"<section><h2>Completions</h2><table>{head}{body}</table></section>"
+
+
 # ---- charts ----
 
 Draw = Callable[[Axes], None]
@@ -127,6 +143,31 @@ def _line_charts(
     chart("Learning rate", (trained, "lr", "learning rate"), smooth=False)
     chart("Gradient norm", (trained, "grad_norm", "before clipping"), log=True)
     chart("Tokens per second", (trained, "tokens_per_second", "tokens per second"))
+    return found + _policy_charts(rows)
+
+
+def _policy_charts(rows: Rows) -> list[tuple[str, Draw]]:
+    """The curves of reinforcement learning; none for other runs."""
+    keys = [key for key in dict.fromkeys(k for row in rows for k in row) if key.startswith(("reward", "pass_at_"))]
+    together = {
+        "Reward": [key for key in keys if key.startswith("reward")],
+        "Solved, held-out prompts": [key for key in keys if key.startswith("pass_at_")],
+        "Tokens of a completion": ["completion_length"],
+        "Entropy": ["entropy"],
+        "Shares": ["no_spread", "cut_off", "clipped", "mismatch"],
+        "Ratio to the sampler": ["ratio_max", "ratio_mean"],
+        "KL to the reference": ["kl"],
+        "Rollout tokens per second": ["rollout_tokens_per_second", "train_tokens_per_second"],
+    }
+
+    def draw(lines: list[tuple[Rows, str, str]]) -> Draw:
+        return lambda ax: _lines(ax, lines, False, False)
+
+    found = []
+    for title, wanted in together.items() if keys else ():
+        lines = [(own, key, key) for key in wanted if (own := [r for r in rows if r.get(key) is not None])]
+        if lines:
+            found.append((title, draw(lines)))
     return found
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -148,13 +148,25 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "tiny-v3.1")
 
 
-@pytest.fixture(scope="module")
-def real(model_folder: Path) -> Iterator[Served]:
-    """A server over the real engine."""
-    engine = AsyncEngine.load(model_folder, cache_gib=0.002, max_batch=8, max_queue=64)
+@contextmanager
+def _over(folder: Path, **options: object) -> Iterator[Served]:
+    engine = AsyncEngine.load(folder, **options)
     engine.start()
     with running(engine) as url:
         served = Served(engine, url)
         yield served
         served.http.close()
     engine.stop()
+
+
+@pytest.fixture
+def over() -> Callable[..., AbstractContextManager[Served]]:
+    """over(folder, **options): a server over the real engine of a model's folder, as long as the context lasts."""
+    return _over
+
+
+@pytest.fixture(scope="module")
+def real(model_folder: Path) -> Iterator[Served]:
+    """A server over the real engine."""
+    with _over(model_folder, cache_gib=0.002, max_batch=8, max_queue=64) as served:
+        yield served

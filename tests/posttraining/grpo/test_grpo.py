@@ -20,6 +20,7 @@ from leanseek.posttraining.grpo import RolloutFeed, Sample, grpo
 from leanseek.posttraining.grpo_config import GRPORun
 from leanseek.training.metrics import read_rows
 from leanseek.training.part import Part
+from leanseek.training.report import write_report
 from leanseek.training.trainer import StepResult, Trainer
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -296,3 +297,16 @@ def test_a_run_needs_prompts_and_rewards(make_run: Make, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"the model's window holds 8"):
         grpo(make_run("grpo.max_tokens=120"), runs=tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_has_curves_and_completions(make_run: Make, tmp_path: Path) -> None:
+    run = make_run("train.steps=2")
+    grpo(run, runs=tmp_path)
+    folder = tmp_path / run.name
+    said = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    said[0]["completion"] = "<script>alert(1)</script>"
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    text = write_report(folder).read_text()
+    for title in ("Reward", "Solved, held-out prompts", "Ratio to the sampler", "Entropy", "Tokens of a completion"):
+        assert title in text
+    assert "<h2>Completions</h2>" in text and "&lt;script&gt;" in text and "<script>alert" not in text
