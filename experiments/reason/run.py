@@ -49,8 +49,8 @@ THINK = "<think>"
 MAIN = ("grpo", "short", "distilled")
 ARMS = (*MAIN, "random", "rejection", "student-grpo", "model", "mixture")
 STUDENT = (  # half the width
-    "model.hidden_size=96", "model.intermediate_size=192", "model.moe_intermediate_size=48",
-    "model.num_attention_heads=2", "model.q_lora_rank=48", "model.kv_lora_rank=32",
+    "model.hidden_size=64", "model.intermediate_size=128", "model.moe_intermediate_size=32",
+    "model.num_attention_heads=2", "model.q_lora_rank=48", "model.kv_lora_rank=32", "model.initializer_range=0.14",
 )  # fmt: skip
 
 
