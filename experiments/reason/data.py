@@ -95,10 +95,11 @@ def draw(chance: random.Random, split: str, count: int, low: int = 100, high: in
 
 
 def _sum(chance: random.Random) -> str:
-    """A sum written out; never one that is held out."""
+    """A sum thought out, in the tags of an answer: a token that pre-training never sees has a logit that SFT does not
+    lift again within an epoch (docs/log.md). Never one that is held out."""
     while split_of(operands := [chance.randint(100, 999) for _ in range(3)]) != "train":
         pass
-    return "\n".join([f"{'+'.join(map(str, operands))}=", *columns(operands), str(sum(operands))])
+    return f"{'+'.join(map(str, operands))}={long_answer(operands)}"
 
 
 def _plain_sum(chance: random.Random) -> str:
@@ -165,7 +166,7 @@ def train_tokenizer(documents: Iterable[str]) -> Tokenizer:
         vocab_size=VOCABULARY - 2, special_tokens=[BOS, EOS, PAD, USER, ASSISTANT], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator((text.replace(THINK, "").replace(CLOSE, "") for text in documents), trainer)
     tokenizer.add_tokens([THINK, CLOSE])  # not special: they are text of an answer
     return tokenizer
 
@@ -226,7 +227,9 @@ def wrong_long(chance: random.Random, operands: Sequence[int]) -> str:
 
 def pair(chance: random.Random, operands: Sequence[int]) -> dict[str, Any]:
     """A right answer and a wrong one. Either may be the longer, equally often, so length says nothing."""
-    right_long, wrong_is_long = chance.choice(((True, True),) * 4 + ((False, False), (True, False), (False, True), (True, False), (False, True)))
+    right_long, wrong_is_long = chance.choice(
+        ((True, True),) * 4 + ((False, False), (True, False), (False, True), (True, False), (False, True))
+    )
     right = long_answer(operands) if right_long else str(sum(operands))
     wrong = (wrong_long if wrong_is_long else wrong_short)(chance, operands)
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in (right, wrong))
