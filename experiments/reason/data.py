@@ -60,7 +60,8 @@ def problem(operands: Sequence[int]) -> str:
 
 
 def column(terms: Sequence[int], total: int) -> str:
-    return f"{'+'.join(map(str, terms))}={total:02d}"
+    """Spaces, not +, so that no digit of a thought looks like the first one of a number that is asked for."""
+    return f"{' '.join(map(str, terms))}={total:02d}"
 
 
 def columns(operands: Sequence[int]) -> list[str]:
@@ -111,8 +112,8 @@ def _plain_sum(chance: random.Random) -> str:
 
 
 def _digits(chance: random.Random) -> str:
-    digits = [chance.randint(0, 9) for _ in range(chance.choice((3, 4)))]
-    return f"{'+'.join(map(str, digits))}={sum(digits)}"
+    digits = [chance.randint(0, 2), *(chance.randint(0, 9) for _ in range(3))]
+    return column(digits, sum(digits))
 
 
 def _copy(chance: random.Random) -> str:

@@ -90,14 +90,14 @@ def test_chats_are_right_and_a_quarter_of_them_thinks(data: ModuleType, made: Pa
             assert graders.format([assistant["content"]]) == [1.0]
             for line in assistant["content"].partition("</think>")[0].removeprefix("<think>").split("\n"):
                 terms, _, total = line.partition("=")
-                assert sum(map(int, terms.split("+"))) == int(total)
+                assert sum(map(int, terms.split())) == int(total)
     assert 0.15 < long / len(chats) < 0.35
     assert not any("<think>" in row["messages"][1]["content"] for row in rows(made, "sft-short"))
 
 
 def test_a_thought_adds_columns_from_the_last_digit_with_carries(data: ModuleType) -> None:
-    assert data.long_answer((957, 486, 309)) == "<think>0+7+6+9=22\n2+5+8+0=15\n1+9+4+3=17</think>1752"
-    assert data.long_answer((111, 222, 333)) == "<think>0+1+2+3=06\n0+1+2+3=06\n0+1+2+3=06</think>666"
+    assert data.long_answer((957, 486, 309)) == "<think>0 7 6 9=22\n2 5 8 0=15\n1 9 4 3=17</think>1752"
+    assert data.long_answer((111, 222, 333)) == "<think>0 1 2 3=06\n0 1 2 3=06\n0 1 2 3=06</think>666"
 
 
 def test_prompts_carry_their_answer(made: Path) -> None:
