@@ -6,10 +6,10 @@ the weights it came from are gone by then. So a killed run repeats itself bit fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,14 @@ def grpo(
     """
     if not run.rewards:
         raise ConfigError("a GRPO run needs rewards: add [[rewards]] with function = ...")
-    feed = partial(RolloutFeed, folder=runs / run.name, chat=chat)
-    return train(run, resume=resume, runs=runs, feed=feed)
+    with contextlib.ExitStack() as stack:
+
+        def feed(settings: RunConfig, part: Part) -> RolloutFeed:
+            found = RolloutFeed(settings, part, runs / run.name, chat)
+            stack.callback(found.rewards.close)
+            return found
+
+        return train(run, resume=resume, runs=runs, feed=feed)
 
 
 @dataclasses.dataclass(frozen=True)
