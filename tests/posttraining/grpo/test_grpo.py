@@ -326,7 +326,7 @@ def test_in_bf16_and_fp8(precision: str, make_run: Make, opened: Callable) -> No
         assert found["mismatch"] == 0 and found["ratio_max"] == 1.0 and result.applied and result.grad_norm > 0
         assert (found["kl"] == 0) == (step == 0)
     kept = batch.columns["reference"]
-    feed.references = References(feed.run_folder, feed.policy, 2)
+    feed.references = References(feed.run_folder, feed.policy, 2, 0)
     assert torch.equal(feed._reference(batch), kept)
 
 
