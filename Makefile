@@ -88,7 +88,7 @@ test-slow: $(BIN)/leanseek.stamp
 test-dist: $(BIN)/leanseek.stamp
 	$(SHARED) -m "distributed and not gpu"
 
-# Peers that take long to install: llama.cpp is compiled from its sdist.
+# Peers that take long to install: llama.cpp is compiled from its sdist, TRL brings pandas and datasets.
 test-peers: $(BIN)/leanseek.stamp
 	$(BIN)/pip install -q llama-cpp-python==0.3.36 trl==1.16.0 reasoning-gym==0.1.25
 	$(BIN)/pytest -m peer

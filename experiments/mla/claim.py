@@ -5,6 +5,7 @@ from __future__ import annotations
 from leanseek import planning
 from leanseek.config import ModelConfig
 from leanseek.plotting import Figure
+from leanseek.reproduce.cache import CONTEXT, served
 from leanseek.reproduce.claims import Verdict
 from leanseek.reproduce.drawing import BITS, color, curves, named
 from leanseek.reproduce.results import Found, Run
@@ -34,10 +35,12 @@ def judge(found: Found) -> Verdict:
         f"The cache is {saved:.1%} smaller than MHA's ({cache['mla']} and {cache['mha']} bytes per token; V3's own "
         f"{v3_saved:.1%}). Bits per byte: {', '.join(f'{arm} {found.mean(arm, bits)}' for arm in found.runs)}."
     )
+    streams = ", ".join(f"{served(run.model)['streams_per_gib']:,.0f} ({arm})" for arm, run in found.claim.arms.items())
     text = (
         f"Four networks of 5.8 M parameters that differ in attention alone; more query heads make up for fewer key "
         f"heads. MLA's bits per byte less MHA's: {mha} (equal here means within {EQUAL:.0%}); less GQA's: "
-        f"{against['gqa']}; less MQA's, which caches {cache['mqa']} bytes: {against['mqa']}."
+        f"{against['gqa']}; less MQA's, which caches {cache['mqa']} bytes: {against['mqa']}. Streams of "
+        f"{CONTEXT:,} tokens that a GiB of the engine's cache holds, by its own pages: {streams}."
     )
     return Verdict(word, ours, text)
 

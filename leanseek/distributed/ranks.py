@@ -152,7 +152,10 @@ class RankPart(Part):
 
     def evaluate(self, model: Transformer, batch: Batch, forward: Forward) -> Tensor:
         if self.pipeline is None:
-            return super().evaluate(model, batch, forward)
+            found = super().evaluate(model, batch, forward)
+            if self.shards is not None:
+                self.shards.release()
+            return found
         sums = self.pipeline.evaluate([batch], forward)
         with watch.phase("the losses of an evaluation"):
             dist.all_reduce(sums, group=self.mesh.pipeline.group)

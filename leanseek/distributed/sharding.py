@@ -126,6 +126,12 @@ class FullySharded:
         for name, parameter in self.model.named_parameters():
             self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
 
+    def release(self) -> None:
+        """Let go of what a forward without a backward has gathered: the next backward would miss its gradients."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def gather(self) -> None:
         """The next forward does it; FP8 keeps casts of what it gathered."""
         fp8.forget(self.model)

@@ -125,22 +125,25 @@ class ChatFeed(Feed):
 
     def _rows(self, epoch: int) -> list[list[int]]:
         if self._epoch[0] != epoch:
-            self._epoch = epoch, self.data.epoch(self.run.train.seed, epoch)
+            self._epoch = epoch, self._pack(epoch)
         return self._epoch[1]
 
-    def _next(self, count: int) -> list[list[int]]:
-        """The rows that follow, of all ranks."""
-        found, each = [], len(self._rows(0) if self._epoch[0] < 0 else self._epoch[1])
-        for place in range(self.taken, self.taken + count):
-            epoch, row = divmod(place, each)
-            found.append(self._rows(epoch)[row])
+    def _pack(self, epoch: int) -> list[list[int]]:
+        """The rows of an epoch; every epoch has as many."""
+        return self.data.epoch(self.run.train.seed, epoch)
+
+    def _next_rows(self, step: int) -> list[list[int]]:
+        """The rows of step `step`, of all ranks."""
+        count, each = batch_size(self.run, step), len(self._epoch[1])
+        places = [divmod(place, each) for place in range(self.taken, self.taken + count)]
+        rows = [self._rows(epoch)[row] for epoch, row in places]
         self.taken += count
-        return found
+        self.tokens += int(sum(self.data.lengths[row].sum() for row in rows))
+        return rows
 
     def batch(self, step: int) -> Batch:
-        rows = self._next(batch_size(self.run, step))
+        rows = self._next_rows(step)
         own = self.part.share(len(rows))
-        self.tokens += int(sum(self.data.lengths[row].sum() for row in rows))
         return self.data.batch(rows[own.start : own.stop], self.run.model.lookahead, rows)
 
     def evaluate(self, trainer: Trainer, step: int) -> Evaluation | None:

@@ -328,3 +328,22 @@ def test_four_ranks_share_the_optimizers_memory(run_ranks: Run, parallel: dict[s
     whole = optimizer_bytes(0, RUN, single=True)
     found = run_ranks(4, optimizer_bytes, changed(RUN, parallel=parallel))
     assert max(found) <= 0.3 * whole and sum(found) >= whole
+
+
+# ---- evaluation between steps ----
+
+
+def norms(rank: int, run: RunConfig, evaluated: bool) -> list[float]:
+    trainer, found = Trainer(run, part=part_of(run)), []
+    for step in range(3):
+        found.append(trainer.step(share_of(trainer, batch(run, step)), step).grad_norm)
+        if evaluated:
+            evaluate(trainer)
+    return found
+
+
+@pytest.mark.parametrize("layout", [{"fsdp": True}, {"pp": 2, "schedule": "1f1b"}], ids=str)
+def test_an_evaluation_changes_no_gradient_of_the_next_step(run_ranks: Run, layout: dict[str, Any]) -> None:
+    """FSDP2 keeps what a forward without a backward has gathered, and the next step's gradient lacked a part."""
+    run = changed(RUN, parallel=layout)
+    assert run_ranks(2, norms, run, True) == run_ranks(2, norms, run, False)

@@ -209,17 +209,17 @@ def test_a_function_of_an_installed_module() -> None:
 def test_math_verify_50_a_hung_grader_ends_in_time_and_is_named(
     reward: Callable[..., Reward], caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    one = reward(name, name="slow judge", seconds=0.5)
+    one = reward(name, name="slow judge", seconds=1.5)
     with caplog.at_level(logging.WARNING):
         assert one.score(PROMPTS, TEXTS, IDS) == [1.0, None, 1.0]
     said = caplog.text
-    assert "the reward slow judge took more than 0.5 s with 3 completions; now each alone" in said
-    assert "the reward slow judge took more than 0.5 s at a completion, which abstains: 5" in said
+    assert "the reward slow judge took more than 1.5 s with 3 completions; now each alone" in said
+    assert "the reward slow judge took more than 1.5 s at a completion, which abstains: 5" in said
     assert one.score(PROMPTS[:1], TEXTS[:1], IDS[:1]) == [1.0]  # and goes on
 
 
 def test_a_users_eval_of_a_tower_of_powers_ends_in_time(reward: Callable[..., Reward]) -> None:
-    assert reward("evaluates", seconds=0.5).score(PROMPTS, ["2", "9**9**9**9", "6"], IDS) == [2.0, None, 6.0]
+    assert reward("evaluates", seconds=1.5).score(PROMPTS, ["2", "9**9**9**9", "6"], IDS) == [2.0, None, 6.0]
 
 
 def test_a_grader_that_ends_its_process_is_named(
@@ -430,7 +430,7 @@ def test_answers_that_are_not(one: str, other: str) -> None:
 )
 def test_no_eval_in_graders(text: str) -> None:
     """9**9**9**9 and its like return at once: within a limit that the process would be ended at."""
-    with Reward(RewardConfig("answer", seconds=5)) as one:
+    with Reward(RewardConfig("answer", seconds=60)) as one:
         assert one.score(["a"], [text], [[1]], answer=["3"]) == [0.0]
 
 
@@ -479,12 +479,12 @@ def test_code_is_judged_by_its_tests() -> None:
         "def double(x): return x + x",
         "```",
     ]
-    with Reward(RewardConfig("code", arguments={"seconds": 1})) as one:
+    with Reward(RewardConfig("code")) as one:
         tests: list[Any] = [["assert double(2) == 4", "assert double(5) == 10"]] * 2 + ["assert double(2) == 4"] * 2
         assert one.score(["p"] * 4, texts, [[1]] * 4, tests=tests) == [1.0, 0.0, 1.0, 0.0]
         with pytest.raises(InputError, match="needs tests in each row"):
             one.score(["p"], texts[:1], [[1]], tests=[""])
-        assert one.score(["p"], ["while True: pass"], [[1]], tests=["assert True"]) == [0.0]
+    assert graders.code(["while True: pass"], ["assert True"], seconds=1) == [0.0]
 
 
 def test_reasoning_gym_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

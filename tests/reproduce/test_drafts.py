@@ -35,7 +35,7 @@ def test_a_draft_agrees_with_what_the_main_model_says_later(
 ) -> None:
     run, folder = ended
     monkeypatch.setattr(drafts, "load", lambda *_, **__: Counting())
-    monkeypatch.setattr(TokenDataset, "in_order", lambda *_: [Batch(torch.arange(35)[None])])
+    monkeypatch.setattr(TokenDataset, "in_order", lambda *_: [Batch(torch.arange(35)[None], 1)])
     assert drafts.agreement(run, folder) == [1.0, 20 / 30]  # positions 0 to 29, ten of them multiples of three
 
 
