@@ -21,6 +21,12 @@ def repeats(rng: random.Random, size: int) -> str:
     return out
 
 
+def lists(rng: random.Random, size: int) -> str:
+    """One list of few different words, over and over: the first thing that a network looks up (docs/log.md)."""
+    words = " ".join(rng.choice(WORDS[:64]) for _ in range(rng.randrange(4, 32)))
+    return (" " + words) * (1 + 4 * size // len(words))
+
+
 def codes(rng: random.Random, size: int, sentences: list[str]) -> str:
     """Codes of names between sentences, each said again at any distance. `size` bytes or some more."""
     names = rng.sample(NAMES, rng.choice([n for n in (1, 2, 4, 8, 16, 32) if n <= max(1, size // 80)]))
@@ -33,13 +39,16 @@ def codes(rng: random.Random, size: int, sentences: list[str]) -> str:
 
 
 def documents(texts: Path, window: int, count: int, share: float, seed: int) -> Iterator[str]:
-    """`count` documents of half a window to a whole one; `share` of them made, the others pieces of the texts."""
+    """`count` documents of half a window to a whole one; `share` of them made, the others pieces of the texts.
+    Where all are made, they are lists of several windows."""
     rng = random.Random(seed)
     whole = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
     sentences = [" ".join(s.split()) + "." for s in whole.split(".") if 10 < len(s) < 200]
     for _ in range(count):
         kind, size = rng.random(), int(window * BYTES * rng.uniform(0.5, 1.0))
-        if kind < share / 2:
+        if share == 1:
+            yield lists(rng, size)
+        elif kind < share / 2:
             yield repeats(rng, size)
         elif kind < share:
             yield codes(rng, size, sentences)
