@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= 2.13.0
 DEMO   := runs/demo
 
-.PHONY: demo test test-portable test-lowest test-slow test-dist test-peers test-browser test-gpu gpu-check sanitize check format clean
+.PHONY: demo reason test test-portable test-lowest test-slow test-dist test-peers test-browser test-gpu gpu-check sanitize check format clean
 
 # ---- set-up ----
 
@@ -36,6 +36,11 @@ demo: $(BIN)/leanseek.stamp
 	$(BIN)/leanseek train configs/demo.toml --minutes 6.5 --compare $(DEMO)-unbalanced
 	$(BIN)/leanseek generate $(DEMO) "KING HENRY." --max-tokens 120 --seed 1
 	@echo "The report: $(DEMO)/report.html"
+
+# A model that learns to reason: pre-training, SFT, GRPO, distillation, and a page that tells the story.
+reason: $(BIN)/leanseek.stamp
+	test -d corpora/shakespeare || $(BIN)/leanseek data fetch shakespeare --out corpora/shakespeare
+	$(BIN)/python experiments/reason/run.py
 
 # ---- checks ----
 
