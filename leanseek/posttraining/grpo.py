@@ -6,10 +6,11 @@ the weights it came from are gone by then. So a killed run repeats itself bit fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,14 @@ def grpo(
     """
     if not run.rewards:
         raise ConfigError("a GRPO run needs rewards: add [[rewards]] with function = ...")
-    feed = partial(RolloutFeed, folder=runs / run.name, chat=chat)
-    return train(run, resume=resume, runs=runs, feed=feed)
+    with contextlib.ExitStack() as stack:
+
+        def feed(settings: RunConfig, part: Part) -> RolloutFeed:
+            found = RolloutFeed(settings, part, runs / run.name, chat)
+            stack.callback(found.rewards.close)
+            return found
+
+        return train(run, resume=resume, runs=runs, feed=feed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +117,9 @@ class RolloutFeed(Feed):
                 self.rewards.check(rows[0][0].columns)
         self.solved_by = self.settings.solved_by or run.rewards[0].name
         self.position = self.tokens = 0  # prompts drawn, tokens trained on
+        self.begun = 0  # the step at which this process goes on
+        self.reference: int | None = None  # the step whose policy was the reference then
+        self.references: References | None = None
         self.rollout: list[Sample] = []
         self.row: dict[str, Any] = {}
 
@@ -162,16 +172,20 @@ class RolloutFeed(Feed):
             max_model_len=longest + settings.max_tokens,
             **options,
         )
-        home = self.run_folder / TOKENIZER
-        if not (home / "tokenizer.json").is_file():
-            home.mkdir(exist_ok=True)
-            copy_tokenizer(self.folder, home, c)
-        self.folder = home
-        step = self.begun
-        self.log = CompletionLog(self.run_folder, step)
-        self.references = References(self.run_folder, self.policy, step) if settings.beta else None
+        self._keep_tokenizer()
+        self.log, self.references = CompletionLog(self.run_folder, self.begun), None
+        if settings.beta:
+            self.references = References(self.run_folder, self.policy, self.begun, self.reference)
 
-    begun = 0  # the step at which this process goes on
+    def _keep_tokenizer(self) -> None:
+        """In the run's folder: a resumed run does not ask for the model with which it began."""
+        home, partial = self.run_folder / TOKENIZER, self.run_folder / f".{TOKENIZER}.partial"
+        if not home.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            copy_tokenizer(self.folder, partial, self.run.model)
+            partial.rename(home)
+        self.folder = home
 
     def batch(self, step: int) -> Batch:
         updates, size = self.run.updates, self.run.train.batch_size
@@ -343,6 +357,7 @@ class RolloutFeed(Feed):
         return {
             "tokens": self.tokens,
             "prompts": self.position,
+            "reference": self.references.step if self.references else None,
             "rollout": [dataclasses.asdict(s) for s in self.rollout] if self.run.updates > 1 else [],
         }
 
@@ -356,6 +371,7 @@ class RolloutFeed(Feed):
                 raise ConfigError(f"{key} = {now}, but the run continues with {was}; keep it, or start a new run")
         state = found.state
         self.tokens, self.position, self.begun = state["tokens"], state["prompts"], found.step
+        self.reference = state["reference"]
         self.rollout = [Sample(**s) for s in state["rollout"]]
         return []
 

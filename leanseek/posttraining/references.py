@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from leanseek import checkpoint, fp8
+from leanseek.config import ConfigError
 from leanseek.posttraining.policy import Policy
 
 KEPT = 3  # references on disk: a run resumes from a checkpoint that is older than the newest
@@ -15,26 +16,32 @@ KEPT = 3  # references on disk: a run resumes from a checkpoint that is older th
 class References:
     """`runs/NAME/references/step-N`, each the policy after N steps; step-0 stays.
 
-    step: at which the run begins or goes on. The newest reference until then is in force.
+    begun: the step at which the run begins or goes on. stored: the one whose policy is the reference, from the
+    checkpoint; None: there was none, and the policy is the reference from now on.
+
+    Raises:
+        ConfigError: the reference is gone.
     """
 
-    def __init__(self, run: Path, policy: Policy, step: int):
+    def __init__(self, run: Path, policy: Policy, begun: int, stored: int | None):
         self._folder, self._policy = run / "references", policy
-        if step == 0:
+        if begun == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
-            self.replace(0)
+        if stored is None:
+            self.replace(begun)
             return
-        newest = max(number for number in self._steps() if number < step or number == 0)
+        if not self._path(stored).is_dir():
+            raise ConfigError(f"{self._path(stored)}, the reference of this checkpoint, is gone: set grpo.beta = 0")
         for later in self._steps():
-            if later > newest:
+            if later > stored:
                 shutil.rmtree(self._path(later))
-        model = checkpoint.load(self._path(newest), policy.device).requires_grad_(False)
+        model = checkpoint.load(self._path(stored), policy.device).requires_grad_(False)
         fp8.apply(model, policy.precision)
-        self.policy = Policy(model, policy.dtype, policy.precision)
+        self.policy, self.step = Policy(model, policy.dtype, policy.precision), stored
 
     def replace(self, step: int) -> None:
         """From here on the policy as it is now is the reference."""
-        self.policy = self._policy.frozen()
+        self.policy, self.step = self._policy.frozen(), step
         checkpoint.save(self.policy.model, self._path(step), "hf")
         for old in self._steps()[1:-KEPT]:
             shutil.rmtree(self._path(old))

@@ -52,7 +52,7 @@ class Judged:
 def judge(claim: Claim, runs: Path) -> Judged:
     found = Found(claim, results_path(claim, runs))
     if not found.seeds:
-        return Judged(claim, found, Verdict("not run", "", f"Run it: leanseek reproduce {claim.name}"))
+        return Judged(claim, found, Verdict("not run", "", f"Run it: `leanseek reproduce {claim.name}`"))
     return Judged(claim, found, claim.script.judge(found))
 
 
@@ -131,7 +131,10 @@ def _part(judged: Judged, out: Path) -> str:
 
 
 def _markdown(judged: Judged, picture: str) -> str:
-    lines = [f"The paper: {judged.claim.file.paper}", f"**{judged.verdict.word.capitalize()}.** {judged.verdict.ours}"]
+    lines = [
+        f"The paper: {judged.claim.file.paper}",
+        f"**{judged.verdict.word.capitalize()}.** {judged.verdict.ours or judged.verdict.text}",
+    ]
     if judged.begun:
         lines += [f"![{judged.claim.file.title}]({picture})", judged.verdict.text, f"`{judged.effort}`"]
     return "\n\n".join(lines)

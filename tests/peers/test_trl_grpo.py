@@ -60,7 +60,7 @@ def trl(kind: str, level: str, rule: Rule, recorded: dict[str, Tensor], gain: Te
     }
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     (gradient,) = torch.autograd.grad(loss, logp)
-    return float(loss), gradient
+    return float(loss.detach()), gradient
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
@@ -77,7 +77,7 @@ def test_the_loss_is_trls(ours: str, kind: str, level: str, beta: float, recorde
     logp = recorded["logp"][real].clone().requires_grad_()
     weights = token_weights(ours, LENGTHS, [True] * len(LENGTHS), LONGEST)
     loss, figures = policy_loss(rule, logp, recorded["old"][real], gain, weights, LENGTHS, recorded["reference"][real])
-    assert float(loss) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5, abs=1e-7)
     torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], gradient[real], rtol=1e-5, atol=1e-8)
     assert figures.clipped > 0 or ours == "gspo"
 

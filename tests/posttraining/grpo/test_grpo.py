@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from leanseek import load
+from leanseek.cli import app
 from leanseek.config import ConfigError
 from leanseek.engine import Tokenizer
 from leanseek.posttraining.grpo import RolloutFeed, Sample, grpo
 from leanseek.posttraining.grpo_config import GRPORun
+from leanseek.posttraining.references import References
 from leanseek.training.metrics import read_rows
 from leanseek.training.part import Part
 from leanseek.training.report import write_report
@@ -310,3 +313,39 @@ def test_the_report_has_curves_and_completions(make_run: Make, tmp_path: Path) -
     for title in ("Reward", "Solved, held-out prompts", "Ratio to the sampler", "Entropy", "Tokens of a completion"):
         assert title in text
     assert "<h2>Completions</h2>" in text and "&lt;script&gt;" in text and "<script>alert" not in text
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_in_bf16_and_fp8(precision: str, make_run: Make, opened: Callable) -> None:
+    """The ratio is 1 after updates too, and a reference read from disk is the reference."""
+    feed, trainer = opened(make_run("train.dtype='bfloat16'", f"train.precision='{precision}'", "grpo.beta=0.1"))
+    for step in range(2):
+        batch = feed.batch(step)
+        result = trainer.step(batch, step)
+        found = trainer.objective.figures()
+        assert found["mismatch"] == 0 and found["ratio_max"] == 1.0 and result.applied and result.grad_norm > 0
+        assert (found["kl"] == 0) == (step == 0)
+    kept = batch.columns["reference"]
+    feed.references = References(feed.run_folder, feed.policy, 2, 0)
+    assert torch.equal(feed._reference(batch), kept)
+
+
+def test_prompts_of_messages_on_the_command_line(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run()
+    rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("one", "two", "three")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "held.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "reward.py").write_text(
+        "def vowels(prompts, completions, completion_ids, **columns):\n"
+        "    assert all(p[-1]['role'] == 'user' and c[0]['role'] == 'assistant' for p, c in zip(prompts, completions))\n"
+        "    return [len(c[0]['content']) / 100 for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["grpo", "run.toml", "train.steps=1", "--name", "chat", "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.output.splitlines()[-1])
+    assert said["step"] == 1 and "reward" in said and "pass_at_1" in said
+    row = json.loads((tmp_path / "runs/chat/completions.jsonl").read_text().splitlines()[0])
+    assert row["prompt"][0]["role"] == "user"
