@@ -96,8 +96,10 @@ def draw(chance: random.Random, split: str, count: int, low: int = 100, high: in
 
 
 def _sum(chance: random.Random) -> str:
-    """A problem and its thought, in the tags of an answer: a token that pre-training never sees has a logit that SFT does not
-    lift again within an epoch (docs/log.md). Never one that is held out."""
+    """A problem and its thought, in the tags of an answer. Never one that is held out.
+
+    A token that pre-training never sees has a logit that SFT does not lift again within an epoch (docs/log.md).
+    """
     while split_of(operands := [chance.randint(100, 999) for _ in range(3)]) != "train":
         pass
     return f"{problem(operands)}{long_answer(operands)}"
