@@ -149,6 +149,7 @@ TRAINING: dict[str, Example] = _SHARED | {
     "fp8_wide": _plain(lambda t: (Kept(t.x(D, dtype=FP8), t.x(1, dtype=torch.float32)), t.dtype)),
     "fp8_turn": _plain(lambda t: (t.x(D),)),
     "fp8_both": _plain(lambda t: (t.x(D),)),
+    "fp8_both_blocks": _plain(lambda t: (t.x(D),)),
     "fp8_blocks": _plain(lambda t: (t.w(D, D), True, t.dtype)),
     "fp8_stored_blocks": _plain(lambda t: (t.w(D, D),)),
     "fp8_swiglu": _plain(lambda t: (t.x(2 * D),)),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from leanseek import fp8
+from leanseek.data.batch import Batch
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.activations import activation_bytes_per_token
 
@@ -47,7 +48,7 @@ def test_planted_outliers_do_not_touch_bf16(experiment: ModuleType) -> None:
         found = trainer(precision)
         if planted:
             experiment.plant(found.model)
-        return found.step(batch(2, 64), 0).loss
+        return found.step(Batch(batch(2, 64), 2), 0).loss
 
     assert loss("bf16", True) == loss("bf16", False)
     assert loss("fp8-tensorwise", True) != loss("fp8-tensorwise", False)

@@ -56,7 +56,9 @@ def test_a_line_says_so_and_torch_runs(tmp_path: Path) -> None:
     shutil.copytree(HERE, tmp_path / "leanseek")
     with (tmp_path / "leanseek/native/kernels/grouped.cpp").open("a") as source:
         source.write("// an argument more\n")
-    program = "from leanseek import native; native.usable_variants(); print(native.__file__); print(*native.status())"
+    # an editable install has a finder of its own, which would find the checkout
+    plain = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if isinstance(f, type)]"
+    program = f"{plain}; from leanseek import native; native.usable_variants(); print(native.__file__); print(*native.status())"
     environment = {name: value for name, value in os.environ.items() if name != "LEANSEEK_CPU"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
