@@ -51,8 +51,8 @@ def _body(by_arm: dict[str, list[Any]]) -> str:
 
 _HEAD = """<h1>Learning to reason</h1>
 <p>A small V3, pre-trained on traces of arithmetic, is fine-tuned on chats about the sum of three numbers of three
-digits. A quarter of their answers think first, column by column. GRPO rewards right answers alone, and the model turns
-to the way of answering that pays: reinforcement amplifies what was there. pass@8 after SFT says how much was.</p>
+digits. A quarter of their answers think first, column by column. GRPO rewards right answers alone, whichever way they
+are found. Reinforcement amplifies what is there: pass@8 after SFT says how much that is.</p>
 """
 
 
