@@ -11,15 +11,11 @@ from leanseek.plotting import Figure
 from leanseek.reproduce.claims import Verdict
 from leanseek.reproduce.drawing import BITS, dots, named
 from leanseek.reproduce.experts import specialisation
-from leanseek.reproduce.results import Found, Run
+from leanseek.reproduce.results import Found, Run, bits
 from leanseek.training import RunConfig
 from leanseek.training.metrics import read_rows
 
 AUXILIARY = ("sequence-weak", "sequence-strong", "switch")
-
-
-def bits(run: Run) -> float:
-    return run.bits
 
 
 def violation(run: Run) -> float:
@@ -48,10 +44,7 @@ def judge(found: Found) -> Verdict:
         else "held in part" if -1 in signs
         else "not seen at this scale"
     )  # fmt: skip
-    ours = (
-        f"Bits per byte: {', '.join(f'{arm} {found.mean(arm, bits)}' for arm in found.runs)}. "
-        f"Max violation: {', '.join(f'{arm} {found.mean(arm, violation)}' for arm in found.runs)}."
-    )
+    ours = f"Bits per byte: {found.listed(bits)}. Max violation: {found.listed(violation)}."
     text = (
         "The bias's bits per byte less those of each other: "
         + "; ".join(f"{arm} {difference}" for arm, difference in against.items())

@@ -8,11 +8,7 @@ from leanseek import planning
 from leanseek.plotting import Figure
 from leanseek.reproduce.claims import Verdict
 from leanseek.reproduce.drawing import BITS, curves, dots
-from leanseek.reproduce.results import Found, Interval, Run, interval
-
-
-def bits(run: Run) -> float:
-    return run.bits
+from leanseek.reproduce.results import Found, Interval, Run, bits, interval
 
 
 def flops(found: Found, arm: str, tokens: float) -> float:
@@ -25,7 +21,7 @@ def ratio(found: Found, dense: str) -> Interval:
     each = []
     for seed in found.seeds:
         moe, other = found.runs["moe"][seed], found.runs[dense][seed]
-        target = max(moe.bits, other.bits)
+        target = max(bits(moe), bits(other))
         each.append(flops(found, "moe", _reached(moe, target)) / flops(found, dense, _reached(other, target)))
     return interval(each)
 
@@ -48,10 +44,9 @@ def judge(found: Found) -> Verdict:
         if lower.sign < 0 or total.high < 1
         else ("contradicted" if lower.sign > 0 else "not seen at this scale")
     )
-    each = ", ".join(f"{arm} {found.mean(arm, bits)}" for arm in found.runs)
     ours = (
         f"FLOPs to equal loss: {same} of those of the dense network with as many activated parameters, {total} of "
-        f"those of the one with as many in all. Bits per byte: {each}."
+        f"those of the one with as many in all. Bits per byte: {found.listed(bits)}."
     )
     text = (
         f"The mixture has 5.8 M parameters, of which a token passes 3.1 M, a quarter of them embedding and head; V3's "

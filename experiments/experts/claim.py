@@ -9,7 +9,7 @@ from leanseek.plotting import Figure
 from leanseek.reproduce.claims import Verdict
 from leanseek.reproduce.drawing import BITS, curves, dots
 from leanseek.reproduce.experts import redundancy
-from leanseek.reproduce.results import Found, Run
+from leanseek.reproduce.results import Found, Run, bits
 from leanseek.training import RunConfig
 
 
@@ -22,10 +22,6 @@ def lost(run: Run) -> float:
     return float(run.measured["eighth"] - run.measured["none"])
 
 
-def bits(run: Run) -> float:
-    return run.bits
-
-
 def judge(found: Found) -> Verdict:
     finer = found.difference("fine", "coarse", bits)
     shared = found.difference("fine-shared", "coarse", bits)
@@ -36,7 +32,7 @@ def judge(found: Found) -> Verdict:
         else "held in part" if -1 in signs
         else "not seen at this scale"
     )  # fmt: skip
-    ours = f"Bits per byte: {', '.join(f'{arm} {found.mean(arm, bits)}' for arm in found.runs)}."
+    ours = f"Bits per byte: {found.listed(bits)}."
     text = (
         f"8 choose 2, 32 choose 8, and 31 choose 7 with one shared, of equal parameters and FLOPs. Fine less coarse: "
         f"{finer}; fine with a shared expert less coarse: {shared}; the shared one alone: "

@@ -6,13 +6,9 @@ from leanseek.pages import INK
 from leanseek.plotting import Figure
 from leanseek.reproduce.claims import Verdict
 from leanseek.reproduce.drawing import BITS, color, dots, named
-from leanseek.reproduce.results import Found, Interval, Run, interval
+from leanseek.reproduce.results import Found, Interval, bits, interval
 
 WANTED = 0.0025  # of the loss (3.3)
-
-
-def bits(run: Run) -> float:
-    return run.bits
 
 
 def relative(found: Found, arm: str) -> Interval:

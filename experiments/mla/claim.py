@@ -8,13 +8,9 @@ from leanseek.plotting import Figure
 from leanseek.reproduce.cache import CONTEXT, served
 from leanseek.reproduce.claims import Verdict
 from leanseek.reproduce.drawing import BITS, color, curves, named
-from leanseek.reproduce.results import Found, Run
+from leanseek.reproduce.results import Found, bits
 
 EQUAL = 0.01  # of MHA's bits per byte: "equal quality"
-
-
-def bits(run: Run) -> float:
-    return run.bits
 
 
 def judge(found: Found) -> Verdict:
@@ -33,7 +29,7 @@ def judge(found: Found) -> Verdict:
         word = "not seen at this scale"
     ours = (
         f"The cache is {saved:.1%} smaller than MHA's ({cache['mla']} and {cache['mha']} bytes per token; V3's own "
-        f"{v3_saved:.1%}). Bits per byte: {', '.join(f'{arm} {found.mean(arm, bits)}' for arm in found.runs)}."
+        f"{v3_saved:.1%}). Bits per byte: {found.listed(bits)}."
     )
     streams = ", ".join(f"{served(run.model)['streams_per_gib']:,.0f} ({arm})" for arm, run in found.claim.arms.items())
     text = (

@@ -7,15 +7,11 @@ from leanseek.plotting import Figure
 from leanseek.reproduce.claims import Verdict
 from leanseek.reproduce.drafts import measure, memory_bound_speedup
 from leanseek.reproduce.drawing import BITS, curves, dots
-from leanseek.reproduce.results import Found, Interval, Run
+from leanseek.reproduce.results import Found, Interval, Run, bits
 
 __all__ = ["draw", "judge", "measure"]
 
 V3 = ModelConfig.preset("v3-671b")
-
-
-def bits(run: Run) -> float:
-    return run.bits
 
 
 def judge(found: Found) -> Verdict:
@@ -29,7 +25,7 @@ def judge(found: Found) -> Verdict:
     agreed = {arm: _agreement(found, arm) for arm in ("depth-1", "depth-2")}
     speed = found.mean("depth-1", lambda run: _speed(run, "greedy"))
     deep = found.mean("depth-1", lambda run: run.measured["speedup"][str(V3.num_hidden_layers)])
-    ours = f"Bits per byte of the main model: {', '.join(f'{arm} {found.mean(arm, bits)}' for arm in found.runs)}."
+    ours = f"Bits per byte of the main model: {found.listed(bits)}."
     ours += f" {accepted} of the drafts are accepted in greedy decoding."
     text = (
         f"The main model's bits per byte, depth 1 less off: {one}; depth 2 less off: {two}. On held-out text the "

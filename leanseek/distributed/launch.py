@@ -22,6 +22,7 @@ from leanseek.distributed.mesh import build_mesh, check_layout
 from leanseek.distributed.ranks import RankPart
 from leanseek.distributed.rendezvous import group_store, holder, meet
 from leanseek.errors import InputError, Interrupted, RunError
+from leanseek.signals import noted
 from leanseek.training.config import RunConfig
 from leanseek.training.part import Part
 
@@ -107,7 +108,7 @@ def launch(processes: int, saves: bool = True) -> int:
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
-    with tempfile.TemporaryDirectory(prefix="leanseek-") as folder, _noted() as received:
+    with tempfile.TemporaryDirectory(prefix="leanseek-") as folder, noted() as received:
         words = [Path(folder, f"rank-{rank}") for rank in range(processes)]
         ranks = [_start(common, rank, words[rank]) for rank in range(processes)]
         try:
@@ -136,19 +137,6 @@ def _start(common: dict[str, str], rank: int, words: Path) -> subprocess.Popen[b
         return subprocess.Popen(command, env=own)
     with words.open("wb") as file:
         return subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
-
-
-@contextlib.contextmanager
-def _noted() -> Iterator[list[int]]:
-    """The SIGINT and SIGTERM that have arrived."""
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], store: dist.Store, received: list[int], saves: bool) -> int:

@@ -52,11 +52,12 @@ def interval(values: list[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-class Run(NamedTuple):
-    """One arm under one seed."""
+class Run(Structure):
+    """One arm under one seed: a row of results.json."""
 
     arm: str
     seed: int
+    fingerprint: str  # of the run, as arms.toml described it then
     curve: list[list[float]]  # an evaluation each: step, tokens, validation loss, bits per byte
     loss: list[list[float]]  # training loss: the last step of a window, and the window's mean
     measured: dict[str, Any]  # by the claim's script
@@ -64,10 +65,10 @@ class Run(NamedTuple):
     machine: dict[str, Any]
     commit: str
 
-    @property
-    def bits(self) -> float:
-        """Bits per byte of the validation split at the end."""
-        return self.curve[-1][3]
+
+def bits(run: Run) -> float:
+    """Bits per byte of the validation split at the end."""
+    return run.curve[-1][3]
 
 
 class Found:
@@ -82,9 +83,7 @@ class Found:
         measures = hasattr(claim.script, "measure")
         for row in read(path):
             if wanted.get((row.arm, row.seed)) == row.fingerprint and bool(row.measured) == measures:
-                self.runs[row.arm][row.seed] = Run(
-                    row.arm, row.seed, row.curve, row.loss, row.measured, row.seconds, row.machine, row.commit
-                )
+                self.runs[row.arm][row.seed] = row
 
     @property
     def seeds(self) -> list[int]:
@@ -101,6 +100,10 @@ class Found:
     def mean(self, arm: str, figure: Callable[[Run], float]) -> Interval:
         return interval(self.each(arm, figure))
 
+    def listed(self, figure: Callable[[Run], float]) -> str:
+        """Every arm with its mean, in words."""
+        return ", ".join(f"{arm} {self.mean(arm, figure)}" for arm in self.runs)
+
     def difference(self, arm: str, other: str, figure: Callable[[Run], float]) -> Interval:
         """arm - other, paired by seed: both saw the same text in the same order."""
         pairs = zip(self.each(arm, figure), self.each(other, figure), strict=True)
@@ -111,23 +114,11 @@ class Found:
         return sum(run.seconds for runs in self.runs.values() for run in runs.values()) / 3600
 
 
-class _Row(Structure):
-    arm: str
-    seed: int
-    fingerprint: str
-    curve: list[list[float]]
-    loss: list[list[float]]
-    measured: dict[str, Any]
-    seconds: float
-    machine: dict[str, Any]
-    commit: str
-
-
 class _File(Structure):
-    runs: list[_Row]
+    runs: list[Run]
 
 
-def read(path: Path) -> list[_Row]:
+def read(path: Path) -> list[Run]:
     """Raises InputError: it is not a results.json."""
     if not path.exists():
         return []

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from leanseek.planning import train_flops_per_token
 from leanseek.reading import parse_json
 from leanseek.reproduce.claims import ALONE, ROWS, SEEDS, Claim, fingerprint, seeded
 from leanseek.reproduce.results import Found, add
+from leanseek.signals import noted
 from leanseek.training import RunConfig
 from leanseek.writing import LOCK, alone
 
@@ -136,7 +135,7 @@ class _Pool:
 
     def run(self, runs: Path) -> list[str]:
         """Work through the jobs; what failed, a line each."""
-        with _noted() as received:
+        with noted() as received:
             try:
                 while self.waiting or self.running:
                     if received:
@@ -215,16 +214,3 @@ def _last_line(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
         return next((line for line in reversed(file.read().split(b"\n")[:-1]) if line.strip()), b"")
-
-
-@contextlib.contextmanager
-def _noted() -> Iterator[list[int]]:
-    """The SIGINT and SIGTERM that have arrived."""
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

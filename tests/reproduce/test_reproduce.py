@@ -69,10 +69,11 @@ balance = { sequence_alpha = 0.0 }
 SCRIPT = """
 from leanseek.reproduce.claims import Verdict
 from leanseek.reproduce.drawing import curves
+from leanseek.reproduce.results import bits
 def measure(run, folder, quick):
     return {"steps": run.train.steps}
 def judge(found):
-    return Verdict("held", str(found.mean("plain", lambda run: run.bits)), "text & more")
+    return Verdict("held", str(found.mean("plain", bits)), "text & more")
 def draw(figure, found):
     curves(figure.subplots(), found)
 """
