@@ -35,11 +35,11 @@ TEMPLATE = (
 )
 SIZES = {
     "traces": 20_000,  # documents
-    "text": 300_000,  # bytes
+    "text": 150_000,  # bytes
     "sft": 8_000,
     "rl": 4_000,
     "distil": 3_000,
-    "pairs": 4_000,
+    "pairs": 48_000,
     "test": 500,
     "dev": 500,
 }
@@ -133,9 +133,9 @@ TRACES: tuple[tuple[Callable[[random.Random], str], int], ...] = (
 )  # fmt: skip
 
 
-def traces(chance: random.Random, count: int) -> Iterator[str]:
-    """Documents of a few exercises each."""
-    kinds, weights = zip(*TRACES, strict=True)
+def traces(chance: random.Random, count: int, thoughts: bool = True) -> Iterator[str]:
+    """Documents of a few exercises each; without thoughts, of those that do not think."""
+    kinds, weights = zip(*(one for one in TRACES if thoughts or one[0] is not _sum), strict=True)
     for _ in range(count):
         yield "\n".join(kind(chance) for kind in chance.choices(kinds, weights, k=3)) + "\n"
 
@@ -262,16 +262,17 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def make(corpus: Path, out: Path, seed: int = 0, sizes: dict[str, int] = SIZES) -> None:
-    """Write tokenizer/ and the .jsonl files into `out`: pretrain, sft, sft-short, rl, distil, pairs, and held out
-    dev, test, sft-dev, pairs-test."""
+    """Write tokenizer/ and the .jsonl files into `out`: pretrain, student, sft, sft-short, rl, distil, pairs, and held
+    out dev, test, sft-dev, pairs-test."""
 
     def chance(name: str) -> random.Random:
         return random.Random(f"{seed} {name}")
 
     out.mkdir(parents=True, exist_ok=True)
-    documents = [*traces(chance("traces"), sizes["traces"]), *texts(corpus, sizes["text"])]
-    chance("order").shuffle(documents)
-    _write(out / "pretrain.jsonl", ({"text": text} for text in documents))
+    for name, thoughts in (("student", False), ("pretrain", True)):
+        documents = [*traces(chance("traces"), sizes["traces"], thoughts), *texts(corpus, sizes["text"])]
+        chance("order").shuffle(documents)
+        _write(out / f"{name}.jsonl", ({"text": text} for text in documents))
     chats = [problem(operands) for operands in draw(chance("tokenizer"), "train", 1000)]
     write_tokenizer(train_tokenizer([*documents[:20_000], *chats]), out / "tokenizer")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from leanseek.pages import COLORS, INK, card, figure, page, quiet, svg
-from leanseek.plotting import Axes
+from leanseek.plotting import Axes, Figure
 from leanseek.writing import replace_file
 
 NAMES = {
@@ -23,9 +23,25 @@ Point = Sequence[float]
 
 def write_page(rows: Sequence[Any], out: Path) -> None:
     """rows: as `leanseek.reproduce.results.read` gives them, of one recipe."""
-    by_arm = {arm: [row for row in rows if row.arm == arm] for arm in NAMES}
-    by_arm = {arm: own for arm, own in by_arm.items() if own}
+    by_arm = _by_arm(rows)
     replace_file(out, page("Learning to reason · leanseek", _body(by_arm)).encode())
+
+
+def _by_arm(rows: Sequence[Any]) -> dict[str, list[Any]]:
+    return {arm: own for arm in NAMES if (own := [row for row in rows if row.arm == arm])}
+
+
+def draw(rows: Sequence[Any], out: Path) -> None:
+    """A picture of the same: accuracy by step, and what all arms end with."""
+    by_arm = _by_arm(rows)
+    figure = Figure(figsize=(12, 4), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    policies = {arm: rows for arm, rows in by_arm.items() if arm in POLICIES}
+    _curves(left, policies, lambda row: row.curve)
+    left.set_ylabel("right of held-out problems, greedy", color=INK)
+    left.set_xlabel("step of GRPO", color=INK)
+    _bars(right, by_arm)
+    figure.savefig(out, dpi=130)
 
 
 def _body(by_arm: dict[str, list[Any]]) -> str:
@@ -53,6 +69,8 @@ _HEAD = """<h1>Learning to reason</h1>
 <p>A small V3, pre-trained on traces of arithmetic, is fine-tuned on chats about the sum of three numbers of three
 digits. A quarter of their answers think first, column by column. GRPO rewards right answers alone, whichever way they
 are found. Reinforcement amplifies what is there: pass@8 after SFT says how much that is.</p>
+<p>The student has half the width and was pre-trained on the same without the thoughts. What it has not read cannot be
+amplified in it; its teacher's right answers show it how.</p>
 """
 
 

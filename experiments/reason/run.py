@@ -1,7 +1,7 @@
 """A model that learns to reason: pre-training, SFT, GRPO, distillation into half the width, and the report.
 
     python experiments/reason/run.py                       # what is there is not done again; a killed run goes on
-    python experiments/reason/run.py --seeds 3 --arms all  # three seeds, and what GRPO is compared with
+    python experiments/reason/run.py --seeds 0,1,2 --arms all  # three seeds, and what GRPO is compared with
     python experiments/reason/run.py --report              # the report of what has been measured so far
 
 Each stage is a run of its own in RUNS/seed-N, by the TOML file of its kind beside this script. results.json is added
@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from data import SIZES, make
-from page import write_page
+from page import draw, write_page
 
 from leanseek import LLM, SamplingParams
 from leanseek.data.prepare import prepare
@@ -50,8 +49,9 @@ MAIN = ("grpo", "short", "distilled")
 ARMS = (*MAIN, "random", "rejection", "student-grpo", "model", "mixture")
 STUDENT = (  # half the width
     "model.hidden_size=64", "model.intermediate_size=128", "model.moe_intermediate_size=32",
-    "model.num_attention_heads=2", "model.q_lora_rank=48", "model.kv_lora_rank=32", "model.initializer_range=0.14",
+    "model.q_lora_rank=48", "model.kv_lora_rank=32", "model.initializer_range=0.14", "train.steps=1500",
 )  # fmt: skip
+DISTILLATION = ("sft.epochs=10.0", "optimizer.lr=3e-3")  # the student has all of it to learn
 
 
 def policy(run: GRPORun, **options: Any) -> Any:
@@ -79,11 +79,16 @@ class Scale:
     developing: int = 100  # problems of the curve while GRPO runs
     more: dict[str, tuple[str, ...]] = field(default_factory=dict)  # overrides of a kind's settings
 
-    @property
-    def name(self) -> str:
-        """Of the recipe: all that decides what is measured."""
-        files = [HERE / "data.py", HERE / "rewards.py", *sorted(HERE.glob("*.toml"))]
-        text = json.dumps([*(file.read_text() for file in files), dataclasses.asdict(self), STUDENT])
+    def recipe(self, arm: str) -> str:
+        """Names all that decides what is measured of an arm."""
+        sizes, kinds = dict(self.sizes), ["pretrain", "sft", "grpo"]
+        if arm in ("model", "mixture"):
+            kinds.append("reward")
+        else:
+            del sizes["pairs"]
+        files = [HERE / "data.py", HERE / "rewards.py", *(HERE / f"{kind}.toml" for kind in kinds)]
+        settings = dataclasses.asdict(self) | {"sizes": sizes}
+        text = json.dumps([*(file.read_text() for file in files), settings, STUDENT, DISTILLATION])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -163,7 +168,8 @@ class Story:
         return self.tuned("rejection", "sft", rows)
 
     def student(self) -> Path:
-        return self.trained("student", "pretrain", "", *STUDENT)
+        """Half the width, and a pre-training in which nobody thinks."""
+        return self.trained("student", "pretrain", "", f'data.path="{self.home / "shards-student"}"', *STUDENT)
 
     def short(self) -> Path:
         """The student, taught answers without thoughts."""
@@ -174,7 +180,7 @@ class Story:
         """The student, taught the verified answers of the model that GRPO made."""
         rows = self.sampled("distilled-rows", self.grpo(), read_prompts(self.data / "distil.jsonl"), "shortest")
         self.student()
-        return self.tuned("distilled", "student", rows, "sft.epochs=3.0")
+        return self.tuned("distilled", "student", rows, *DISTILLATION)
 
     def student_grpo(self) -> Path:
         """The student by SFT as the teacher's, then GRPO for as long as the distillation took."""
@@ -214,7 +220,7 @@ class Story:
             found |= {"curves": curves(folder), "examined_s": time.monotonic() - began}
             rows = read_rows(folder / "metrics.jsonl")
             row = {
-                "arm": name, "seed": self.seed, "fingerprint": self.scale.name, "measured": found,
+                "arm": name, "seed": self.seed, "fingerprint": self.scale.recipe(name), "measured": found,
                 "seconds": seconds(folder), "machine": machine(), "commit": commit(),
                 "curve": [[r["step"], r["pass_at_1"]] for r in rows if r.get("pass_at_1") is not None],
                 "loss": [[r["step"], r["loss"]] for r in rows if r.get("loss") is not None],
@@ -285,25 +291,26 @@ def curves(folder: Path) -> dict[str, list[list[float]]]:
 
 
 def prepared(texts: Path, home: Path, scale: Scale) -> None:
-    """data/ and shards/, once."""
+    """data/, shards/ and shards-student/, once."""
     data = home / "data"
     if not (data / "curve.jsonl").is_file():
         make(texts, data, 0, scale.sizes)
         lines = (data / "dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         replace_file(data / "curve.jsonl", "".join(lines[: scale.developing]).encode())
-    if not (home / "shards" / "manifest.json").is_file():
-        prepare([data / "pretrain.jsonl"], home / "shards", tokenizer=data / "tokenizer", workers=1)
+    for name, shards in (("pretrain", home / "shards"), ("student", home / "shards-student")):
+        if not (shards / "manifest.json").is_file():
+            prepare([data / f"{name}.jsonl"], shards, tokenizer=data / "tokenizer", workers=1)
 
 
-def tell(texts: Path, home: Path, seeds: int, arms: Iterable[str], out: Path, scale: Scale) -> None:
+def tell(texts: Path, home: Path, seeds: Iterable[int], arms: Iterable[str], out: Path, scale: Scale) -> None:
     """Run everything, seed by seed; `out` is the results.json."""
     home.mkdir(parents=True, exist_ok=True)
     prepared(texts, home, scale)
-    for seed in range(seeds):
+    for seed in seeds:
         story = Story(home, seed, scale)
         for arm in ("sft", *arms):
             row = story.measured(arm)
-            if not any((r.arm, r.seed, r.fingerprint) == (arm, seed, scale.name) for r in results.read(out)):
+            if not any((r.arm, r.seed, r.fingerprint) == (arm, seed, scale.recipe(arm)) for r in results.read(out)):
                 results.add(out, [row])
 
 
@@ -311,7 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, default=Path("corpora/shakespeare"), help="a folder of .txt files")
     parser.add_argument("--runs", type=Path, default=Path("runs/reason"))
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="0", help="one or more, as 0,1,2")
     parser.add_argument("--arms", default=",".join(MAIN), help=f"all, or some of {','.join(ARMS)}")
     parser.add_argument("--results", type=Path, help="[RUNS/results.json]")
     parser.add_argument("--report", action="store_true", help="only that")
@@ -321,10 +328,11 @@ def main() -> None:
         parser.error(f"no arm {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}")
     out = given.results or given.runs / "results.json"
     if not given.report:
-        torch.set_num_threads(2)
-        tell(given.texts, given.runs, given.seeds, arms, out, Scale())
-    write_page([row for row in results.read(out) if row.fingerprint == Scale().name], given.runs / "report.html")
-    print(f"The report: {given.runs / 'report.html'}")
+        tell(given.texts, given.runs, map(int, given.seeds.split(",")), arms, out, Scale())
+    rows = [row for row in results.read(out) if row.fingerprint == Scale().recipe(row.arm)]
+    write_page(rows, given.runs / "report.html")
+    draw(rows, out.with_suffix(".png"))
+    print(f"The report: {given.runs / 'report.html'}; a picture: {out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -44,14 +44,14 @@ def test_every_arm_from_end_to_end(reason: ModuleType, tmp_path: Path) -> None:
     )
     out, home = tmp_path / "results.json", tmp_path / "runs"
     arms = ("grpo", "random", "model", "mixture", "short")  # an untrained model answers nothing right to distil
-    reason.tell(tmp_path / "texts", home, 1, arms, out, scale)
+    reason.tell(tmp_path / "texts", home, [0], arms, out, scale)
     rows = results.read(out)
     assert [row.arm for row in rows] == ["sft", *arms]
     assert {"reward", "reward/coin", "reward/answer", "long"} <= rows[2].measured["curves"].keys()
     assert [step for step, _ in rows[1].curve] == [1, 2]
 
     stamps = {path: path.stat().st_mtime_ns for path in home.rglob("metrics.jsonl")}
-    reason.tell(tmp_path / "texts", home, 1, arms, out, scale)  # all is there
+    reason.tell(tmp_path / "texts", home, [0], arms, out, scale)  # all is there
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert results.read(out) == rows
 

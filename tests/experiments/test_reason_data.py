@@ -18,7 +18,7 @@ from leanseek.posttraining import graders
 from leanseek.server.templates import load_chat_template
 
 SIZES = {"traces": 300, "text": 20_000, "sft": 200, "rl": 60, "distil": 40, "pairs": 200, "test": 50, "dev": 50}
-FILES = ("pretrain", "sft", "sft-short", "rl", "distil", "pairs", "dev", "test", "sft-dev", "pairs-test")
+FILES = ("pretrain", "student", "sft", "sft-short", "rl", "distil", "pairs", "dev", "test", "sft-dev", "pairs-test")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,12 @@ def test_held_out_operands_occur_nowhere_else(data: ModuleType, made: Path) -> N
         assert seen and {data.split_of(each) for each in seen} == {"train"}
     assert triples((made / "pairs-test.jsonl").read_text()) == held["test"]
     assert triples((made / "sft-dev.jsonl").read_text()) == held["dev"]
+
+
+def test_the_student_reads_the_same_exercises_without_thoughts(data: ModuleType, made: Path) -> None:
+    teacher, student = ((made / f"{name}.jsonl").read_text() for name in ("pretrain", "student"))
+    assert data.THINK in teacher and data.THINK not in student and "What is" not in student
+    assert all(exercise in student for exercise in ("copy ", "reverse ", "="))
 
 
 def test_the_order_of_the_operands_does_not_change_the_split(data: ModuleType) -> None:
