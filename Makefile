@@ -55,16 +55,15 @@ test: $(BIN)/leanseek.stamp
 
 # What a CPU of another kind computes: torch confined to AVX2, with the AVX2 kernels (where they run), then with none.
 # Left out is what a CPU does not decide: GPU kernels by an interpreter, and what the engine does around a step. The
-# kernels' own tests force every variant in `make test`. Torch's form of each op is judged in the first pass; the second
-# judges what is built on it.
+# kernels' own tests force every variant in `make test`. The first pass also tries torch's form of each op, and the engine
+# on it, by name; the second judges what finds no kernels.
 CONFINED := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 ELSEWHERE := ops/test_triton ops/test_cpu_ ops/test_any_bits ops/test_sampling ops/test_tracing ops/test_dispatch \
 	ops/test_long ops/test_machine ops/test_numa ops/test_stale_kernels ops/test_survey engine/test_asynchronous \
 	engine/test_faults engine/test_guidance engine/test_llm engine/test_packed_copy engine/test_pages engine/test_sampler \
 	engine/test_scheduling engine/test_text model/test_balance model/test_gate
-WITHOUT_KERNELS := tests/ops/test_invariant.py tests/engine/test_engine.py tests/engine/test_determinism.py \
-	tests/engine/test_neighbours.py tests/engine/test_speculation.py tests/model/test_formulas.py tests/model/test_mtp.py \
-	tests/model/test_packing.py tests/model/test_parity.py tests/model/test_precision.py
+WITHOUT_KERNELS := tests/ops/test_invariant.py tests/engine/test_engine.py tests/model/test_formulas.py \
+	tests/model/test_mtp.py tests/model/test_packing.py tests/model/test_parity.py tests/model/test_precision.py
 PORTABLE := $(QUICK) $(foreach name,$(ELSEWHERE),--ignore-glob "tests/$(name)*") tests/ops tests/engine tests/model
 test-portable: $(BIN)/leanseek.stamp
 	if $(BIN)/python -c "from leanseek import native; raise SystemExit('avx2' not in native.usable_variants())"; then \
