@@ -35,8 +35,8 @@ from leanseek.writing import replace_file
 
 HERE = Path(__file__).parent
 VOCABULARY = 1024
-WINDOWS = {"lookup": 256, "base": 512, "2k": 2048, "8k": 8192}  # of the documents that each stage trains on
-DOCUMENTS = {"lookup": 3000, "base": 4000, "2k": 1200, "8k": 300}
+WINDOWS = {"lookup": 64, "base": 512, "2k": 2048, "8k": 8192}  # of the documents that each stage trains on
+DOCUMENTS = {"lookup": 12000, "base": 4000, "2k": 1200, "8k": 300}
 SHARES = {"lookup": 1.0, "base": 0.3, "2k": 0.3, "8k": 0.3}  # of rows made for looking things up
 LENGTHS = (512, 2048, 8192)
 YARN = {  # the same in both phases (4.3)
@@ -54,7 +54,7 @@ class Stage(NamedTuple):
 
 def stages() -> Iterator[Stage]:
     """In the order in which they run: pre-training, then both phases of each arm."""
-    first = {"data": {"seq_len": 256}, "train": {"steps": 1500, "batch_size": 8}, "optimizer": {"lr": 3e-3}}
+    first = {"data": {"seq_len": 64}, "train": {"steps": 1500, "batch_size": 32}, "optimizer": {"lr": 3e-3}}
     yield Stage("lookup", "lookup", "", 100, first)
     yield Stage("base", "base", "lookup", 100, {"train": {"steps": 600}})
     for arm, rope in (("yarn", YARN), ("plain", {})):

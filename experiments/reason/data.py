@@ -1,4 +1,4 @@
-"""The data of `make reason`: text and traces to pre-train on, chats, prompts with their answers, preference pairs.
+"""The data of `make reason`: text and traces to pre-train on, chats, prompts with their answers.
 
     python experiments/reason/data.py --corpus corpora/shakespeare --out data/reason --seed 0
 
@@ -39,7 +39,6 @@ SIZES = {
     "sft": 8_000,
     "rl": 4_000,
     "distil": 3_000,
-    "pairs": 48_000,
     "test": 500,
     "dev": 500,
 }
@@ -182,7 +181,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 
-# ---- chats, prompts, pairs ----
+# ---- chats, prompts ----
 
 
 def chat(operands: Sequence[int], answer: str) -> dict[str, Any]:
@@ -193,77 +192,16 @@ def prompt(operands: Sequence[int]) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": problem(operands)}], "answer": str(sum(operands))}
 
 
-def wrong_short(chance: random.Random, operands: Sequence[int]) -> str:
-    """A sum with one digit changed, or off by a carry: as many digits as the right one."""
-    right = str(sum(operands))
-    while True:
-        if chance.random() < 0.5:
-            place = chance.randrange(len(right))
-            said = right[:place] + chance.choice("0123456789") + right[place + 1 :]
-        else:
-            said = str(sum(operands) + chance.choice((-1, 1)) * 10 ** chance.randrange(1, 3))
-        if said != right and len(said) == len(right) and said[0] != "0":
-            return said
-
-
-def wrong_long(chance: random.Random, operands: Sequence[int]) -> str:
-    """A thought with one mistake, carried on to the answer, or an answer that is not its thought's."""
-    lines = columns(operands)
-    if chance.random() < 0.3:
-        return f"{THINK}{chr(10).join(lines)}{CLOSE}{wrong_short(chance, operands)}"
-    while True:
-        carry, said, digits, wrong = 0, [], "", chance.randrange(len(lines))
-        for place in range(len(lines)):
-            terms = [n // 10**place % 10 for n in operands]
-            if place == wrong and carry and chance.random() < 0.3:  # the carry forgotten
-                total = sum(terms)
-                terms = [0, *terms]
-            else:
-                terms = [carry, *terms]
-                total = max(0, sum(terms) + (chance.choice((-2, -1, 1, 2)) if place == wrong else 0))
-            said.append(column(terms, total))
-            digits, carry = str(total % 10) + digits, total // 10
-        answer = str(int(f"{carry}{digits}"))
-        if answer != str(sum(operands)):
-            return f"{THINK}{chr(10).join(said)}{CLOSE}{answer}"
-
-
-def pair(chance: random.Random, operands: Sequence[int]) -> dict[str, Any]:
-    """A right answer and a wrong one. Either may be the longer, equally often, so length says nothing."""
-    right_long, wrong_is_long = chance.choice(
-        ((True, True),) * 4 + ((False, False), (True, False), (False, True), (True, False), (False, True))
-    )
-    right = long_answer(operands) if right_long else str(sum(operands))
-    wrong = (wrong_long if wrong_is_long else wrong_short)(chance, operands)
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (right, wrong))
-    return {"prompt": prompt(operands)["prompt"], "chosen": chosen, "rejected": rejected}
-
-
-def balanced_pairs(chance: random.Random, operands: Iterable[Operands]) -> list[dict[str, Any]]:
-    """Pairs, of which as many have the longer answer chosen as rejected; those in excess are drawn again."""
-    pairs, lead = [], 0
-    for triple in operands:
-        while True:
-            drawn = pair(chance, triple)
-            longer = len(drawn["chosen"][0]["content"]) - len(drawn["rejected"][0]["content"])
-            sign = (longer > 0) - (longer < 0)
-            if sign * lead <= 0:  # else it would add to the excess
-                break
-        pairs.append(drawn)
-        lead += sign
-    return pairs
-
-
 # ---- all of it ----
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def make(corpus: Path, out: Path, seed: int = 0, sizes: dict[str, int] = SIZES) -> None:
-    """Write tokenizer/ and the .jsonl files into `out`: pretrain, student, sft, sft-short, rl, distil, pairs, and held
-    out dev, test, sft-dev, pairs-test."""
+    """Write tokenizer/ and the .jsonl files into `out`: pretrain, student, sft, sft-short, rl, distil, and held out
+    dev, test, sft-dev."""
 
     def chance(name: str) -> random.Random:
         return random.Random(f"{seed} {name}")
@@ -272,33 +210,30 @@ def make(corpus: Path, out: Path, seed: int = 0, sizes: dict[str, int] = SIZES) 
     for name, thoughts in (("student", False), ("pretrain", True)):
         documents = [*traces(chance("traces"), sizes["traces"], thoughts), *texts(corpus, sizes["text"])]
         chance("order").shuffle(documents)
-        _write(out / f"{name}.jsonl", ({"text": text} for text in documents))
+        write_rows(out / f"{name}.jsonl", ({"text": text} for text in documents))
     chats = [problem(operands) for operands in draw(chance("tokenizer"), "train", 1000)]
     write_tokenizer(train_tokenizer([*documents[:20_000], *chats]), out / "tokenizer")
 
     style = chance("style")
-    train = list(draw(chance("train"), "train", sizes["sft"] + sizes["rl"] + sizes["distil"] + sizes["pairs"]))
+    train = list(draw(chance("train"), "train", sizes["sft"] + sizes["rl"] + sizes["distil"]))
     parts: dict[str, list[Operands]] = {}
-    for name in ("sft", "rl", "distil", "pairs"):
+    for name in ("sft", "rl", "distil"):
         parts[name], train = train[: sizes[name]], train[sizes[name] :]
     thinks = [style.random() < LONG for _ in parts["sft"]]
-    _write(
+    write_rows(
         out / "sft.jsonl",
         (chat(o, long_answer(o) if t else str(sum(o))) for o, t in zip(parts["sft"], thinks, strict=True)),
     )
-    _write(out / "sft-short.jsonl", (chat(o, str(sum(o))) for o in parts["sft"]))
-    _write(out / "rl.jsonl", map(prompt, parts["rl"]))
-    _write(out / "distil.jsonl", map(prompt, parts["distil"]))
-    _write(out / "pairs.jsonl", balanced_pairs(chance("pairs"), parts["pairs"]))
+    write_rows(out / "sft-short.jsonl", (chat(o, str(sum(o))) for o in parts["sft"]))
+    write_rows(out / "rl.jsonl", map(prompt, parts["rl"]))
+    write_rows(out / "distil.jsonl", map(prompt, parts["distil"]))
     for name in ("dev", "test"):
         held = list(draw(chance(name), name, sizes[name]))
-        _write(out / f"{name}.jsonl", map(prompt, held))
+        write_rows(out / f"{name}.jsonl", map(prompt, held))
         if name == "dev":
-            _write(
+            write_rows(
                 out / "sft-dev.jsonl", (chat(o, long_answer(o) if style.random() < LONG else str(sum(o))) for o in held)
             )
-        else:
-            _write(out / "pairs-test.jsonl", balanced_pairs(chance("pairs-test"), held))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from data import SIZES, make
 from page import draw, write_page
+from pairs import make_pairs
 
 from leanseek import LLM, SamplingParams
 from leanseek.data.prepare import prepare
@@ -75,20 +76,19 @@ class Scale:
     """How much there is of everything; tests make less."""
 
     sizes: dict[str, int] = field(default_factory=lambda: SIZES)
+    pairs: tuple[int, int] = (48_000, 500)  # to train the reward model on, and held out
     answers: int = 8  # to each problem, for pass@8 and for rejection sampling
     developing: int = 100  # problems of the curve while GRPO runs
     more: dict[str, tuple[str, ...]] = field(default_factory=dict)  # overrides of a kind's settings
 
     def recipe(self, arm: str) -> str:
         """Names all that decides what is measured of an arm."""
-        sizes, kinds = dict(self.sizes), ["pretrain", "sft", "grpo"]
+        files, settings = ["data.py", "rewards.py", "pretrain.toml", "sft.toml", "grpo.toml"], dataclasses.asdict(self)
         if arm in ("model", "mixture"):
-            kinds.append("reward")
+            files += ["pairs.py", "reward.toml"]
         else:
-            del sizes["pairs"]
-        files = [HERE / "data.py", HERE / "rewards.py", *(HERE / f"{kind}.toml" for kind in kinds)]
-        settings = dataclasses.asdict(self) | {"sizes": sizes}
-        text = json.dumps([*(file.read_text() for file in files), settings, STUDENT, DISTILLATION])
+            del settings["pairs"]
+        text = json.dumps([*((HERE / file).read_text() for file in files), settings, STUDENT, DISTILLATION])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -196,6 +196,8 @@ class Story:
 
     def reward(self) -> Path:
         self.sft()
+        if not (self.data / "pairs-test.jsonl").is_file():
+            make_pairs(self.data, 0, *self.scale.pairs)
         return self.trained("reward", "reward", "sft")
 
     def model(self) -> Path:

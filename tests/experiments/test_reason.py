@@ -13,7 +13,7 @@ import pytest
 from leanseek.reproduce import results
 
 FOLDER = Path(__file__).parents[2] / "experiments/reason"
-MODULES = ("data", "page", "run")
+MODULES = ("data", "page", "pairs", "run")
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def test_every_arm_from_end_to_end(reason: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "texts" / "hamlet.txt").write_text("To be, or not to be: that is the question.\n\n" * 200)
     small = ("model.hidden_size=32", "model.intermediate_size=48", "model.moe_intermediate_size=16")
     scale = reason.Scale(
-        sizes={"traces": 60, "text": 2000, "sft": 24, "rl": 16, "distil": 4, "pairs": 8, "test": 4, "dev": 4},
+        sizes={"traces": 60, "text": 2000, "sft": 24, "rl": 16, "distil": 4, "test": 4, "dev": 4},
+        pairs=(12, 4),
         answers=2,
         developing=2,
         more={

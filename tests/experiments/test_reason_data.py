@@ -6,6 +6,8 @@ import importlib.util
 import json
 import random
 import re
+import sys
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from types import ModuleType
@@ -17,14 +19,29 @@ from leanseek.engine import Tokenizer
 from leanseek.posttraining import graders
 from leanseek.server.templates import load_chat_template
 
-SIZES = {"traces": 300, "text": 20_000, "sft": 200, "rl": 60, "distil": 40, "pairs": 200, "test": 50, "dev": 50}
+SIZES = {"traces": 300, "text": 20_000, "sft": 200, "rl": 60, "distil": 40, "test": 50, "dev": 50}
+PAIRS = (200, 50)
+FOLDER = Path(__file__).parents[2] / "experiments/reason"
 FILES = ("pretrain", "student", "sft", "sft-short", "rl", "distil", "pairs", "dev", "test", "sft-dev", "pairs-test")
 
 
 @pytest.fixture(scope="module")
 def data() -> ModuleType:
-    path = Path(__file__).parents[2] / "experiments/reason/data.py"
-    spec = importlib.util.spec_from_file_location("reason_data", path)
+    return load("data")
+
+
+@pytest.fixture(scope="module")
+def pairs(data: ModuleType) -> Iterator[ModuleType]:
+    before = sys.modules.get("data")
+    sys.modules["data"] = data
+    yield load("pairs")
+    del sys.modules["data"]
+    if before:
+        sys.modules["data"] = before
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"reason_{name}", FOLDER / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,12 +49,13 @@ def data() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def made(data: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(data: ModuleType, pairs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reason")
     (folder / "corpus").mkdir()
     words = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n\n"
     (folder / "corpus" / "hamlet.txt").write_text(words * 300)
     data.make(folder / "corpus", folder / "out", 0, SIZES)
+    pairs.make_pairs(folder / "out", 0, *PAIRS)
     return folder / "out"
 
 
@@ -51,10 +69,12 @@ def triples(text: str) -> set[tuple[int, ...]]:
     return {tuple(sorted(map(int, each))) for each in found}
 
 
-def test_the_same_seed_gives_the_same_files_and_another_does_not(data: ModuleType, made: Path, tmp_path: Path) -> None:
-    corpus = made.parent / "corpus"
-    data.make(corpus, tmp_path / "same", 0, SIZES)
-    data.make(corpus, tmp_path / "other", 1, SIZES)
+def test_the_same_seed_gives_the_same_files_and_another_does_not(
+    data: ModuleType, pairs: ModuleType, made: Path, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("same", "other")):
+        data.make(made.parent / "corpus", tmp_path / name, seed, SIZES)
+        pairs.make_pairs(tmp_path / name, seed, *PAIRS)
     for name in [*(f"{name}.jsonl" for name in FILES), "tokenizer/tokenizer.json"]:
         assert (tmp_path / "same" / name).read_bytes() == (made / name).read_bytes()
     for name in FILES:
@@ -67,7 +87,7 @@ def test_held_out_operands_occur_nowhere_else(data: ModuleType, made: Path) -> N
     for name in ("pretrain", "sft", "sft-short", "rl", "distil", "pairs"):
         seen = triples((made / f"{name}.jsonl").read_text())
         assert seen and {data.split_of(each) for each in seen} == {"train"}
-    assert triples((made / "pairs-test.jsonl").read_text()) == held["test"]
+    assert {data.split_of(each) for each in triples((made / "pairs-test.jsonl").read_text())} == {"test"}
     assert triples((made / "sft-dev.jsonl").read_text()) == held["dev"]
 
 
