@@ -43,6 +43,12 @@ def scratch(index: CacheIndex, config: ModelConfig, dtype: torch.dtype) -> Tenso
     return rows.expand(config.num_hidden_layers, -1, -1)
 
 
+def trace(backend: StepBackend, tokens: Tensor, lengths: Sequence[int]) -> Trace:
+    """Whole sequences, tokens [N] int64 one after the other: the same bits as `step` in any steps."""
+    index = whole(lengths, backend.device)
+    return backend.trace(tokens, scratch(index, backend.config, backend.dtype), index)
+
+
 class StepBackend(Protocol):
     """A network that computes the new tokens of several sequences at once, over a cache that the engine owns.
 
@@ -76,8 +82,8 @@ class StepBackend(Protocol):
         cache and index as in `step`; the module's layer is num_hidden_layers + depth - 1.
         """
 
-    def trace(self, tokens: Tensor, lengths: Sequence[int]) -> Trace:
-        """Whole sequences, tokens [N] int64 one after the other: the same bits as `step` in any steps."""
+    def trace(self, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Trace:
+        """As `step`, with what it went through."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] of any rows -> [R, vocab_size] float32."""

@@ -1,0 +1,114 @@
+"""What rollouts went through, kept for the step that trains on them.
+
+Training's exact forward computes again what the engine has computed with the same weights, bit for bit. A `Recorder`
+stands before the engine's backend and keeps each row's states and experts. Rows are found again by their tokens: the
+step is row-invariant, so a row is its token after the row before it, whoever asked for it. Beginnings that sequences
+share are then one, what is computed twice is kept once, and the row of a refused draft is one that nobody asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from leanseek.backends import StepBackend
+from leanseek.backends.protocol import Trace
+from leanseek.machine.memory import empty
+from leanseek.ops import CacheIndex
+
+ROOT = -1  # before a first token
+
+
+class Tree:
+    """Rows, numbered from 0 as they come: each a token after another row, or after ROOT."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """(row before, token) of each row; what comes before a row has come before."""
+        return iter(self._rows)
+
+    def add(self, before: int, token: int) -> int:
+        return self._rows.setdefault((before, token), len(self._rows))
+
+    def find(self, before: int, token: int) -> int | None:
+        return self._rows.get((before, token))
+
+
+class Recorder:
+    """As StepBackend: `backend`, keeping what `step` goes through as long as all of it fits into `room` bytes.
+
+    The engine's cache must be empty when it comes into use: of rows computed by others it knows nothing.
+    """
+
+    def __init__(self, backend: StepBackend, room: int):
+        self.backend = backend
+        self.config, self.device, self.dtype = c, _, _ = backend.config, backend.device, backend.dtype
+        self.step_ahead, self.logits, self.trace = backend.step_ahead, backend.logits, backend.trace
+        self._layers = c.num_hidden_layers
+        states = (self._layers + 2) * c.hidden_size * self.dtype.itemsize
+        self._begin(room // (states + self._layers * c.num_experts_per_tok * torch.int64.itemsize))
+
+    def _begin(self, rows: int) -> None:
+        """Know nothing, with memory for `rows` rows; what is not written to takes none."""
+        c = self.config
+        self._room, self._tree = rows, Tree()
+        self._at: dict[int, int] = {}  # the row whose latent is in a slot of the cache
+        # as in Trace; the last is its `hidden`
+        self._states = empty((self._layers + 2, rows, c.hidden_size), self.dtype, self.device)
+        self._routes = empty((self._layers, rows, c.num_experts_per_tok), torch.int64, self.device)
+
+    def step(self, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Tensor:
+        first = len(self._tree)
+        if first + len(tokens) > self._room:
+            if self._room:
+                self._begin(0)
+            return self.backend.step(tokens, cache, index)
+        found = self.backend.trace(tokens, cache, index)
+        fresh = self._note(tokens, index)
+        rows = slice(first, len(self._tree))
+        pick = slice(None) if len(fresh) == len(tokens) else torch.tensor(fresh, dtype=torch.int64, device=self.device)
+        for kept, state in zip(self._states, (*found.states, found.hidden), strict=True):
+            kept[rows] = state[pick]
+        for routes, chosen in zip(self._routes, found.routes, strict=True):
+            if chosen is not None:
+                routes[rows] = chosen[pick]
+        return found.hidden
+
+    def _note(self, tokens: Tensor, index: CacheIndex) -> list[int]:
+        """Add a step's N rows to the tree; which of them are new."""
+        size = index.page_size
+        first = index.positions[index.row_offsets[:-1]]
+        before = (first - 1).clamp_min(0)  # the position before each sequence's first
+        page = index.pages.gather(1, (before // size)[:, None]).squeeze(1)
+        lists = (first, page * size + before % size, index.row_offsets, index.slots, tokens)
+        positions, behind, offsets, slots, words = (each.tolist() for each in lists)
+        fresh: list[int] = []
+        for sequence, position in enumerate(positions):
+            row = self._at[behind[sequence]] if position else ROOT
+            for n in range(offsets[sequence], offsets[sequence + 1]):
+                known = len(self._tree)
+                row = self._at[slots[n]] = self._tree.add(row, words[n])
+                if row == known:
+                    fresh.append(n)
+        return fresh
+
+    def recall(self, rows: Tree) -> Trace | None:
+        """What these rows went through; None where one of them is not known."""
+        found: list[int] = []
+        for before, token in rows:
+            row = self._tree.find(ROOT if before == ROOT else found[before], token)
+            if row is None:
+                return None
+            found.append(row)
+        pick = torch.tensor(found, dtype=torch.int64, device=self.device)
+        *states, hidden = (kept[pick] for kept in self._states)
+        moe = [self.config.is_moe_layer(layer) for layer in range(self._layers)]
+        routes = [kept[pick] if experts else None for kept, experts in zip(self._routes, moe, strict=True)]
+        return Trace(states, routes, hidden)
