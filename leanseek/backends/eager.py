@@ -32,7 +32,9 @@ class TorchBackend:
         with ops.row_invariant(), torch.no_grad():
             steps = list(self._model.step_states(tokens, cache, index))
             hidden = self._model.norm(steps[-1][0])
-        return Trace([x for x, _ in steps], [route and route.indices for _, route in steps[1:]], hidden)
+        none = tokens.new_zeros(len(tokens), self.config.num_experts_per_tok)
+        routes = torch.stack([none if route is None else route.indices for _, route in steps[1:]])
+        return Trace(torch.stack([x for x, _ in steps]), routes, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with ops.row_invariant(), torch.inference_mode():

@@ -95,8 +95,7 @@ class PanelBackend:
         states = torch.empty(layers + 1, n, c.hidden_size)
         routes = torch.empty(layers, n, c.num_experts_per_tok, dtype=torch.int64)
         hidden = self._stacks[0].step(tokens, None, cache, index, states, routes)
-        chosen = [routes[layer] if c.is_moe_layer(layer) else None for layer in range(layers)]
-        return Trace(list(states), chosen, hidden)
+        return Trace(states, routes, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return panels.linear(hidden, self._head, torch.float32)

@@ -18,8 +18,8 @@ PAGE = 16  # rows of a page of whole sequences
 class Trace(NamedTuple):
     """What a step went through."""
 
-    states: list[Tensor]  # what each layer begins with and what the last one ends with, [N, D] each
-    routes: list[Tensor | None]  # the experts of each layer [N, K] int64; None where it has none
+    states: Tensor  # [layers + 1, N, D]: what each layer begins with and what the last one ends with
+    routes: Tensor  # [layers, N, K] int64: the experts of each layer; anything where it has none
     hidden: Tensor  # [N, D], as `step` returns it
 
 

@@ -117,7 +117,8 @@ def score(
         return lambda x: block(x[None], cos, sin, False, chosen, shared)[0][0]
 
     x, routes = _Same.apply(x, seen.states[0].to(dtype)), []
-    for layer, (state, chosen) in enumerate(zip(seen.states[1:], seen.routes, strict=True)):
+    for layer, (state, experts) in enumerate(zip(seen.states[1:], seen.routes, strict=True)):
+        chosen = experts if model.config.is_moe_layer(layer) else None
         x = _Value.apply(x, state.to(dtype), again(layer, chosen))
         if chosen is not None:
             none = chosen.new_empty(0, model.config.n_routed_experts)
@@ -146,8 +147,7 @@ def _computed(backend: StepBackend, tokens: Tensor, lengths: Sequence[int], dist
     found = trace(backend, tokens, lengths)
     pick = torch.empty(int(distinct.max()) + 1, dtype=torch.int64, device=tokens.device)
     pick[distinct] = torch.arange(len(distinct), device=tokens.device)  # any token of a row: they have the same bits
-    routes = [None if chosen is None else chosen[pick] for chosen in found.routes]
-    return Trace([state[pick] for state in found.states], routes, found.hidden[pick])
+    return Trace(found.states[:, pick], found.routes[:, pick], found.hidden[pick])
 
 
 class _Same(torch.autograd.Function):

@@ -9,6 +9,7 @@ share are then one, what is computed twice is kept once, and the row of a refuse
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,20 +26,20 @@ class Tree:
     """Rows, numbered from 0 as they come: each a token after another row, or after ROOT."""
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[int, int], int] = {}
+        self._rows: dict[int, int] = {}  # by both in one number, which the garbage collector does not visit
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """(row before, token) of each row; what comes before a row has come before."""
-        return iter(self._rows)
+        return ((key >> 32, key & 0xFFFFFFFF) for key in self._rows)
 
     def add(self, before: int, token: int) -> int:
-        return self._rows.setdefault((before, token), len(self._rows))
+        return self._rows.setdefault(before << 32 | token, len(self._rows))
 
     def find(self, before: int, token: int) -> int | None:
-        return self._rows.get((before, token))
+        return self._rows.get(before << 32 | token)
 
 
 class Recorder:
@@ -74,25 +75,28 @@ class Recorder:
         fresh = self._note(tokens, index)
         rows = slice(first, len(self._tree))
         pick = slice(None) if len(fresh) == len(tokens) else torch.tensor(fresh, dtype=torch.int64, device=self.device)
-        for kept, state in zip(self._states, (*found.states, found.hidden), strict=True):
-            kept[rows] = state[pick]
-        for routes, chosen in zip(self._routes, found.routes, strict=True):
-            if chosen is not None:
-                routes[rows] = chosen[pick]
+        self._states[:-1, rows] = found.states[:, pick]
+        self._states[-1, rows] = found.hidden[pick]
+        self._routes[:, rows] = found.routes[:, pick]
         return found.hidden
 
     def _note(self, tokens: Tensor, index: CacheIndex) -> list[int]:
         """Add a step's N rows to the tree; which of them are new."""
-        size = index.page_size
-        first = index.positions[index.row_offsets[:-1]]
-        before = (first - 1).clamp_min(0)  # the position before each sequence's first
-        page = index.pages.gather(1, (before // size)[:, None]).squeeze(1)
-        lists = (first, page * size + before % size, index.row_offsets, index.slots, tokens)
-        positions, behind, offsets, slots, words = (each.tolist() for each in lists)
+        size, pages = index.page_size, index.pages
+        lists = (index.row_offsets, index.positions, index.slots, tokens)
+        offsets, positions, slots, words = (each.tolist() for each in lists)
         fresh: list[int] = []
-        for sequence, position in enumerate(positions):
-            row = self._at[behind[sequence]] if position else ROOT
-            for n in range(offsets[sequence], offsets[sequence + 1]):
+        for sequence, (first, stop) in enumerate(pairwise(offsets)):
+            if first == stop:
+                continue
+            position, slot = positions[first], slots[first]
+            if position == 0:
+                row = ROOT
+            elif position % size:
+                row = self._at[slot - 1]
+            else:  # the row before it is the last of another page
+                row = self._at[(int(pages[sequence, position // size - 1]) + 1) * size - 1]
+            for n in range(first, stop):
                 known = len(self._tree)
                 row = self._at[slots[n]] = self._tree.add(row, words[n])
                 if row == known:
@@ -108,7 +112,5 @@ class Recorder:
                 return None
             found.append(row)
         pick = torch.tensor(found, dtype=torch.int64, device=self.device)
-        *states, hidden = (kept[pick] for kept in self._states)
-        moe = [self.config.is_moe_layer(layer) for layer in range(self._layers)]
-        routes = [kept[pick] if experts else None for kept, experts in zip(self._routes, moe, strict=True)]
-        return Trace(states, routes, hidden)
+        states = self._states[:, pick]
+        return Trace(states[:-1], self._routes[:, pick], states[-1])
