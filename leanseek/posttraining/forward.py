@@ -67,8 +67,8 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in chunks:
             logits = logits_of(hidden[rows])
             warmth = torch.full((len(logits),), temperature, device=hidden.device)
-            logp[rows] = ops.token_logprobs(logits, tokens[rows], warmth)
-            log_p = (logits * (1 / temperature)).log_softmax(-1)
+            log_p = ops.logprobs(logits, warmth)
+            logp[rows] = log_p.gather(1, tokens[rows, None]).squeeze(1)
             p = log_p.exp()
             entropy[rows] = -log_p.mul_(p).sum(-1)
         ctx.save_for_backward(hidden, head, tokens, p if len(chunks) == 1 else None)
