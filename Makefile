@@ -55,15 +55,20 @@ test: $(BIN)/leanseek.stamp
 
 # What a CPU of another kind computes: torch confined to AVX2, with the AVX2 kernels (where they run), then with none.
 # Left out is what a CPU does not decide: GPU kernels by an interpreter, and what the engine does around a step. The
-# kernels' own tests force every variant in `make test`.
+# kernels' own tests force every variant in `make test`. The first pass also tries torch's form of each op, and the engine
+# on it, by name; the second judges what finds no kernels.
 CONFINED := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
-ELSEWHERE := ops/test_triton ops/test_cpu_ ops/test_tracing ops/test_dispatch ops/test_numa engine/test_asynchronous \
-	engine/test_guidance engine/test_llm engine/test_pages engine/test_scheduling engine/test_text
+ELSEWHERE := ops/test_triton ops/test_cpu_ ops/test_any_bits ops/test_sampling ops/test_tracing ops/test_dispatch \
+	ops/test_long ops/test_machine ops/test_numa ops/test_stale_kernels ops/test_survey engine/test_asynchronous \
+	engine/test_faults engine/test_guidance engine/test_llm engine/test_packed_copy engine/test_pages engine/test_sampler \
+	engine/test_scheduling engine/test_text model/test_balance model/test_gate
+WITHOUT_KERNELS := tests/ops/test_invariant.py tests/engine/test_engine.py tests/model/test_formulas.py \
+	tests/model/test_mtp.py tests/model/test_packing.py tests/model/test_parity.py tests/model/test_precision.py
 PORTABLE := $(QUICK) $(foreach name,$(ELSEWHERE),--ignore-glob "tests/$(name)*") tests/ops tests/engine tests/model
 test-portable: $(BIN)/leanseek.stamp
 	if $(BIN)/python -c "from leanseek import native; raise SystemExit('avx2' not in native.usable_variants())"; then \
 		$(CONFINED) LEANSEEK_CPU=avx2 $(SHARED) $(PORTABLE); fi
-	$(CONFINED) LEANSEEK_CPU=none $(SHARED) $(PORTABLE)
+	$(CONFINED) LEANSEEK_CPU=none $(SHARED) $(QUICK) $(WITHOUT_KERNELS)
 
 # The lowest versions that pyproject.toml allows of all that is used at run time but torch, in an environment of their own.
 # transformers, schemathesis and lm-eval ask for newer ones, so the tests that judge by them are left out. The kernels

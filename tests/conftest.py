@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from leanseek import native, ops
 from leanseek.config import ModelConfig
 from leanseek.data.prepare import prepare
 from leanseek.data.tokenizer import save_tokenizer, train_tokenizer
+from leanseek.engine import Engine
 from leanseek.model import Transformer
 from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
@@ -60,16 +62,21 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def _words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
+    words = ["war", "peace", "king", "queen", "and", "of", "the"]
+    rows = [json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(80)]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    prepare([folder / "text.jsonl"], folder / "shards", train_vocab=290, validation_fraction=0.2, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(_words: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """run_folder(config): a new folder with shards of a few words, and the configuration as run.toml."""
 
     def make(config: str) -> Path:
-        folder = tmp_path_factory.mktemp("place")
-        rng = np.random.default_rng(0)
-        words = ["war", "peace", "king", "queen", "and", "of", "the"]
-        rows = [json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(80)]
-        (folder / "text.jsonl").write_text("\n".join(rows))
-        prepare([folder / "text.jsonl"], folder / "shards", train_vocab=290, validation_fraction=0.2, workers=1)
+        folder = shutil.copytree(_words, tmp_path_factory.mktemp("place") / "place")
         (folder / "run.toml").write_text(config)
         return folder
 
@@ -176,8 +183,17 @@ def tiny_tokens() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def without_report() -> Iterator[None]:
-    """Runs of this process draw no report.html, which takes longer than a tiny run."""
+def small_cache() -> Iterator[None]:
+    """Engines of this process that are not told otherwise have 10 MB of cache: a GB takes a second to write zeros to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Engine.__init__.__kwdefaults__, "cache_gib", 0.01)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_runs() -> Iterator[None]:
+    """Runs of this process draw no report.html and do not measure matrix products: both take longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("leanseek.training.report.write_report", lambda *_: None)
+        patch.setattr("leanseek.training.loop.gemm_rate", lambda *_, **__: 1e9)
         yield

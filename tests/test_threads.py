@@ -114,8 +114,8 @@ def test_what_the_user_has_set_stays(own: dict[str, str], monkeypatch: pytest.Mo
     [
         (["-c", "import leanseek, torch"], {}, threads.SPINS, ""),
         (["-m", "leanseek", "generate", "/nowhere", "x"], {}, threads.SPINS, ""),
-        (["-c", "import sys; from leanseek.cli import main; sys.argv[1:] = 'generate', '/nowhere', 'x'; main()"], {},
-         threads.SPINS, ""),
+        pytest.param(["-c", "import sys; from leanseek.cli import main; sys.argv[1:] = 'generate', '/nowhere', 'x'; main()"], {},
+         threads.SPINS, "", marks=pytest.mark.slow),  # what -m leanseek does, in another process that imports torch
         (["-c", "from leanseek.machine.threads import waiting; import torch; print(waiting())"], {"OMP_WAIT_POLICY": "PASSIVE"},
          "0", "OMP_WAIT_POLICY=PASSIVE in the environment"),
         (["-c", "import torch; from leanseek.machine.threads import waiting; print(waiting())"], {},

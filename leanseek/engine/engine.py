@@ -105,7 +105,6 @@ class Engine:
         self._steps = self._generated = 0
         self._forward_seconds = self._step_seconds = 0.0
         self._told: list[Delta] = []  # of requests that ended between steps
-        self.check_invariants()
 
     def _context(self, wanted: int | None, cached_tokens: int) -> int:
         limit = min(self.config.max_position_embeddings, cached_tokens)

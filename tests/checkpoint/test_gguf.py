@@ -159,10 +159,14 @@ SCRIPTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def ours_and_v3s():
+    return train_tokenizer([*SCRIPTS.values()] * 2, 600), Tokenizer.from_file(str(V3_TOKENIZER))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_tokenizer_of_ours_splits_like_v3_which_llama_cpp_has_by_name(script):
-    ours = train_tokenizer([*SCRIPTS.values()] * 2, 600)
-    theirs = Tokenizer.from_file(str(V3_TOKENIZER))
+def test_a_tokenizer_of_ours_splits_like_v3_which_llama_cpp_has_by_name(script, ours_and_v3s):
+    ours, theirs = ours_and_v3s
     text = SCRIPTS[script]
     assert ours.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenizer.pre_tokenize_str(text)
     assert pre_tokenizer_name(Path("t"), json.loads(ours.to_str())) == "deepseek-v3"

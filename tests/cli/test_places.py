@@ -61,7 +61,9 @@ warmup_steps = 0
 COMMANDS = """
 import sys
 from leanseek.cli import app, terminal
+from leanseek.engine import Engine
 terminal.prepare()
+Engine.__init__.__kwdefaults__["cache_gib"] = 0.01
 for line in sys.argv[1:]:
     print("$", line)
     try:
@@ -87,6 +89,7 @@ def test_what_is_written_in_an_ascii_locale_is_read_again(tmp_path: Path) -> Non
     ]
     command = [sys.executable, "-c", COMMANDS, *commands]
     environment = os.environ | PLAIN | {"MPLBACKEND": "module://of_a_notebook.inline", "XDG_CACHE_HOME": str(tmp_path)}
+    environment["MPLCONFIGDIR"] = str(Path.home() / ".cache/matplotlib")  # a list of fonts that takes seconds to make
     done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr.decode()
     said = done.stdout.decode("ascii").splitlines()
@@ -99,7 +102,11 @@ def test_what_is_written_in_an_ascii_locale_is_read_again(tmp_path: Path) -> Non
         assert (tmp_path / "out" / "settings.json").read_bytes() == before
     from leanseek import LLM, SamplingParams
 
-    again = LLM(tmp_path / "aus").generate("König 皇", SamplingParams(max_tokens=4, temperature=0))[0].outputs[0]
+    again = (
+        LLM(tmp_path / "aus", cache_gib=0.01)
+        .generate("König 皇", SamplingParams(max_tokens=4, temperature=0))[0]
+        .outputs[0]
+    )
     assert again.token_ids == output["token_ids"]
 
 

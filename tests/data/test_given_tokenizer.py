@@ -18,37 +18,16 @@ from leanseek.data.prepare import prepare
 from leanseek.data.tokenizer import load_tokenizer
 from leanseek.engine import Tokenizer
 from leanseek.training import RunConfig, train
+from tests.small import pair_tokenizer, run_toml
 
 TEXTS = [f"the king {i} shall speak of war and of honour" for i in range(60)]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|stop|>{% endfor %}"
-MODEL = """
-[model]
-vocab_size = 320
-hidden_size = 32
-intermediate_size = 48
-moe_intermediate_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-q_lora_rank = 16
-kv_lora_rank = 16
-qk_nope_head_dim = 8
-qk_rope_head_dim = 8
-v_head_dim = 8
-n_routed_experts = 4
-num_experts_per_tok = 2
-n_group = 1
-topk_group = 1
-first_k_dense_replace = 1
-num_nextn_predict_layers = 0
-[data]
-seq_len = 16
-fim_rate = 0.0
-[train]
-steps = 2
-batch_size = 2
-device = "cpu"
-dtype = "float32"
-"""
+MODEL = run_toml(
+    {"vocab_size": 320, "num_nextn_predict_layers": 0},
+    data={"seq_len": 16, "fim_rate": 0.0},
+    train={"steps": 2, "batch_size": 2},
+)
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture(autouse=True)
@@ -59,16 +38,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
     """A folder with a tokenizer.json whose tokens have names of their own, and that stores every state it can."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|go|>", "<|pad|>", "<|stop|>", "<|turn|>"],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    inner.train_from_iterator(TEXTS, trainer)
+    inner = pair_tokenizer("\n".join(TEXTS), 300, ["<|go|>", "<|pad|>", "<|stop|>", "<|turn|>"])
     inner.enable_truncation(3)
     inner.enable_padding(length=50, pad_token="<|pad|>", pad_id=1)
     folder = tmp_path / "given"

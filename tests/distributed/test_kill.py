@@ -26,46 +26,17 @@ from leanseek.checkpoint.training import newest_checkpoint, steps_on_disk
 from leanseek.distributed import watch
 from leanseek.training import RunConfig, train
 from leanseek.training.metrics import read_rows
+from tests.small import run_toml
 
-CONFIG = """
-name = "run"
-[model]
-vocab_size = 300
-hidden_size = 32
-intermediate_size = 48
-moe_intermediate_size = 16
-num_hidden_layers = 4
-num_attention_heads = 2
-q_lora_rank = 16
-kv_lora_rank = 16
-qk_nope_head_dim = 8
-qk_rope_head_dim = 8
-v_head_dim = 8
-n_routed_experts = 8
-num_experts_per_tok = 2
-n_group = 1
-topk_group = 1
-first_k_dense_replace = 1
-num_nextn_predict_layers = 1
-initializer_range = 0.05
-[data]
-seq_len = 24
-[train]
-steps = 24
-batch_size = 4
-micro_batch_size = 1
-eval_every = 12
-eval_sequences = 8
-dtype = "float32"
-device = "cpu"
-[optimizer]
-lr = 3e-3
-ema = 0.9
-[schedule]
-warmup_steps = 3
-[checkpoint]
-every = 5
-"""
+CONFIG = run_toml(
+    {"num_hidden_layers": 4, "n_routed_experts": 8, "num_nextn_predict_layers": 1, "initializer_range": 0.05},
+    name="run",
+    data={"seq_len": 24},
+    train={"steps": 24, "batch_size": 4, "micro_batch_size": 1, "eval_every": 12, "eval_sequences": 8},
+    optimizer={"lr": 3e-3, "ema": 0.9},
+    schedule={"warmup_steps": 3},
+    checkpoint={"every": 5},
+)
 LAYOUTS = {
     "one": (1, []),
     "dp2": (2, []),
@@ -77,7 +48,7 @@ LAYOUTS = {
     "pp2v": (2, ["parallel.pp=2", "parallel.schedule=dualpipev"]),
     "pp2ep2": (4, ["parallel.pp=2", "parallel.ep=2", "parallel.zero=true", "parallel.schedule=zb1p"]),
 }
-pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("without_report")]
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("quick_runs")]
 
 
 @pytest.fixture(scope="module")

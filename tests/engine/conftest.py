@@ -5,34 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 
 from leanseek import ModelConfig, Transformer
 from leanseek.backends import backend_of
 from leanseek.engine import Engine, Request, SamplingParams, Tokenizer
 from leanseek.ops import sampling
+from tests.small import GROUPED, pair_tokenizer
 
 VOCAB = 320
 
-CONFIG: dict[str, Any] = {
+CONFIG: dict[str, Any] = GROUPED | {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1,
     "max_position_embeddings": 512,
     "initializer_range": 0.3,  # decisive: the best token leads by far more than rounding
     "eos_token_id": None,
@@ -73,16 +57,8 @@ def drafting_model(make_model: Callable[..., Transformer]) -> Transformer:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A byte-level BPE of VOCAB ids with an end token (0) and a special one."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<end>", "<tool>"],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    inner.train_from_iterator(["the quick brown fox jumps over the lazy dog, naïvely: 你好 🙂 " * 3], trainer)
+    text = "the quick brown fox jumps over the lazy dog, naïvely: 你好 🙂 " * 3
+    inner = pair_tokenizer(text, VOCAB, ["<end>", "<tool>"])
     folder = tmp_path_factory.mktemp("tokenizer")
     inner.save(str(folder / "tokenizer.json"))
     return Tokenizer(Path(folder))

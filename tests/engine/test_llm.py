@@ -287,7 +287,7 @@ def test_without_a_tokenizer_only_token_ids_are_served(folder: Path, tmp_path: P
 
 
 @pytest.fixture
-def command() -> Callable[..., Any]:
+def command(small_cache: None) -> Callable[..., Any]:
     """command(*arguments, input=...): run a command and return its result."""
     app = typer.Typer()
     app.command()(generate.generate)

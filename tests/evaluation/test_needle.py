@@ -121,7 +121,7 @@ def test_lengths_without_room_are_refused(find: Any, task: str, lengths: list[in
 # ---- the command ----
 
 
-def test_the_command_prints_and_draws_the_maps(folder: Path, tmp_path: Path) -> None:
+def test_the_command_prints_and_draws_the_maps(folder: Path, tmp_path: Path, small_cache: None) -> None:
     picture = tmp_path / "map.svg"
     command = ["eval", str(folder), "--tasks", "needle,copy", "--limit", "1", "--lengths", "128,200"]
     done = CliRunner().invoke(app, [*command, "--picture", str(picture), "--json"])

@@ -161,7 +161,7 @@ def test_logits(case: str, pair, decided, relative, server) -> None:
 
     lengths = (22, 9, 17)
     sequences = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
-    chunks = [[7, 6, 1, 0, 0, 2], [3, 1, 1], [0, 0, 11]]  # the third joins late, the first pauses
+    chunks = [[7, 6, 1, 0, 0, 8], [3, 1, 1, 4], [0, 0, 11, 1, 5]]  # the third joins late, the first pauses
 
     def check_decode() -> None:
         for s, hidden in enumerate(server(model, 3, 22).feed(sequences, chunks)):

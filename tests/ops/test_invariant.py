@@ -23,7 +23,7 @@ def check_rows(function: Callable[[Tensor], Tensor], close_to: Callable[[Tensor]
         whole = function(rows)
         torch.testing.assert_close(whole, close_to(rows), rtol=2e-5, atol=2e-5)
         for count in COUNTS:
-            for first in (0, 1, 13):
+            for first in (0, 13):
                 assert torch.equal(function(rows[first : first + count]), whole[first : first + count]), count
 
 

@@ -13,26 +13,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from leanseek.config import ModelConfig
 from leanseek.model import Transformer
+from tests.small import NETWORK
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
-SMALL = {
+SMALL = NETWORK | {
     "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
     "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
     "n_group": 4,
     "topk_group": 2,
-    "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
     "initializer_range": 0.1,
 }

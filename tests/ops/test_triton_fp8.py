@@ -390,14 +390,17 @@ def test_linear_is_that_of_the_exact_arithmetic(m: int, k: int, n: int, on_gpu: 
     near(found, run_layer(fp8.linear, "torch", *inputs))
 
 
-@pytest.mark.parametrize("size", [128, 200])
+SLOW = pytest.mark.slow  # the interpreter takes seconds, and what ends within a tile is the harder case
+
+
+@pytest.mark.parametrize("size", [pytest.param(128, marks=SLOW), 200])
 def test_mlp_is_that_of_the_exact_arithmetic(size: int, on_gpu: None) -> None:
     """200: gate and up end within a tile, and are padded."""
     inputs = torch.randn(140, 192).bfloat16(), *(torch.randn(size, 192) * 0.1 for _ in range(2)), torch.randn(192, size)
     near(*(run_layer(fp8.mlp, backend, *inputs) for backend in ("gpu", "torch")))
 
 
-@pytest.mark.parametrize("size", [128, 72])
+@pytest.mark.parametrize("size", [pytest.param(128, marks=SLOW), 72])
 def test_experts_are_those_of_the_exact_arithmetic(size: int, on_gpu: None) -> None:
     """Experts 2 and 5 of six get nobody, expert 0 more than a tile."""
     indices = torch.tensor([[0, 1], [0, 3], [4, 0]])[torch.randint(0, 3, (150,))]
@@ -521,6 +524,7 @@ def test_without_a_gpu_every_library_has_a_reason_and_triton_runs(monkeypatch: p
     assert set(paths.status(torch.device("cpu")).values()) == {"no CUDA device"}
 
 
+@pytest.mark.slow  # the interpreter takes six seconds; each kernel has its own test above
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/bench runs it on the GPU")
 def test_the_bench_of_a_gpu_names_the_path_that_computed_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cases fit the kernels: the smallest size, by the interpreter."""
@@ -537,6 +541,7 @@ def test_the_bench_of_a_gpu_names_the_path_that_computed_each_product(monkeypatc
 # ---- for the GPU ----
 
 
+@pytest.mark.slow  # two processes that import torch and compile; `make test` runs the same kernels interpreted
 @pytest.mark.parametrize("name", ["compile_triton_fp8.py", "compile_hopper.py"])
 def test_every_kernel_compiles_for_an_h100(name: str) -> None:
     """The compiler needs no GPU: products use the FP8 tensor cores, casts saturate, and nothing spills."""

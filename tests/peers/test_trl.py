@@ -22,13 +22,12 @@ from leanseek.posttraining.sft_config import SFTConfig
 from leanseek.posttraining.shards import prepare_chats
 from leanseek.training import Trainer
 from leanseek.training.objective import Objective
+from tests.small import NETWORK
 
 pytestmark = pytest.mark.peer
-MODEL: dict[str, Any] = {
-    "vocab_size": 296, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-    "v_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "initializer_range": 0.1, "max_position_embeddings": 256,
+MODEL: dict[str, Any] = NETWORK | {
+    "vocab_size": 296, "num_hidden_layers": 3, "n_routed_experts": 8, "n_group": 2, "num_nextn_predict_layers": 0,
+    "initializer_range": 0.1, "max_position_embeddings": 256,
 }  # fmt: skip
 
 

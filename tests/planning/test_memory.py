@@ -133,21 +133,21 @@ def test_the_paper_shards_its_masters_and_keeps_its_average_on_the_host() -> Non
 # ---- activations ----
 
 
+SHAPES = (
+    SMALL,
+    dataclasses.replace(SMALL, q_lora_rank=None, num_experts_per_tok=2, n_shared_experts=2),
+    dataclasses.replace(SMALL, num_attention_heads=8, n_shared_experts=0, num_nextn_predict_layers=2),
+    dataclasses.replace(GQA, num_nextn_predict_layers=0),
+)
+
+
 @pytest.mark.skipif(
     not (native.usable_variants() and multiplies(torch.bfloat16)),
     reason="torch's own operators, and CPUs that widen BF16 for products, keep more than a GPU does",
 )
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        SMALL,
-        dataclasses.replace(SMALL, q_lora_rank=None, num_experts_per_tok=2, n_shared_experts=2),
-        dataclasses.replace(SMALL, num_attention_heads=8, n_shared_experts=0, num_nextn_predict_layers=2),
-        dataclasses.replace(GQA, num_nextn_predict_layers=0),
-    ],
-    ids=["MLA, MTP", "no query latent", "no shared experts", "GQA"],
+@pytest.mark.parametrize(  # every pair of values
+    ("config", "precision", "recompute"),
+    [(c, p, bool((i + j) % 2)) for i, c in enumerate(SHAPES) for j, p in enumerate(("bf16", "fp8"))],
 )
 def test_activations_are_the_allocators(config: ModelConfig, precision: str, recompute: bool) -> None:
     config = dataclasses.replace(config, num_hidden_layers=2)

@@ -8,28 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 
 import leanseek
 from leanseek import ModelConfig, Transformer
+from tests.small import NETWORK, byte_tokenizer
 
-CONFIG: dict[str, Any] = {
+CONFIG: dict[str, Any] = NETWORK | {
     "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
     "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
     "max_position_embeddings": 256,
     "initializer_range": 0.3,
@@ -41,11 +27,7 @@ MARKS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜Us
 
 def write_tokenizer(folder: Path) -> None:
     """Single bytes and the tokens of R1's chat format, of which the thought's marks are not special."""
-    spelled = [*MARKS, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(spelled)}, []))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens(list(MARKS[:4]))
+    inner = byte_tokenizer(MARKS[:4], MARKS[4:])
     inner.add_tokens(list(MARKS[4:]))
     inner.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": MARKS[0], "eos_token": MARKS[1]}))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,13 +23,9 @@ from leanseek.posttraining.sft import sft
 from leanseek.posttraining.sft_config import SFTConfig
 from leanseek.posttraining.shards import prepare_chats
 from leanseek.training import Trainer
+from tests.small import NETWORK, rewound
 
-MODEL: dict[str, Any] = {
-    "vocab_size": 296, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "initializer_range": 0.1, "max_position_embeddings": 256,
-}  # fmt: skip
+MODEL = NETWORK | {"vocab_size": 296, "initializer_range": 0.1, "max_position_embeddings": 256}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +91,7 @@ def test_loss_and_gradients_are_the_formulas(run: SFTConfig, micro: int) -> None
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
 
 
-def test_a_run_prefers_what_was_chosen_and_resumes(run: SFTConfig, tmp_path: Path, without_report: None) -> None:
+def test_a_run_prefers_what_was_chosen_and_resumes(run: SFTConfig, tmp_path: Path, quick_runs: None) -> None:
     """It begins at ln 2: the reference is the model itself. A resumed run has the same reference."""
     run = dataclasses.replace(run, sft=dataclasses.replace(run.sft, epochs=2.0))
     sft(run, runs=tmp_path / "whole")
@@ -106,10 +100,7 @@ def test_a_run_prefers_what_was_chosen_and_resumes(run: SFTConfig, tmp_path: Pat
     assert trained[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(trained[0]["reward_margin"]) < 1e-3
     assert trained[-1]["loss"] < 0.5 and trained[-1]["reward_accuracy"] == 1.0
     assert validated[-1]["val_loss"] < 0.6 and validated[-1]["val_reward_accuracy"] > 0.8
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    for folder in (tmp_path / "parts/run/checkpoints").iterdir():
-        if folder.name != "step-3" and folder.name.startswith("step-"):
-            shutil.rmtree(folder)
+    rewound(tmp_path / "whole/run", 3, tmp_path / "parts")
     sft(run, resume=True, runs=tmp_path / "parts")
     last = f"run/checkpoints/step-{trained[-1]['step']}/model.safetensors"
     assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "parts" / last).read_bytes()

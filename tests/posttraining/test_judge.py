@@ -15,7 +15,7 @@ from leanseek.posttraining import graders
 from leanseek.posttraining.judge import Judge
 
 
-def test_p_yes_is_the_models_own(chat_model: Callable[..., Path]) -> None:
+def test_p_yes_is_the_models_own(chat_model: Callable[..., Path], small_cache: None) -> None:
     folder = chat_model()
     prompts: list[Any] = [[{"role": "user", "content": "1+1?"}], "2+2="]
     completions: list[Any] = [[{"role": "assistant", "content": "<think>so</think> 2"}], "5"]

@@ -22,7 +22,7 @@ from leanseek.posttraining.reward_model import Pairwise, RewardModel, packed, sc
 from leanseek.posttraining.reward_run import RewardRun, train_reward
 from leanseek.posttraining.rewards import Reward, RewardConfig
 
-pytestmark = pytest.mark.usefixtures("without_report")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture
@@ -124,12 +124,9 @@ def place(chat_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def trained(place: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leanseek.training.report.write_report", lambda *_: None)
-        torch.set_num_threads(1)
-        run = RewardRun.load(str(place / "rm.toml"), [])
-        return train_reward(run, runs=place / "runs").folder
+def trained(place: Path, quick_runs: None) -> Path:
+    torch.set_num_threads(1)
+    return train_reward(RewardRun.load(str(place / "rm.toml"), []), runs=place / "runs").folder
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -231,18 +231,36 @@ def test_prompts_that_are_wrong_are_refused_by_row(tmp_path: Path, lines: str, m
         read_prompts(tmp_path / "rows.jsonl")
 
 
-def test_the_command_writes_rows_and_survives_kill_9(
-    chat_model: Callable[..., Path], even: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def asked(chat_model: Callable[..., Path], even: str, tmp_path: Path, small_cache: None) -> Callable[[int], list[str]]:
+    """asked(count): the command's arguments for that many prompts."""
+
+    def make(count: int) -> list[str]:
+        rows = [{"messages": [{"role": "user", "content": f"{i}"}], "level": i} for i in range(count)]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "rewards.toml").write_text(f'[[rewards]]\nfunction = "{even}"\nweight = 2.0\n')
+        files = [str(chat_model()), str(tmp_path / "prompts.jsonl"), "--reward", str(tmp_path / "rewards.toml")]
+        return ["sample", *files, "--n", "2", "--max-tokens", "16", "--temperature", "1", "--threads", "1"]
+
+    return make
+
+
+def test_the_command_writes_rows(
+    asked: Callable[[int], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, prompts = chat_model(), tmp_path / "prompts.jsonl"
-    rows = [{"messages": [{"role": "user", "content": f"{i}"}], "level": i} for i in range(160)]
-    prompts.write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "rewards.toml").write_text(f'[[rewards]]\nfunction = "{even}"\nweight = 2.0\n')
-    arguments = ["sample", str(model), str(prompts), "--reward", str(tmp_path / "rewards.toml"), "--n", "2"]
-    arguments += ["--max-tokens", "16", "--temperature", "1", "--threads", "1"]
+    arguments = asked(10)
     app([*arguments, "--out", str(tmp_path / "whole.jsonl"), "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
-    assert found["prompts"] == 160 and found["samples"] == 320 and set(found["pass_at"]) == {"1", "2"}
+    assert found["prompts"] == 10 and found["samples"] == 20 and set(found["pass_at"]) == {"1", "2"}
+    app([*arguments, "--out", str(tmp_path / "rows.jsonl")], standalone_mode=False)
+    assert "10 prompts, 20 answers" in capsys.readouterr().out
+    assert (tmp_path / "rows.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.slow  # a process; above, a run that was cut in half a line goes on in this one
+def test_the_command_survives_kill_9(asked: Callable[[int], list[str]], tmp_path: Path) -> None:
+    arguments = asked(160)
+    app([*arguments, "--out", str(tmp_path / "whole.jsonl")], standalone_mode=False)
     out = tmp_path / "rows.jsonl"
     command = [sys.executable, "-m", "leanseek", *arguments, "--out", str(out)]
     killed, partial = subprocess.Popen(command), tmp_path / ".rows.jsonl.sampled"
@@ -252,5 +270,4 @@ def test_the_command_writes_rows_and_survives_kill_9(
     killed.wait()
     if not out.exists():  # else it was quicker than the signal
         app([*arguments, "--out", str(out)], standalone_mode=False)
-        assert "160 prompts, 320 answers" in capsys.readouterr().out
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +22,9 @@ from leanseek.posttraining.sft_config import SFTConfig
 from leanseek.posttraining.shards import prepare_chats
 from leanseek.server.templates import template_of
 from leanseek.training import Trainer
+from tests.small import NETWORK, rewound
 
-MODEL: dict[str, Any] = {
-    "vocab_size": 296, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "initializer_range": 0.1, "max_position_embeddings": 256,
-}  # fmt: skip
+MODEL = NETWORK | {"vocab_size": 296, "initializer_range": 0.1, "max_position_embeddings": 256}
 TOKENS = ("<｜User｜>", "<｜Assistant｜>")
 
 
@@ -67,7 +58,7 @@ class Place:
             "train": {"batch_size": 3, "micro_batch_size": 2, "eval_every": 4, "dtype": "float32", "device": "cpu"},
             "optimizer": {"lr": 3e-3},
             "schedule": {"final_lr": 1e-3, "last_lr": 1e-3},
-            "checkpoint": {"every": 3},
+            "checkpoint": {"every": 3, "keep_last": 9},
             "sft": {"epochs": 2.0, "samples": 2, "max_tokens": 8},
         }
         path = self.folder / "run.toml"
@@ -77,6 +68,13 @@ class Place:
             tomli_w.dumps({k: v | sections.get(k, {}) if isinstance(v, dict) else v for k, v in table.items()})
         )
         return SFTConfig.load(str(path), [])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_cache() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanseek.posttraining.sft.CACHE_GIB", 0.01)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +165,7 @@ def test_a_run_learns_and_reports(place: Place, finished: Path) -> None:
 
 def test_the_result_serves_with_its_template(place: Place, finished: Path) -> None:
     """It ends its answer, and prompts as it was trained."""
-    llm = LLM(str(finished))
+    llm = LLM(str(finished), cache_gib=0.01)
     template = template_of(llm.tokenizer, llm.engine.config)
     prompt = llm.tokenizer.encode(
         template.render([{"role": "user", "content": "Count to 3"}]), add_special_tokens=False
@@ -180,25 +178,11 @@ def test_the_result_serves_with_its_template(place: Place, finished: Path) -> No
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_killed_run_repeats_itself_bit_for_bit(
-    place: Place, tmp_path: Path, precision: str, without_report: None
+    place: Place, tmp_path: Path, precision: str, quick_runs: None
 ) -> None:
     run = place.config(train={"precision": precision, "dtype": "bfloat16"}, sft={"epochs": 1.0})
     sft(run, runs=tmp_path / "whole")
-    script = (
-        "import sys, pathlib, leanseek.training.report as r; r.write_report = lambda *_: None\n"
-        "from leanseek.posttraining.sft import sft; from leanseek.posttraining.sft_config import SFTConfig\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "sft(SFTConfig.load(sys.argv[1], []), runs=pathlib.Path(sys.argv[2]))"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script, str(place.folder / "run.toml"), str(tmp_path / "parts")])
-    try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "parts").glob("run/checkpoints/step-3")) and time.monotonic() < deadline:
-            assert child.poll() is None
-            time.sleep(0.02)
-    finally:
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+    rewound(tmp_path / "whole/run", 3, tmp_path / "parts")
     sft(run, resume=True, runs=tmp_path / "parts")
     assert rows(tmp_path / "parts/run") == rows(tmp_path / "whole/run")
     last = f"run/checkpoints/step-{rows(tmp_path / 'whole/run')[-1]['step']}/model.safetensors"
@@ -206,7 +190,7 @@ def test_a_killed_run_repeats_itself_bit_for_bit(
     assert (tmp_path / "parts/run/samples.jsonl").read_text() == (tmp_path / "whole/run/samples.jsonl").read_text()
 
 
-def test_rows_are_prepared_where_they_were_not(place: Place, tmp_path: Path, without_report: None) -> None:
+def test_rows_are_prepared_where_they_were_not(place: Place, tmp_path: Path, quick_runs: None) -> None:
     """With the tokenizer of the model; the result is that of prepared ones."""
     run = place.config(data={"path": str(place.rows)}, sft={"epochs": 0.2, "samples": 0})
     sft(run, runs=tmp_path)

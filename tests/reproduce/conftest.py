@@ -40,5 +40,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunConfig,
             "schedule": {"final_lr": 1e-3, "last_lr": 1e-3},
         }
     )  # fmt: skip
-    train(run, runs=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanseek.training.report.write_report", lambda *_: None)
+        train(run, runs=folder)
     yield run, folder / "ended"

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,38 +20,16 @@ from leanseek.reproduce.report import judge, write_folder, write_report
 from leanseek.reproduce.results import Found, add, interval
 from leanseek.reproduce.runner import find_jobs, reproduce, results_path
 from leanseek.reproduce.worker import work
+from tests.small import forked, kill_when, run_toml
 
-BASE = """
-[model]
-vocab_size = 320
-hidden_size = 32
-intermediate_size = 48
-moe_intermediate_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-q_lora_rank = 16
-kv_lora_rank = 16
-qk_nope_head_dim = 8
-qk_rope_head_dim = 8
-v_head_dim = 8
-n_routed_experts = 4
-num_experts_per_tok = 2
-n_group = 1
-topk_group = 1
-first_k_dense_replace = 1
-num_nextn_predict_layers = 0
-initializer_range = 0.02
-[data]
-path = "shards"
-seq_len = 32
-[train]
-steps = 20
-batch_size = 2
-eval_every = 5
-eval_sequences = 4
-[checkpoint]
-every = 5
-"""
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+BASE = run_toml(
+    {"vocab_size": 320, "num_nextn_predict_layers": 0, "initializer_range": 0.02},
+    data={"path": "shards", "seq_len": 32},
+    train={"steps": 20, "batch_size": 2, "eval_every": 5, "eval_sequences": 4},
+    checkpoint={"every": 5},
+)
 ARMS = """
 title = "one is better"
 paper = "1"
@@ -104,6 +77,7 @@ def test_what_is_missing_is_run_once(place: Path) -> None:
         [("first", "plain"), ("second", "base")],
         [("first", "balanced")],
     ]
+    _run_here(found[0], "balanced", Path("runs"))
     reproduce(found, Path("runs"), seeds=1, jobs=2)
     assert not find_jobs(found, Path("runs"), seeds=1)
     before = results_path(found[0], Path("runs")).read_bytes()
@@ -137,27 +111,10 @@ def _pages(place: Path, found: list[Claim]) -> None:
 
 
 def test_killed_it_ends_with_the_same_numbers(place: Path) -> None:
-    claim = Claim(place / "experiments/first")
+    claim, folder = Claim(place / "experiments/first"), place / "cut"
     (whole,) = work([(claim, "plain")], 0, place / "whole", quick=False)
-    folder, job = place / "cut", json.dumps({"arms": [[str(claim.folder), "plain"]], "seed": 0}).encode() + b"\n"
-    for wanted in (12, None):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "leanseek.reproduce.worker", str(folder)],
-            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert process.stdin
-        process.stdin.write(job)
-        process.stdin.flush()
-        try:
-            while wanted is not None and process.poll() is None and _steps(folder) < wanted:
-                time.sleep(0.005)
-            if wanted is not None:
-                process.send_signal(signal.SIGKILL)
-            process.wait(120)
-        finally:
-            process.kill()
-            process.stdin.close()
-    (row,) = json.loads((folder / "rows.json").read_text())
+    kill_when(forked(lambda: work([(claim, "plain")], 0, folder, quick=False)), lambda: _steps(folder) >= 12)
+    (row,) = work([(claim, "plain")], 0, folder, quick=False)
     assert row["curve"] == whole["curve"] and row["loss"] == whole["loss"]
 
 

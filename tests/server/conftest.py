@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 import tokenizers
 
@@ -21,29 +22,9 @@ from leanseek.engine import AsyncEngine, Tokenizer
 from leanseek.server.app import Access, create_app
 from leanseek.server.connections import Limits, Server
 from leanseek.server.run import make_service
+from tests.server.fake_engine import FakeEngine
+from tests.small import NETWORK, byte_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))  # for fake_engine: tests are not a package
-from fake_engine import FakeEngine
-
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
-}
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 DEEPSEEK = ["<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"]
 DEEPSEEK += ["<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"]
@@ -58,11 +39,7 @@ TOKENS = {
 
 def write_tokenizer(folder: Path, family: str) -> Tokenizer:
     """A byte-level tokenizer with a vocabulary of bytes and the family's tokens."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate([BOS, EOS, *alphabet])}, []))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens([BOS, EOS])
+    inner = byte_tokenizer([BOS, EOS])
     inner.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in TOKENS[family]])
     folder.mkdir(parents=True, exist_ok=True)
     inner.save(str(folder / "tokenizer.json"))
@@ -73,7 +50,8 @@ def write_tokenizer(folder: Path, family: str) -> Tokenizer:
 
 def write_model(folder: Path, family: str = "v3.1") -> Path:
     """A Hugging Face folder of a random network, small enough to answer in milliseconds."""
-    config = ModelConfig(**TINY | {"vocab_size": 258 + len(TOKENS[family])})
+    size = {"vocab_size": 258 + len(TOKENS[family]), "max_position_embeddings": 1024, "q_lora_rank": 24}
+    config = ModelConfig(**NETWORK | size, initializer_range=0.3)
     leanseek.save(Transformer(config).init_weights(0), folder)
     write_tokenizer(folder, family)
     return folder
@@ -107,7 +85,10 @@ class Served:
     def __init__(self, engine: FakeEngine | AsyncEngine, url: str):
         self.engine = engine
         self.url = url
-        self.http = httpx.Client(base_url=url, timeout=30)
+        self.http = httpx.Client(base_url=url, timeout=30, verify=False)  # certificates take long to read
+        self.openai = openai.OpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60, http_client=self.http
+        )
 
     def chat(self, **fields: object) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": "Hi"}]} | fields
@@ -140,6 +121,32 @@ def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Serve:
         return served
 
     return start
+
+
+@pytest.fixture(scope="module")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    with ExitStack() as stack:
+
+        @functools.cache
+        def start(family: str, access: Access | None, max_model_len: int) -> Served:
+            engine = FakeEngine(write_tokenizer(tmp_path_factory.mktemp(family), family), max_model_len)
+            served = Served(engine, stack.enter_context(running(engine, access)))
+            stack.callback(served.http.close)
+            return served
+
+        yield start
+
+
+@pytest.fixture
+def shared(_shared: Serve) -> Serve:
+    """shared(family, access=None, max_model_len=512): a server that the module's tests share, its engine as new."""
+
+    def get(family: str = "v3", access: Access | None = None, max_model_len: int = 512) -> Served:
+        served = _shared(family, access, max_model_len)
+        served.engine.forget()
+        return served
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,10 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.config = ModelConfig(vocab_size=tokenizer.inner.get_vocab_size())
+        self.forget()
+
+    def forget(self) -> None:
+        """As it was made: no request has been seen, and nothing was told."""
         self.defaults: dict[str, object] = {}
         self.alive = True
         self.reply = "Hello there, how are you?"

@@ -18,6 +18,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("quick_runs")
 @pytest.mark.parametrize(
     ("preset", "heads"),
     [("llama-like", 4), ("llama-like", 2), ("llama-like", 1), ("mixtral-like", 2), ("switch-like", 4)],

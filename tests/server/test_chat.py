@@ -7,7 +7,6 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import openai
 import pydantic
 import pytest
 from openai.types import completion_create_params as completion_params
@@ -36,13 +35,9 @@ WEATHER = CALL.format('get_weather<｜tool▁sep｜>{"city": "Hangzhou"}')
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
-def client(served: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=30)
-
-
 def test_an_answer_whole(serve: Any) -> None:
     served = serve("v3")
-    answer = client(served).chat.completions.create(model="test-model", messages=HI, n=2)
+    answer = served.openai.chat.completions.create(model="test-model", messages=HI, n=2)
     assert [choice.message.content for choice in answer.choices] == [served.engine.reply] * 2
     assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
     tokens = len(served.engine.reply)
@@ -56,7 +51,7 @@ def test_an_answer_whole(serve: Any) -> None:
 
 def test_an_answer_streamed(serve: Any) -> None:
     served = serve("v3")
-    stream = client(served).chat.completions.create(
+    stream = served.openai.chat.completions.create(
         model="test-model", messages=HI, n=2, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
@@ -71,7 +66,7 @@ def test_an_answer_streamed(serve: Any) -> None:
 
 def test_usage_in_every_chunk(serve: Any) -> None:
     options: Any = {"continuous_usage_stats": True}
-    stream = client(serve("v3")).chat.completions.create(
+    stream = serve("v3").openai.chat.completions.create(
         model="test-model", messages=HI, max_tokens=3, stream=True, stream_options=options
     )
     assert [chunk.usage.completion_tokens for chunk in stream] == [1, 1, 2, 3], "the role comes with the first token"
@@ -79,7 +74,7 @@ def test_usage_in_every_chunk(serve: Any) -> None:
 
 def test_a_stop_string_and_max_tokens_end_an_answer(serve: Any) -> None:
     served = serve("v3")
-    ask = client(served).chat.completions.create
+    ask = served.openai.chat.completions.create
     stopped = ask(model="test-model", messages=HI, stop=["how", "zzz"])
     assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("Hello there, ", "stop")
     for limit in ("max_tokens", "max_completion_tokens"):
@@ -89,14 +84,14 @@ def test_a_stop_string_and_max_tokens_end_an_answer(serve: Any) -> None:
 
 def test_max_tokens_beyond_the_context_mean_to_its_end(serve: Any) -> None:
     served = serve("v3", max_model_len=64)
-    client(served).chat.completions.create(model="test-model", messages=HI, max_tokens=10_000)
+    served.openai.chat.completions.create(model="test-model", messages=HI, max_tokens=10_000)
     assert served.engine.last.params.max_tokens == 64 - len(served.engine.last.prompt)
 
 
 def test_sampling_parameters_reach_the_engine_over_the_models_defaults(serve: Any) -> None:
     served = serve("v3")
     served.engine.defaults = {"temperature": 0.6, "top_p": 0.95}
-    client(served).chat.completions.create(
+    served.openai.chat.completions.create(
         model="test-model",
         messages=HI,
         temperature=0,
@@ -114,7 +109,7 @@ def test_sampling_parameters_reach_the_engine_over_the_models_defaults(serve: An
 
 def test_logprobs(serve: Any) -> None:
     served = serve("v3")
-    ask = client(served).chat.completions.create
+    ask = served.openai.chat.completions.create
     answer = ask(model="test-model", messages=HI, logprobs=True, top_logprobs=3, max_tokens=2)
     first, second = answer.choices[0].logprobs.content
     assert (first.token, first.logprob, first.bytes, second.token) == ("H", -0.5, [72], "e")
@@ -131,7 +126,7 @@ def test_reasoning_is_told_apart(serve: Any, stream: bool) -> None:
     """R1's prompt ends inside <think>."""
     served = serve("r1")
     served.engine.reply = "They greet me.\n</think>\n\nHello!"
-    answer = client(served).chat.completions.create(model="test-model", messages=HI, stream=stream)
+    answer = served.openai.chat.completions.create(model="test-model", messages=HI, stream=stream)
     assert served.engine.last_prompt.endswith("<｜Assistant｜><think>\n")
     if not stream:
         message = answer.choices[0].message
@@ -158,9 +153,9 @@ THOUGHTS = [  # reply, tokens of the reasoning: one a character, marks are one e
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("reply", "count"), THOUGHTS)
 def test_reasoning_tokens_are_counted_however_many_come_at_once(
-    serve: Any, tokens: int, stream: bool, reply: str, count: int
+    shared: Any, tokens: int, stream: bool, reply: str, count: int
 ) -> None:
-    served = serve("r1")
+    served = shared("r1")
     served.engine.reply, served.engine.tokens_per_delta = reply or "</think>", tokens
     fields = {"stream_options": {"include_usage": True}} if stream else {}
     answer = served.chat(stream=stream, tools=TOOLS, **fields)
@@ -170,8 +165,8 @@ def test_reasoning_tokens_are_counted_however_many_come_at_once(
 
 @pytest.mark.parametrize("tokens", [1, 4, 100])
 @pytest.mark.parametrize("path", ["chat", "responses"])
-def test_a_delta_is_reasoning_or_content(serve: Any, tokens: int, path: str) -> None:
-    served = serve("r1")
+def test_a_delta_is_reasoning_or_content(shared: Any, tokens: int, path: str) -> None:
+    served = shared("r1")
     served.engine.reply, served.engine.tokens_per_delta = "Hm.</think>Hi! " + WEATHER, tokens
     if path == "responses":
         answer = served.http.post("/v1/responses", json={"input": "Hi", "stream": True}).text
@@ -240,7 +235,7 @@ def test_stop_strings_do_not_cut_calls(serve: Any, stop: str) -> None:
 def test_the_thinking_switch(serve: Any) -> None:
     served = serve("v3.1")
     served.engine.reply = "Hm.</think>Hello!"
-    ask = client(served).chat.completions.create
+    ask = served.openai.chat.completions.create
     on = ask(model="test-model", messages=HI, extra_body={"chat_template_kwargs": {"thinking": True}})
     assert (on.choices[0].message.reasoning_content, on.choices[0].message.content) == ("Hm.", "Hello!")
     served.engine.reply = "Hello!"
@@ -252,7 +247,7 @@ def test_the_thinking_switch(serve: Any) -> None:
 def test_a_tool_call_and_its_result(serve: Any) -> None:
     served = serve("v3.1")
     served.engine.reply = "Let me see." + WEATHER
-    ask = client(served).chat.completions.create
+    ask = served.openai.chat.completions.create
     message = ask(model="test-model", messages=HI, tools=TOOLS).choices[0].message
     (call,) = message.tool_calls
     assert (message.content, call.function.name, call.function.arguments) == (
@@ -271,7 +266,7 @@ def test_a_tool_call_and_its_result(serve: Any) -> None:
 def test_a_tool_call_streamed(serve: Any) -> None:
     served = serve("v3.1")
     served.engine.reply = WEATHER
-    stream = client(served).chat.completions.create(model="test-model", messages=HI, tools=TOOLS, stream=True)
+    stream = served.openai.chat.completions.create(model="test-model", messages=HI, tools=TOOLS, stream=True)
     choices = [chunk.choices[0] for chunk in stream]
     calls = [call for choice in choices for call in choice.delta.tool_calls or []]
     assert calls[0].id and calls[0].function.name == "get_weather" and not calls[1].id
@@ -282,7 +277,7 @@ def test_a_tool_call_streamed(serve: Any) -> None:
 
 def test_tool_choice(serve: Any) -> None:
     served = serve("v3.1")
-    ask = client(served).chat.completions.create
+    ask = served.openai.chat.completions.create
     served.engine.reply = '{"city": "Bonn"}'
     named = {"type": "function", "function": {"name": "get_weather"}}
     answer = ask(model="test-model", messages=HI, tools=TOOLS, tool_choice=named)
@@ -310,11 +305,11 @@ def test_structured_output_as_the_client_parses_it(serve: Any) -> None:
 
     served = serve("r1")
     served.engine.reply = '{"explanation": "because"}'
-    answer = client(served).chat.completions.parse(model="test-model", messages=HI, response_format=Step)
+    answer = served.openai.chat.completions.parse(model="test-model", messages=HI, response_format=Step)
     assert answer.choices[0].message.parsed == Step(explanation="because")
     assert json.loads(served.engine.last.params.guided.source)["required"] == ["explanation"]
     assert served.engine.last_prompt.endswith("<think>\n</think>\n\n"), "guided output leaves no room for reasoning"
-    client(served).chat.completions.create(model="test-model", messages=HI, response_format={"type": "json_object"})
+    served.openai.chat.completions.create(model="test-model", messages=HI, response_format={"type": "json_object"})
     assert json.loads(served.engine.last.params.guided.source) == {"type": "object"}
 
 
@@ -588,8 +583,8 @@ def test_a_base_model_talks_in_a_script_and_stops_where_the_user_would_speak(ser
         ({"stop": [""]}, "stop"),
     ],
 )
-def test_wrong_fields_are_named(serve: Any, fields: dict[str, Any], says: str) -> None:
-    answer = serve("v3").chat(**fields)
+def test_wrong_fields_are_named(shared: Any, fields: dict[str, Any], says: str) -> None:
+    answer = shared("v3").chat(**fields)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert says in error["message"] and error["type"] == "invalid_request_error" and "\n" not in error["message"]

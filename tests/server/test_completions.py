@@ -13,13 +13,9 @@ from leanseek.server.service import token_text
 BOS = "<｜begin▁of▁sentence｜>"
 
 
-def client(served: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=30)
-
-
 def test_a_completion_whole_and_streamed(serve: Any) -> None:
     served = serve("plain")
-    ask = client(served).completions.create
+    ask = served.openai.completions.create
     answer = ask(model="test-model", prompt="Say", max_tokens=100)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (served.engine.reply, "stop")
     assert served.engine.last_prompt == f"{BOS}Say"
@@ -32,7 +28,7 @@ def test_a_completion_whole_and_streamed(serve: Any) -> None:
 
 def test_sixteen_tokens_unless_told_otherwise(serve: Any) -> None:
     served = serve("plain")
-    answer = client(served).completions.create(model="test-model", prompt="Say")
+    answer = served.openai.completions.create(model="test-model", prompt="Say")
     assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 16)
 
 
@@ -41,7 +37,7 @@ def test_several_prompts_of_texts_or_tokens(serve: Any, stream: bool) -> None:
     """Choices are numbered prompt by prompt."""
     served = serve("plain")
     for prompt in (["a", "b"], [[5, 6], [7]]):
-        answer = client(served).completions.create(
+        answer = served.openai.completions.create(
             model="test-model", prompt=prompt, n=2, max_tokens=3, stream=stream, echo=True
         )
         texts = [""] * 4
@@ -54,7 +50,7 @@ def test_several_prompts_of_texts_or_tokens(serve: Any, stream: bool) -> None:
 
 def test_one_prompt_of_tokens(serve: Any) -> None:
     served = serve("plain")
-    client(served).completions.create(model="test-model", prompt=[5, 6, 7])
+    served.openai.completions.create(model="test-model", prompt=[5, 6, 7])
     assert served.engine.last.prompt == [5, 6, 7]
 
 
@@ -62,7 +58,7 @@ def test_echo_with_logprobs_scores_the_prompt(serve: Any) -> None:
     """What evaluation harnesses ask for: every prompt token but the first, then the one generated."""
     served = serve("plain")
     ids = served.engine.tokenizer.encode("ab c", add_special_tokens=False)
-    answer = client(served).completions.create(model="test-model", prompt=[ids], echo=True, logprobs=1, max_tokens=1)
+    answer = served.openai.completions.create(model="test-model", prompt=[ids], echo=True, logprobs=1, max_tokens=1)
     logprobs = answer.choices[0].logprobs
     assert answer.choices[0].text == "ab cH"
     assert logprobs.tokens == ["a", "b", " ", "c", "H"]
@@ -139,7 +135,7 @@ def test_an_id_without_a_token_is_named_by_its_number(serve: Any) -> None:
 @pytest.mark.parametrize(("prompt", "n"), [("ab", 1), (["ab", "ab"], 1), ("ab", 3)])
 def test_no_tokens_but_the_prompts(serve: Any, prompt: Any, n: int) -> None:
     served = serve("plain")
-    create = client(served).completions.create
+    create = served.openai.completions.create
     answer = create(model="test-model", prompt=prompt, echo=True, logprobs=0, max_tokens=0, n=n)
     assert answer.usage and answer.usage.completion_tokens == 0
     assert answer.usage.total_tokens == answer.usage.prompt_tokens
@@ -149,13 +145,13 @@ def test_no_tokens_but_the_prompts(serve: Any, prompt: Any, n: int) -> None:
 
 def test_fill_in_the_middle(serve: Any) -> None:
     served = serve("plain")
-    client(served).completions.create(model="test-model", prompt="def f(", suffix="return x")
+    served.openai.completions.create(model="test-model", prompt="def f(", suffix="return x")
     assert served.engine.last_prompt.endswith("<｜fim▁begin｜>def f(<｜fim▁hole｜>return x<｜fim▁end｜>")
 
 
 def test_fill_in_the_middle_needs_its_tokens(serve: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="fill-in-the-middle"):
-        client(serve("v3")).completions.create(model="test-model", prompt="a", suffix="b")
+        serve("v3").openai.completions.create(model="test-model", prompt="a", suffix="b")
 
 
 @pytest.mark.parametrize("prompt", ["x" * 600, [5] * 512, [], [[]], [99999], "", None, {"a": 1}, [1, "a"], [-1]])

@@ -41,7 +41,7 @@ def test_nothing_a_client_sends_is_a_server_error(api: Any, path: str, mode: Gen
     """Bodies that fit the schema, and bodies that nearly do."""
 
     @given(api[path]["POST"].as_strategy(generation_mode=mode))
-    @settings(max_examples=15, suppress_health_check=list(HealthCheck), deadline=None)
+    @settings(max_examples=10, suppress_health_check=list(HealthCheck), deadline=None)
     def send(case: Any) -> None:
         if isinstance(case.body, dict):
             case.body.pop("model", None)  # or most would end at a model that does not exist
@@ -56,7 +56,7 @@ def test_no_stream_ends_in_a_server_error(api: Any, path: str) -> None:
     statuses = set()
 
     @given(api[path]["POST"].as_strategy())
-    @settings(max_examples=25, suppress_health_check=list(HealthCheck), deadline=None)
+    @settings(max_examples=15, suppress_health_check=list(HealthCheck), deadline=None)
     def send(case: Any) -> None:
         if not isinstance(case.body, dict):
             return
@@ -73,7 +73,7 @@ def test_no_stream_ends_in_a_server_error(api: Any, path: str) -> None:
 @pytest.mark.parametrize("path", GETS)
 def test_nothing_that_is_read_is_a_server_error(api: Any, path: str) -> None:
     @given(api[path]["GET"].as_strategy())
-    @settings(max_examples=15, suppress_health_check=list(HealthCheck), deadline=None)
+    @settings(max_examples=10, suppress_health_check=list(HealthCheck), deadline=None)
     def send(case: Any) -> None:
         case.call_and_validate(checks=[not_a_server_error])
 

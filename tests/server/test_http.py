@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp
 
 from leanseek.engine import Tokenizer
 from leanseek.server import app as app_module
@@ -26,6 +28,7 @@ from leanseek.server.app import MAX_BODY, Access, create_app
 from leanseek.server.errors import ServerError
 from leanseek.server.run import make_service
 from leanseek.server.schema import MOST_TOKENS
+from tests.server.fake_engine import FakeEngine
 
 CHAT = "/v1/chat/completions"
 
@@ -63,8 +66,8 @@ def error(answer: httpx.Response) -> dict[str, Any]:
     ],
     ids=lambda body: body[:60].decode(errors="replace") or "empty",
 )
-def test_a_body_that_is_not_a_request_is_refused(serve: Any, body: bytes) -> None:
-    answer = serve().http.post(CHAT, content=body, headers={"content-type": "application/json"})
+def test_a_body_that_is_not_a_request_is_refused(shared: Any, body: bytes) -> None:
+    answer = shared().http.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert error(answer)["type"] == "invalid_request_error"
 
@@ -96,8 +99,7 @@ def test_the_model_by_name(serve: Any) -> None:
     served = serve("v3.1")
     answer = served.chat(model="gpt-4")
     assert answer.status_code == 404 and error(answer)["code"] == "model_not_found"
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
-    assert [model.id for model in client.models.list()] == ["test-model"]
+    assert [model.id for model in served.openai.models.list()] == ["test-model"]
     model = served.http.get("/v1/models/test-model").json()
     assert (model["object"], model["max_model_len"], model["thinking_switch"]) == ("model", 512, True)
     assert served.http.get("/v1/models/other").status_code == 404
@@ -122,17 +124,22 @@ HOSTS = ["x/?", "x#", "u@b/page/", "x/health", "x?", "a b", "x:99999999", "[::1"
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("path", ["/v1/models", "/tokenize"])
-def test_a_host_is_no_way_past_the_key(serve: Any, host: str, path: str) -> None:
-    served = serve("v3", Access(api_key="k"))
+def test_a_host_is_no_way_past_the_key(shared: Any, host: str, path: str) -> None:
+    served = shared("v3", Access(api_key="k"))
     answer = served.http.get(path, headers={"host": host.encode()})
     assert answer.status_code == 400 and "Host" in error(answer)["message"]
 
 
+@functools.cache
+def gated(engine: FakeEngine) -> ASGIApp:
+    return create_app(make_service(engine, "test-model"), Access(api_key="k"))
+
+
 @pytest.mark.parametrize("host", [host.encode("latin-1") for host in HOSTS] + [b"x"])
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/v1/../v1/models", "/tokenize"])
-def test_the_gate_judges_the_path_that_is_served(serve: Any, host: bytes, path: str) -> None:
+def test_the_gate_judges_the_path_that_is_served(shared: Any, host: bytes, path: str) -> None:
     """By itself: whatever a Starlette makes of the Host, and were a malformed one let through."""
-    served = serve("v3", Access(api_key="k"))
+    served = shared("v3", Access(api_key="k"))
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -150,7 +157,7 @@ def test_the_gate_judges_the_path_that_is_served(serve: Any, host: bytes, path: 
         "scheme": "http",
     }
     scope |= {"headers": [(b"host", host)], "server": ("x", 80), "root_path": "", "http_version": "1.1"}
-    app = create_app(make_service(served.engine, "test-model"), Access(api_key="k"))
+    app = gated(served.engine)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app_module, "_HOST", re.compile(".*", re.DOTALL))
         asyncio.run(app(scope, receive, send))
@@ -178,8 +185,8 @@ def test_the_gate_judges_the_path_that_is_served(serve: Any, host: bytes, path: 
         "/tokenize/",
     ],
 )
-def test_no_spelling_of_a_path_passes_the_key(serve: Any, target: str) -> None:
-    served = serve("v3", Access(api_key="k", root_path="/llm"))
+def test_no_spelling_of_a_path_passes_the_key(shared: Any, target: str) -> None:
+    served = shared("v3", Access(api_key="k", root_path="/llm"))
     for prefix in ("", "/llm", "/llm/llm"):
         request = f"GET {target if target.startswith('http') else prefix + target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         host, port = served.url.removeprefix("http://").split(":")
@@ -191,8 +198,8 @@ def test_no_spelling_of_a_path_passes_the_key(serve: Any, target: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-def test_the_scheme_of_a_key_has_no_case(serve: Any, scheme: str) -> None:
-    served = serve("v3", Access(api_key="k"))
+def test_the_scheme_of_a_key_has_no_case(shared: Any, scheme: str) -> None:
+    served = shared("v3", Access(api_key="k"))
     assert served.http.get("/v1/models", headers={"authorization": f"{scheme} k"}).status_code == 200
     assert served.http.get("/v1/models", headers={"authorization": f"{scheme}k"}).status_code == 401
     assert served.http.get("/v1/models", headers={"authorization": "Basic k"}).status_code == 401
@@ -225,8 +232,8 @@ def test_the_list_of_models_with_a_slash_behind(serve: Any) -> None:
 
 @pytest.mark.parametrize("path", ["/detokenize", "/v1/completions"])
 @pytest.mark.parametrize("token", [300, 10**6, 2**31 - 1, 2**40, -1])
-def test_ids_beyond_the_vocabulary_are_refused(serve: Any, path: str, token: int) -> None:
-    served = serve()
+def test_ids_beyond_the_vocabulary_are_refused(shared: Any, path: str, token: int) -> None:
+    served = shared()
     before = len(served.engine.tokenizer._spelled)
     answer = served.http.post(path, json={"tokens": [5, token], "prompt": [5, token]})
     assert answer.status_code == 400 and error(answer)["message"]
@@ -282,10 +289,9 @@ def test_an_engine_that_stops_is_unavailable(serve: Any) -> None:
 def test_a_request_that_fails_is_told_and_others_go_on(serve: Any, stream: bool) -> None:
     served = serve()
     served.engine.failure = "ValueError: a bug"
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.APIError, match="a bug"):
         list(
-            client.chat.completions.create(
+            served.openai.chat.completions.create(
                 model="test-model", messages=[{"role": "user", "content": "x"}], stream=stream
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -64,8 +65,8 @@ def refusal(answer: Any) -> str:
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_and_what_would_end_it_elsewhere(serve: Any, form: str, end: str) -> None:
-    served = serve("v3.1", max_model_len=8192)
+def test_a_form_and_what_would_end_it_elsewhere(shared: Any, form: str, end: str) -> None:
+    served = shared("v3.1", max_model_len=8192)
     answer = served.chat(**FORMS[form], **ENDS[end])
     if form in ("regex", "grammar") and end.startswith("stop"):  # texts that may be cut: both reach the engine
         params = served.engine.last.params
@@ -77,8 +78,8 @@ def test_a_form_and_what_would_end_it_elsewhere(serve: Any, form: str, end: str)
 
 @pytest.mark.parametrize("more", HARMLESS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_and_what_leaves_it_whole(serve: Any, form: str, more: dict[str, Any]) -> None:
-    served = serve("v3.1", max_model_len=8192)
+def test_a_form_and_what_leaves_it_whole(shared: Any, form: str, more: dict[str, Any]) -> None:
+    served = shared("v3.1", max_model_len=8192)
     served.engine.reply = '{"at": "Bonn"}'
     assert served.chat(**FORMS[form], **more).status_code == 200
     assert served.engine.last.params.guided
@@ -101,8 +102,8 @@ def test_a_form_and_what_leaves_it_whole(serve: Any, form: str, more: dict[str, 
          | {"tool_choice": "required"}, ("'f'", "object")),
     ],
 )  # fmt: skip
-def test_chat_refuses_by_name(serve: Any, fields: dict[str, Any], names: tuple[str, ...]) -> None:
-    message = refusal(serve("v3", max_model_len=8192).chat(**fields))
+def test_chat_refuses_by_name(shared: Any, fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    message = refusal(shared("v3", max_model_len=8192).chat(**fields))
     assert all(name in message for name in names), message
 
 
@@ -117,8 +118,8 @@ def test_chat_refuses_by_name(serve: Any, fields: dict[str, Any], names: tuple[s
         ({"suffix": "b", "prompt": [5]}, ("suffix", "prompt")),
     ],
 )  # fmt: skip
-def test_completions_refuse_by_name(serve: Any, fields: dict[str, Any], names: tuple[str, ...]) -> None:
-    message = refusal(serve("plain").http.post("/v1/completions", json={"prompt": "a"} | fields))
+def test_completions_refuse_by_name(shared: Any, fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    message = refusal(shared("plain").http.post("/v1/completions", json={"prompt": "a"} | fields))
     assert all(name in message for name in names), message
 
 
@@ -133,15 +134,15 @@ def test_completions_refuse_by_name(serve: Any, fields: dict[str, Any], names: t
         {"stop": "e", "min_tokens": 3, "ignore_eos": True, "stop_token_ids": [5], "logit_bias": {"1": 100}},
     ],
 )
-def test_completions_honour_both(serve: Any, fields: dict[str, Any]) -> None:
-    answer = serve("plain").http.post("/v1/completions", json={"prompt": "a"} | fields)
+def test_completions_honour_both(shared: Any, fields: dict[str, Any]) -> None:
+    answer = shared("plain").http.post("/v1/completions", json={"prompt": "a"} | fields)
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["choices"]) == fields.get("n", 1)
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_responses_refuse_by_name(serve: Any, end: str) -> None:
-    served = serve("v3.1", max_model_len=8192)
+def test_responses_refuse_by_name(shared: Any, end: str) -> None:
+    served = shared("v3.1", max_model_len=8192)
     form = {"text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}, "input": "Hi"}
     message = refusal(served.http.post("/v1/responses", json=form | ENDS[end]))
     assert end in message and "text.format" in message
@@ -152,8 +153,13 @@ def test_responses_refuse_by_name(serve: Any, end: str) -> None:
 # ---- what the grammars let through ----
 
 
+@functools.cache
+def grammars(tokenizer: Tokenizer) -> Grammars:
+    return Grammars(tokenizer, tokenizer.inner.get_vocab_size(), [1])
+
+
 def accepts(tokenizer: Tokenizer, guide: Guide, text: str) -> bool:
-    matcher = Grammars(tokenizer, tokenizer.inner.get_vocab_size(), [1]).compile(guide)
+    matcher = grammars(tokenizer).compile(guide).copy()
     inner = matcher._inner
     taken = all(inner.consume_token(token) for token in tokenizer.encode(text, add_special_tokens=False))
     return taken and bool(inner.is_accepting())
@@ -174,8 +180,8 @@ def called(family: str, *calls: tuple[str, str]) -> str:
 
 
 @pytest.mark.parametrize("family", ["v3", "r1", "v3.1", "kimi"])
-def test_a_form_beside_tools_allows_either(serve: Any, family: str) -> None:
-    served = serve(family, max_model_len=8192)
+def test_a_form_beside_tools_allows_either(shared: Any, family: str) -> None:
+    served = shared(family, max_model_len=8192)
     served.engine.reply = called(family, ("get_weather", '{"at": "Bonn"}'), ("get_time", "{}"))
     (choice,) = served.chat(tools=TOOLS, response_format=JSON_FORM).json()["choices"]
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["get_weather", "get_time"]
@@ -205,9 +211,9 @@ def test_a_form_beside_tools_allows_either(serve: Any, family: str) -> None:
         (2, ["{}", '{"n": 5}'], ['{"n": "5"}', "5"]),
     ],
 )
-def test_a_forced_call_takes_its_parameters_alone(serve: Any, tool: int, right: list[str], wrong: list[str]) -> None:
+def test_a_forced_call_takes_its_parameters_alone(shared: Any, tool: int, right: list[str], wrong: list[str]) -> None:
     """Also beside other functions: references in a schema hold there too."""
-    served = serve("v3", max_model_len=8192)
+    served = shared("v3", max_model_len=8192)
     name = TOOLS[tool]["function"]["name"]
     served.chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": name}})
     one = served.engine.last.params.guided

@@ -21,7 +21,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture
 def client(real: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{real.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return real.openai
 
 
 def idle(real: Any) -> None:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import openai
 import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
 
-def client(served: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=30)
-
-
 def test_a_response_whole(serve: Any) -> None:
     served = serve("v3")
-    answer = client(served).responses.create(model="test-model", instructions="Be brief.", input="Hi")
+    answer = served.openai.responses.create(model="test-model", instructions="Be brief.", input="Hi")
     assert (answer.output_text, answer.status, answer.error) == (served.engine.reply, "completed", None)
     assert answer.usage.output_tokens == len(served.engine.reply)
     assert served.engine.last_prompt == "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>"
@@ -26,7 +21,7 @@ def test_a_response_whole(serve: Any) -> None:
 def test_a_conversation_goes_on_with_the_output_as_input(serve: Any) -> None:
     served = serve("r1")
     served.engine.reply = "Hm.</think>Hello!"
-    ask = client(served).responses.create
+    ask = served.openai.responses.create
     first = ask(model="test-model", input="Hi")
     assert [item.type for item in first.output] == ["reasoning", "message"]
     ask(
@@ -39,7 +34,7 @@ def test_the_clients_accumulator_follows_the_stream(serve: Any) -> None:
     """`responses.stream` checks the order of events: each delta needs its item and part opened before."""
     served = serve("r1")
     served.engine.reply = "They greet.\n</think>\n\nHello!"
-    with client(served).responses.stream(model="test-model", input="Hi") as stream:
+    with served.openai.responses.stream(model="test-model", input="Hi") as stream:
         events = list(stream)
         final = stream.get_final_response()
     kinds = [event.type for event in events]
@@ -53,7 +48,7 @@ def test_the_clients_accumulator_follows_the_stream(serve: Any) -> None:
 
 
 def test_an_answer_cut_off_is_incomplete(serve: Any) -> None:
-    answer = client(serve("v3")).responses.create(model="test-model", input="Hi", max_output_tokens=5)
+    answer = serve("v3").openai.responses.create(model="test-model", input="Hi", max_output_tokens=5)
     assert (answer.status, answer.incomplete_details.reason, answer.output_text) == (
         "incomplete",
         "max_output_tokens",
@@ -68,7 +63,7 @@ def test_structured_output(serve: Any) -> None:
 
     served = serve("v3")
     served.engine.reply = '{"explanation": "because"}'
-    answer = client(served).responses.parse(model="test-model", input="Hi", text_format=Step)
+    answer = served.openai.responses.parse(model="test-model", input="Hi", text_format=Step)
     assert answer.output_parsed == Step(explanation="because")
     assert served.engine.last.params.guided.kind == "json_schema"
 
@@ -147,7 +142,7 @@ def test_items_whole_and_streamed(serve: Any, case: str) -> None:
 def test_the_clients_accumulator_follows_calls(serve: Any) -> None:
     served = serve("v3.1")
     served.engine.reply = "Let me see." + SECTION.format(BONN)
-    with client(served).responses.stream(model="test-model", input="Hi", tools=[WEATHER]) as stream:
+    with served.openai.responses.stream(model="test-model", input="Hi", tools=[WEATHER]) as stream:
         for _ in stream:
             pass
         message, call = stream.get_final_response().output
@@ -160,7 +155,7 @@ def test_calls_and_their_results_go_back_in(serve: Any) -> None:
     """As agents do it: the output's items, then an output for each call. One turn of the model stays one message."""
     served = serve("v3.1", max_model_len=2048)
     served.engine.reply = "Hm.</think>Well." + SECTION.format(BONN + ULM)
-    ask = client(served).responses.create
+    ask = served.openai.responses.create
     first = ask(model="test-model", input="Hi", tools=[WEATHER], extra_body=THINKING)
     results = [
         {"type": "function_call_output", "call_id": item.call_id, "output": output}
@@ -218,7 +213,7 @@ def test_turns_of_the_model_are_told_apart(tmp_path: Any, serve: Any) -> None:
 
 def test_tool_choice(serve: Any) -> None:
     served = serve("v3.1")
-    ask = client(served).responses.create
+    ask = served.openai.responses.create
     served.engine.reply = '{"city": "Bonn"}'
     named: Any = {"type": "function", "name": "get_weather"}
     answer = ask(model="test-model", input="Hi", tools=[WEATHER, TIME], tool_choice=named)

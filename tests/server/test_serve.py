@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+from leanseek.cli import main
 from leanseek.errors import InputError
 from leanseek.server.app import Access
 from leanseek.server.run import serve
@@ -99,11 +100,15 @@ def test_a_second_signal_ends_it_at_once(process: tuple[subprocess.Popen[str], s
     client.join()
 
 
-def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:
-    run = command(str(tmp_path), "--port", "0")
-    done = subprocess.run(run, capture_output=True, text=True, env=environment(), timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"leanseek: .*{re.escape(str(tmp_path))}.*\n", done.stderr), done.stderr
+def test_a_folder_that_is_no_model_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["leanseek", "serve", str(tmp_path), "--port", "0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, said = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert re.fullmatch(rf"leanseek: .*{re.escape(str(tmp_path))}.*\n", said), said
 
 
 def test_a_port_in_use_is_one_line(model_folder: Path) -> None:

@@ -121,7 +121,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_feed_with_an_objective_trains_and_resumes_bit_for_bit(
-    run: RunConfig, tmp_path: Path, without_report: None
+    run: RunConfig, tmp_path: Path, quick_runs: None
 ) -> None:
     """Its figures are in the rows; its place is in the checkpoint."""
     train(run, runs=tmp_path / "whole", feed=Counting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,38 +23,15 @@ from leanseek.training import RunConfig, Trainer, train
 from leanseek.training.metrics import read_rows
 from leanseek.training.origin import first_model
 from leanseek.training.part import Part
+from tests.small import run_toml
 
-PRETRAINING = """
-name = "base"
-[model]
-vocab_size = 300
-hidden_size = 32
-intermediate_size = 48
-moe_intermediate_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-q_lora_rank = 16
-kv_lora_rank = 16
-qk_nope_head_dim = 8
-qk_rope_head_dim = 8
-v_head_dim = 8
-n_routed_experts = 4
-num_experts_per_tok = 2
-n_group = 1
-topk_group = 1
-first_k_dense_replace = 1
-initializer_range = 0.05
-max_position_embeddings = 24
-[data]
-seq_len = 24
-[train]
-steps = 2
-batch_size = 4
-dtype = "float32"
-device = "cpu"
-[balance]
-bias_update_speed = 0.01
-"""
+PRETRAINING = run_toml(
+    {"initializer_range": 0.05, "max_position_embeddings": 24},
+    name="base",
+    data={"seq_len": 24},
+    train={"steps": 2, "batch_size": 4},
+    balance={"bias_update_speed": 0.01},
+)
 LONGER = """
 name = "longer"
 [model]
@@ -72,14 +49,7 @@ lr = 1e-3
 [checkpoint]
 every = 2
 """
-pytestmark = pytest.mark.usefixtures("without_report")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leanseek.training.loop.gemm_rate", lambda *_, **__: 1e9)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,11 @@ from torch import nn
 
 from leanseek import ModelConfig, Transformer, fp8, ops
 from leanseek.training.objective import losses
+from tests.small import NETWORK
 
 MODEL = ModelConfig(
-    vocab_size=67, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
-    num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-    num_nextn_predict_layers=1, initializer_range=0.1,
-)  # fmt: skip
+    **NETWORK | {"vocab_size": 67, "num_hidden_layers": 3, "n_routed_experts": 8, "initializer_range": 0.1}
+)
 TOKENS = torch.randint(0, 67, (3, 12 + 2), generator=torch.Generator().manual_seed(1))
 
 
@@ -26,12 +24,17 @@ def model(precision: str, **changes: object) -> Transformer:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-tensorwise", "fp8-gradient-blocks"])
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True, "q_lora_rank": None}, {"attention": "gqa", "head_dim": 8}]
-)
+PRECISIONS = ("bf16", "fp8", "fp8-tensorwise", "fp8-gradient-blocks")
+CHANGES = ({}, {"tie_word_embeddings": True, "q_lora_rank": None}, {"attention": "gqa", "head_dim": 8})
+# every pair of values
+CASES = [
+    (precision, bool((i // 2 + j) % 2), (torch.float32, torch.bfloat16)[(i + j) % 2], changes)
+    for i, precision in enumerate(PRECISIONS)
+    for j, changes in enumerate(CHANGES)
+]
+
+
+@pytest.mark.parametrize(("precision", "recompute", "dtype", "changes"), CASES)
 def test_two_halves_are_one_backward(precision: str, recompute: bool, dtype: torch.dtype, changes: dict) -> None:
     """Two micro-batches: the gradients of both add up. Nothing is left of what was put off."""
     options = {"share": 0.5, "mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": dtype, "recompute": recompute}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,13 +20,9 @@ from leanseek.model.moe import Gate
 from leanseek.training import RunConfig, Trainer
 from leanseek.training.config import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from leanseek.training.part import Norms, Part, Slice
+from tests.small import NETWORK, forked
 
-MODEL = ModelConfig(
-    vocab_size=67, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-    num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-    num_nextn_predict_layers=1, initializer_range=0.1,
-)  # fmt: skip
+MODEL = ModelConfig(**NETWORK | {"vocab_size": 67, "n_routed_experts": 8, "initializer_range": 0.1})
 RUN = RunConfig(
     name="ranks",
     model=MODEL,
@@ -80,12 +75,12 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
 
     One rank alone has the NaN or the spike, which both then leave out. The parts are of 3 and 2 sequences.
     """
-    command = [sys.executable, __file__, str(tmp_path)]
-    loopback = os.environ | {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
-    ranks = [subprocess.Popen([*command, str(rank)], env=loopback) for rank in range(2)]
+    ranks = [forked(lambda rank=rank: _rank(tmp_path, rank)) for rank in range(2)]
     try:
         alone, weights = run(slice(0, BATCH), True)
-        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+        for process in ranks:
+            process.join(120)
+        assert [process.exitcode for process in ranks] == [0, 0]
     finally:
         for process in ranks:
             process.kill()
@@ -103,15 +98,11 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def _rank(folder: str, rank: int) -> None:
-    torch.set_num_threads(1)
+def _rank(folder: Path, rank: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     found, weights = run(slice(0, 3) if rank == 0 else slice(3, BATCH), rank == 1, Summed())
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     save_file(weights, f"{folder}/{rank}.safetensors")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _rank(sys.argv[1], int(sys.argv[2]))

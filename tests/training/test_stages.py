@@ -15,13 +15,12 @@ from torch.distributed.tensor import DTensor
 from leanseek import ModelConfig, Transformer
 from leanseek.model import Stage
 from leanseek.training.objective import Losses, losses
+from tests.small import NETWORK
 
 MODEL = ModelConfig(
-    vocab_size=67, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4,
-    num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-    num_nextn_predict_layers=2, initializer_range=0.1,
-)  # fmt: skip
+    **NETWORK | {"vocab_size": 67, "num_hidden_layers": 4, "n_routed_experts": 8, "initializer_range": 0.1},
+    num_nextn_predict_layers=2,
+)
 TOKENS = torch.randint(0, 67, (3, 12 + 3), generator=torch.Generator().manual_seed(1))
 LOSS = {"share": 0.5, "mtp_weight": 0.3, "sequence_alpha": 0.5, "dtype": torch.bfloat16}
 

@@ -21,13 +21,11 @@ from leanseek.training.config import BalanceConfig, MTPConfig, OptimizerConfig, 
 from leanseek.training.objective import losses
 from leanseek.training.part import Norms, Part, Slice
 from leanseek.training.schedules import batch_size, bias_update_speed, learning_rate, mtp_weight
+from tests.small import NETWORK
 
 MODEL = ModelConfig(
-    vocab_size=67, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
-    num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-    num_nextn_predict_layers=1, initializer_range=0.1,
-)  # fmt: skip
+    **NETWORK | {"vocab_size": 67, "num_hidden_layers": 3, "n_routed_experts": 8, "initializer_range": 0.1}
+)
 RUN = RunConfig(
     name="test",
     model=MODEL,

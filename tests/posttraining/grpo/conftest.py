@@ -9,32 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 
 from leanseek import ModelConfig, Transformer, checkpoint
 from leanseek.checkpoint.tokenizer import copy_tokenizer
 from leanseek.posttraining.grpo_config import GRPORun
+from tests.small import GROUPED, pair_tokenizer
 
 VOCAB = 272
 
-SMALL: dict[str, Any] = {
+SMALL: dict[str, Any] = GROUPED | {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1,
     "max_position_embeddings": 128,
     "initializer_range": 0.15,
     "bos_token_id": None,
@@ -56,16 +40,7 @@ def short(prompts, completions, completion_ids, **columns):
 def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: random weights, and a byte-level tokenizer whose token 0 ends a text."""
     folder = tmp_path_factory.mktemp("policy") / "model"
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<eos>", "<think>"],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    inner.train_from_iterator(["one two three four five six seven " * 3], trainer)
+    inner = pair_tokenizer("one two three four five six seven " * 3, VOCAB, ["<eos>", "<think>"])
     model = Transformer(ModelConfig(**SMALL)).init_weights(1)
     checkpoint.save(model, folder)
     inner.save(str(folder / "tokenizer.json"))

@@ -28,8 +28,9 @@ from leanseek.training.metrics import read_rows
 from leanseek.training.part import Part
 from leanseek.training.report import write_report
 from leanseek.training.trainer import StepResult, Trainer
+from tests.small import rewound
 
-pytestmark = pytest.mark.usefixtures("without_report")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 Make = Callable[..., GRPORun]
 
@@ -106,11 +107,8 @@ def test_a_killed_run_repeats_itself(moved: tuple[str, ...], make_run: Make, tmp
     whole = tmp_path / "whole" / run.name
     ratios = rows_of(whole, "mismatch")
     assert ratios[0] == ratios[2] == 0 and ratios[1] > 0 and ratios[3] > 0  # the second epoch is off-policy
-    for killed in (1, 2, 3):
-        shutil.copytree(whole, tmp_path / f"killed-{killed}" / run.name)
-        folder = tmp_path / f"killed-{killed}" / run.name
-        for step in range(killed + 1, 5):
-            shutil.rmtree(folder / f"checkpoints/step-{step}")
+    for killed in (2, 3):
+        folder = rewound(whole, killed, tmp_path / f"killed-{killed}")
         grpo(run, resume=True, runs=tmp_path / f"killed-{killed}")
         assert _state(folder / "checkpoints/step-4") == _state(whole / "checkpoints/step-4")
         assert (folder / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
