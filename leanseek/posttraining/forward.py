@@ -105,9 +105,7 @@ def score(
     model, dtype = policy.model, policy.dtype
     tree, samples = _distinct(tokens.tolist(), lengths)
     shared = Shared.of(samples, tokens.device)
-    distinct = torch.tensor(
-        [row for sample in samples for row in sample], device=tokens.device
-    )  # [N], each token's row
+    distinct = torch.tensor([row for sample in samples for row in sample], device=tokens.device)  # [N], of each token
     seen = policy.recall(tree) or _computed(policy.backend(), tokens, lengths, distinct)
     x = model.embed(torch.tensor([token for _, token in tree], device=tokens.device), dtype)
     cos, sin = model.rotary((shared.place % shared.rows.shape[1])[None])

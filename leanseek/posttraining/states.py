@@ -50,20 +50,20 @@ class Recorder:
 
     def __init__(self, backend: StepBackend, room: int):
         self.backend = backend
-        self.config, self.device, self.dtype = c, _, _ = backend.config, backend.device, backend.dtype
+        self.config, self.device, self.dtype = backend.config, backend.device, backend.dtype
         self.step_ahead, self.logits, self.trace = backend.step_ahead, backend.logits, backend.trace
-        self._layers = c.num_hidden_layers
-        states = (self._layers + 2) * c.hidden_size * self.dtype.itemsize
-        self._begin(room // (states + self._layers * c.num_experts_per_tok * torch.int64.itemsize))
+        c, layers = self.config, self.config.num_hidden_layers
+        states = (layers + 2) * c.hidden_size * self.dtype.itemsize
+        self._begin(room // (states + layers * c.num_experts_per_tok * torch.int64.itemsize))
 
     def _begin(self, rows: int) -> None:
         """Know nothing, with memory for `rows` rows; what is not written to takes none."""
-        c = self.config
+        c, layers = self.config, self.config.num_hidden_layers
         self._room, self._tree = rows, Tree()
         self._at: dict[int, int] = {}  # the row whose latent is in a slot of the cache
         # as in Trace; the last is its `hidden`
-        self._states = empty((self._layers + 2, rows, c.hidden_size), self.dtype, self.device)
-        self._routes = empty((self._layers, rows, c.num_experts_per_tok), torch.int64, self.device)
+        self._states = empty((layers + 2, rows, c.hidden_size), self.dtype, self.device)
+        self._routes = empty((layers, rows, c.num_experts_per_tok), torch.int64, self.device)
 
     def step(self, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Tensor:
         first = len(self._tree)
