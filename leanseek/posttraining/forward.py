@@ -124,7 +124,7 @@ def score(
     hidden = _Value.apply(x, seen.hidden.to(dtype), model.norm)
     logits = policy.backend().logits
     logp, entropy = _TokenLogprobs.apply(hidden[distinct[rows]], model.head_weight, targets, temperature, logits)
-    return Scored(logp, entropy, hidden.detach()[distinct], routes)
+    return Scored(logp, entropy, hidden.detach().index_select(0, distinct), routes)
 
 
 def _distinct(tokens: Sequence[int], lengths: Sequence[int]) -> tuple[Tree, list[list[int]]]:
@@ -145,7 +145,7 @@ def _computed(backend: StepBackend, tokens: Tensor, lengths: Sequence[int], dist
     found = trace(backend, tokens, lengths)
     pick = torch.empty(int(distinct.max()) + 1, dtype=torch.int64, device=tokens.device)
     pick[distinct] = torch.arange(len(distinct), device=tokens.device)  # any token of a row: they have the same bits
-    return Trace(found.states[:, pick], found.routes[:, pick], found.hidden[pick])
+    return Trace(found.states.index_select(1, pick), found.routes.index_select(1, pick), found.hidden[pick])
 
 
 class _Same(torch.autograd.Function):
