@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from leanseek import ops
-from leanseek.backends.protocol import Trace, scratch, whole
+from leanseek.backends.protocol import Trace
 from leanseek.model import Transformer
 
 
@@ -30,12 +28,13 @@ class TorchBackend:
         with ops.row_invariant(), torch.inference_mode():
             return self._model.step_ahead(depth, hidden, tokens, cache, index)
 
-    def trace(self, tokens: Tensor, lengths: Sequence[int]) -> Trace:
-        index = whole(lengths, self.device)
+    def trace(self, tokens: Tensor, cache: Tensor, index: ops.CacheIndex) -> Trace:
         with ops.row_invariant(), torch.no_grad():
-            steps = list(self._model.step_states(tokens, scratch(index, self.config, self.dtype), index))
+            steps = list(self._model.step_states(tokens, cache, index))
             hidden = self._model.norm(steps[-1][0])
-        return Trace([x for x, _ in steps], [route and route.indices for _, route in steps[1:]], hidden)
+        none = tokens.new_zeros(len(tokens), self.config.num_experts_per_tok)
+        routes = torch.stack([none if route is None else route.indices for _, route in steps[1:]])
+        return Trace(torch.stack([x for x, _ in steps]), routes, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with ops.row_invariant(), torch.inference_mode():

@@ -6,12 +6,11 @@ Whether all of a network can be packed is asked first (`refusal`); what is packe
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from leanseek.backends.protocol import Trace, scratch, whole
+from leanseek.backends.protocol import Trace
 from leanseek.config import ModelConfig
 from leanseek.model.attention import LATENT_NORM_EPS
 from leanseek.model.rope import Rotary
@@ -91,14 +90,12 @@ class PanelBackend:
         layer = self.config.num_hidden_layers + depth - 1
         return self._stacks[depth].step(tokens, hidden, cache[layer:], index)
 
-    def trace(self, tokens: Tensor, lengths: Sequence[int]) -> Trace:
-        c, index = self.config, whole(lengths, self.device)
-        layers, n = c.num_hidden_layers, len(tokens)
+    def trace(self, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Trace:
+        c, layers, n = self.config, self.config.num_hidden_layers, len(tokens)
         states = torch.empty(layers + 1, n, c.hidden_size)
         routes = torch.empty(layers, n, c.num_experts_per_tok, dtype=torch.int64)
-        hidden = self._stacks[0].step(tokens, None, scratch(index, c, self.dtype), index, states, routes)
-        chosen = [routes[layer] if c.is_moe_layer(layer) else None for layer in range(layers)]
-        return Trace(list(states), chosen, hidden)
+        hidden = self._stacks[0].step(tokens, None, cache, index, states, routes)
+        return Trace(states, routes, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return panels.linear(hidden, self._head, torch.float32)

@@ -18,8 +18,8 @@ PAGE = 16  # rows of a page of whole sequences
 class Trace(NamedTuple):
     """What a step went through."""
 
-    states: list[Tensor]  # what each layer begins with and what the last one ends with, [N, D] each
-    routes: list[Tensor | None]  # the experts of each layer [N, K] int64; None where it has none
+    states: Tensor  # [layers + 1, N, D]: what each layer begins with and what the last one ends with
+    routes: Tensor  # [layers, N, K] int64: the experts of each layer; anything where it has none
     hidden: Tensor  # [N, D], as `step` returns it
 
 
@@ -41,6 +41,12 @@ def scratch(index: CacheIndex, config: ModelConfig, dtype: torch.dtype) -> Tenso
     slots = (int(index.pages.max()) + 1) * index.page_size if index.pages.numel() else 0
     rows = torch.zeros(slots, config.cache_width, dtype=dtype, device=index.pages.device)
     return rows.expand(config.num_hidden_layers, -1, -1)
+
+
+def trace(backend: StepBackend, tokens: Tensor, lengths: Sequence[int]) -> Trace:
+    """Whole sequences, tokens [N] int64 one after the other: the same bits as `step` in any steps."""
+    index = whole(lengths, backend.device)
+    return backend.trace(tokens, scratch(index, backend.config, backend.dtype), index)
 
 
 class StepBackend(Protocol):
@@ -76,8 +82,8 @@ class StepBackend(Protocol):
         cache and index as in `step`; the module's layer is num_hidden_layers + depth - 1.
         """
 
-    def trace(self, tokens: Tensor, lengths: Sequence[int]) -> Trace:
-        """Whole sequences, tokens [N] int64 one after the other: the same bits as `step` in any steps."""
+    def trace(self, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Trace:
+        """As `step`, with what it went through."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] of any rows -> [R, vocab_size] float32."""

@@ -9,7 +9,7 @@ from leanseek.fp8.memory import Recomputed
 from leanseek.fp8.recipe import Cast, GradientBlocks, Tensorwise, Tilewise
 from leanseek.model import attention, block, moe
 from leanseek.model import layers as plain
-from leanseek.model.packing import Lengths
+from leanseek.model.packing import Lengths, Shared
 from leanseek.ops import Dispatched
 from leanseek.ops.formats import Counts
 from leanseek.ops.quantize import round_e5m6
@@ -58,7 +58,7 @@ class MLA(attention.MLA):
         cos: Tensor,
         sin: Tensor,
         recompute: bool,
-        lengths: Lengths | None,
+        lengths: Lengths | Shared | None,
     ) -> Tensor:
         held = q_latent.detach(), latent.detach()
         q, kv = self._query(q_latent, recompute), self._keys_values(latent, recompute)

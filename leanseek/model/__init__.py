@@ -8,13 +8,14 @@ from leanseek.model.moe import (
     sequence_balance_loss,
     switch_balance_loss,
 )
-from leanseek.model.packing import Lengths, membership, without_padding
+from leanseek.model.packing import Lengths, Shared, membership, without_padding
 from leanseek.model.transformer import Output, Stage, Transformer
 
 __all__ = [
     "Lengths",
     "Output",
     "Route",
+    "Shared",
     "Stage",
     "Transformer",
     "load_counts",

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from leanseek import ops
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
-from leanseek.model.packing import Lengths
+from leanseek.model.packing import Lengths, Shared
 from leanseek.ops.products import wide
 
 # The published code and transformers leave the norms of both latents at this eps whatever rms_norm_eps says
@@ -63,11 +63,11 @@ class MLA(nn.Module):
         return latent, k_rope
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, lengths: Lengths | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, lengths: Lengths | Shared | None = None
     ) -> Tensor:
         """Expanded form over whole sequences: x [B, T, D], cos and sin [B or 1, T, rope / 2] -> [B, T, D].
 
-        lengths: of the samples in each row, which do not see each other.
+        lengths: of the samples in each row, which do not see each other; or how they share rows.
         """
         out = self._attend(self._query_latent(x), *self._compress(x), cos, sin, recompute, lengths)
         return self.o_proj(out.flatten(-2))  # eq. 11
@@ -80,7 +80,7 @@ class MLA(nn.Module):
         cos: Tensor,
         sin: Tensor,
         recompute: bool,
-        lengths: Lengths | None,
+        lengths: Lengths | Shared | None,
     ) -> Tensor:
         """eq. 2 to 10, from what `_query_latent` and `_compress` return -> [B, T, H, v]."""
         q, kv = self._query(q_latent, recompute), self._keys_values(latent, recompute)
@@ -112,10 +112,12 @@ class MLA(nn.Module):
         return w_uk, w_uv
 
 
-def by_sample(attend: Callable[..., Tensor], lengths: Lengths | None, *inputs: Tensor) -> Tensor:
+def by_sample(attend: Callable[..., Tensor], lengths: Lengths | Shared | None, *inputs: Tensor) -> Tensor:
     """`attend` over inputs [B or 1, T, ...], by whole rows; with `lengths` by samples, and zeros in the padding."""
     if lengths is None:
         return attend(*inputs)
+    if isinstance(lengths, Shared):
+        return lengths.attend(attend, *inputs)
     rows, size = [], inputs[0].shape[1]
     for row, samples in enumerate(lengths):
         padding = size - sum(samples)
@@ -150,7 +152,7 @@ class GQA(nn.Module):
         return ops.rotate(q, cos, sin, interleave), ops.rotate(k, cos, sin, interleave), v
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, lengths: Lengths | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, recompute: bool = False, lengths: Lengths | Shared | None = None
     ) -> Tensor:
         """As MLA.forward; there is no up-projection to recompute."""
         return self.o_proj(by_sample(self._mix, lengths, *self._qkv(x, cos, sin)).flatten(-2))

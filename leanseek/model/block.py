@@ -10,7 +10,7 @@ from leanseek.config import ModelConfig
 from leanseek.model.attention import GQA, MLA
 from leanseek.model.layers import MLP, RMSNorm
 from leanseek.model.moe import MoE, Route
-from leanseek.model.packing import Lengths
+from leanseek.model.packing import Lengths, Shared
 
 
 class Block(nn.Module):
@@ -46,7 +46,7 @@ class Block(nn.Module):
         sin: Tensor,
         recompute: bool = False,
         replay: Tensor | None = None,
-        lengths: Lengths | None = None,
+        lengths: Lengths | Shared | None = None,
     ) -> tuple[Tensor, Route | None]:
         """x [B, T, D] -> ([B, T, D], the layer's route if it has experts)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, recompute, lengths)

@@ -12,7 +12,7 @@ from leanseek.ops.latent_attention import CacheIndex, latent_attention
 from leanseek.ops.linear import linear
 from leanseek.ops.norm import rms_norm
 from leanseek.ops.rotary import rotate
-from leanseek.ops.sampling import Choice, finite_rows, sample, token_logprobs
+from leanseek.ops.sampling import Choice, finite_rows, logprobs, sample, token_logprobs
 from leanseek.ops.select import expert_scores, select_experts
 from leanseek.ops.swiglu import swiglu
 from leanseek.ops.weights import (
@@ -52,6 +52,7 @@ __all__ = [
     "latent_attention",
     "linear",
     "linear_cross_entropy",
+    "logprobs",
     "mla_attention",
     "ordinary",
     "quantize_rows",

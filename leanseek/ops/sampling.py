@@ -48,14 +48,17 @@ def sample(logits: Tensor, choice: Choice) -> Tensor:
     return torch.cat([_sample(logits[rows], choice.at(rows)) for rows in parts])
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: Tensor) -> Tensor:
-    """log softmax(logits / temperature)[token] of each row, float32 [R]; 0 at temperature 0. Row-invariant.
+def logprobs(logits: Tensor, temperature: Tensor) -> Tensor:
+    """log softmax(logits / temperature) of rows [R, V] float32, temperature [R] float32. Row-invariant.
 
-    logits [R, V] float32; tokens [R] int64; temperature [R] float32. The sampler and the trainer of reinforcement
-    learning both take their numbers from here.
+    The sampler and the trainer of reinforcement learning both take their numbers from here.
     """
-    scaled = logits * (1 / temperature.clamp_min(1e-6))[:, None]
-    found = scaled.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    return (logits * (1 / temperature.clamp_min(1e-6))[:, None]).log_softmax(-1)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: Tensor) -> Tensor:
+    """`logprobs` of each row's token [R] int64, [R]; 0 at temperature 0."""
+    found = logprobs(logits, temperature).gather(1, tokens[:, None]).squeeze(1)
     return torch.where(temperature == 0, 0.0, found)
 
 

@@ -42,6 +42,7 @@ from leanseek.training.trainer import Trainer
 
 TOKENIZER = "tokenizer"  # folder of a run
 EVALUATION, SHUFFLE = 2**40, 2**41  # in the place of a step, where the seed is of something else
+GIB = 2**30
 SOLVED = 0.5  # a score above counts as solved
 
 Render = Callable[[list[dict[str, Any]]], str]
@@ -159,7 +160,8 @@ class RolloutFeed(Feed):
     def attach(self, trainer: Trainer) -> None:
         self.trainer = trainer
         c, settings = self.run.model, self.settings
-        self.policy = Policy(trainer.model, trainer.dtype, self.run.train.precision)
+        room = int(settings.cache_gib * GIB)  # as much again as the engine's cache has
+        self.policy = Policy(trainer.model, trainer.dtype, self.run.train.precision, room)
         self.objective.attach(self.policy)  # type: ignore[union-attr]
         longest = max(len(ids) for _, ids in (*self.prompts, *self.held_out))
         options: dict[str, Any] = {} if settings.speculate < 0 else {"speculate": settings.speculate}
@@ -220,7 +222,7 @@ class RolloutFeed(Feed):
             begun = time.perf_counter()
             seeds = [seed_of(self.run.train.seed, step, turn * wanted + number) for number in range(missing)]
             completions = self._complete(
-                [ids for _, ids in prompts], self.settings.group, self.settings.temperature, seeds
+                [ids for _, ids in prompts], self.settings.group, self.settings.temperature, seeds, keep=True
             )
             spent += time.perf_counter() - begun
             found = self._judged(step, prompts, completions, sampled)
@@ -236,10 +238,10 @@ class RolloutFeed(Feed):
         }
 
     def _complete(
-        self, prompts: Sequence[list[int]], choices: int, temperature: float, seeds: Sequence[int]
+        self, prompts: Sequence[list[int]], choices: int, temperature: float, seeds: Sequence[int], keep: bool = False
     ) -> list[list[Completion]]:
         stop = self.chat.stop if self.chat else ()
-        return self.sampler.complete(prompts, choices, self.settings.max_tokens, temperature, seeds, stop)
+        return self.sampler.complete(prompts, choices, self.settings.max_tokens, temperature, seeds, stop, keep)
 
     def _scores(
         self, prompts: Sequence[tuple[Prompt, list[int]]], completions: Sequence[Sequence[Completion]]
@@ -323,7 +325,7 @@ class RolloutFeed(Feed):
         for part in batch.to(self.trainer.device).split(size):
             where = places(part)
             rows = slice(first, first := first + len(part))
-            logp = scored(reference.model, reference, part, where, self.settings.temperature, reference.dtype).logp
+            logp = scored(reference, part, where, self.settings.temperature).logp
             found[rows][where.scored.cpu()] = logp.cpu()
         return found
 

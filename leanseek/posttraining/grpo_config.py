@@ -52,7 +52,7 @@ class GRPOConfig:
     refill: int = 0  # how often groups without spread are replaced by others; 0: they stay, with advantage 0
     speculate: int = -1  # MTP drafts of a rollout; -1: the engine's default
     streams: int = 64  # completions sampled at a time
-    cache_gib: float = 0.25  # of the engine's cache
+    cache_gib: float = 0.25  # of the engine's cache, and at most as much for the states of a rollout
     solved_by: str = ""  # the reward that says whether an answer is right (above 0.5); "": the first
     pass_k: int = 0  # pass_at_k of held-out prompts besides pass_at_1; 0: none
 

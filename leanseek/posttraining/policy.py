@@ -9,12 +9,14 @@ from torch import Tensor
 
 from leanseek import ops
 from leanseek.backends import PanelBackend, StepBackend, TorchBackend, refusal
+from leanseek.backends.protocol import Trace
 from leanseek.fp8 import modules as fp8
 from leanseek.model import Transformer
 from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
 from leanseek.ops.quantize import quantize_blocks
 from leanseek.ops.weights import named_weights, replace_weight
+from leanseek.posttraining.states import Recorder, Tree
 
 EXACT = ("gate.weight", "e_score_correction_bias")  # float32 in training whatever the activations are
 
@@ -23,13 +25,14 @@ class Policy:
     """A model's weights as a `StepBackend`, made anew when they have changed.
 
     dtype: of activations, and of what is not quantised. precision: as `train.precision`; with "fp8" what trains in FP8
-    is quantised in 128×128 blocks.
+    is quantised in 128×128 blocks. room: bytes for what rollouts went through (states.py).
     """
 
-    def __init__(self, model: Transformer, dtype: torch.dtype, precision: str = "bf16"):
-        self.model, self.dtype, self.precision = model, dtype, precision
+    def __init__(self, model: Transformer, dtype: torch.dtype, precision: str = "bf16", room: int = 0):
+        self.model, self.dtype, self.precision, self.room = model, dtype, precision, room
         self._version: tuple[int, ...] = ()
         self._backend: StepBackend | None = None
+        self._recorder: Recorder | None = None
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -41,7 +44,19 @@ class Policy:
         version = self.version
         if self._backend is None or version != self._version:
             self._backend, self._version = backend_of(self.model, self.dtype, self.precision), version
+            self._recorder = None
         return self._backend
+
+    def recorder(self) -> Recorder:
+        """`backend`, keeping what its steps go through for `recall`. An engine adopts it with an empty cache."""
+        backend = self.backend()
+        self._recorder = self._recorder or Recorder(backend, self.room)
+        return self._recorder
+
+    def recall(self, rows: Tree) -> Trace | None:
+        """What these rows went through under the weights as they are now, if a recorder has kept that."""
+        self.backend()
+        return self._recorder.recall(rows) if self._recorder else None
 
     @property
     def device(self) -> torch.device:

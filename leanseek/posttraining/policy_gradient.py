@@ -37,15 +37,13 @@ def places(batch: Batch) -> Places:
     return Places(real, scored, lengths, [n - s + 1 for n, s in zip(lengths, start.tolist(), strict=True)])
 
 
-def scored(
-    model: Transformer, policy: Policy, batch: Batch, where: Places, temperature: float, dtype: torch.dtype
-) -> Scored:
+def scored(policy: Policy, batch: Batch, where: Places, temperature: float) -> Scored:
     """The completions of a batch under a policy."""
     width = where.real.shape[1]
     rows = where.scored[where.real].nonzero().squeeze(1)
     targets = batch.tokens[:, 1 : width + 1][where.scored]
     tokens = batch.tokens[:, :width][where.real]
-    return score(model, policy.backend(), tokens, where.lengths, rows, targets, temperature, dtype)
+    return score(policy, tokens, where.lengths, rows, targets, temperature)
 
 
 class PolicyGradient:
@@ -69,7 +67,7 @@ class PolicyGradient:
         "advantage" and "weight" [B], "tokens" [B] (of all the step's completions)."""
         assert self._policy is not None
         where, columns = places(batch), batch.columns
-        found = scored(model, self._policy, batch, where, self.run.grpo.temperature, self._policy.dtype)
+        found = scored(self._policy, batch, where, self.run.grpo.temperature)
         reference = columns["reference"][where.scored] if "reference" in columns else None
         old = columns["old"][where.scored]
         loss, figures = policy_loss(
@@ -85,7 +83,7 @@ class PolicyGradient:
         """The MTP modules learn to draft what the policy says; nothing else gets a gradient of it."""
         width, total = where.real.shape[1], float(batch.columns["tokens"][0])
         state = hidden.new_zeros(*where.real.shape, hidden.shape[-1])
-        state[where.real] = hidden.detach()
+        state[where.real] = hidden
         ahead, losses = batch.tokens[:, 1:], []
         states, _ = model.predict_ahead(state, ahead)
         for depth, one in enumerate(states, start=1):

@@ -44,12 +44,14 @@ class Rollouts:
         temperature: float,
         seeds: Sequence[int],
         stop: Sequence[str] = (),
+        keep: bool = False,
     ) -> list[list[Completion]]:
         """`choices` completions of each prompt, sampled from softmax(logits / temperature), greedy at 0.
 
-        They depend on the weights, the prompt and its seed, and not on each other.
+        They depend on the weights, the prompt and its seed, and not on each other. keep: the policy keeps what they
+        went through, for training on them.
         """
-        self.refresh()
+        self.refresh(keep)
         each = SamplingParams(
             n=choices,
             temperature=temperature,
@@ -65,9 +67,9 @@ class Rollouts:
             for output in outputs
         ]
 
-    def refresh(self) -> None:
+    def refresh(self, keep: bool = False) -> None:
         """Take the weights as they are now."""
-        backend = self.policy.backend()
+        backend = self.policy.recorder() if keep else self.policy.backend()
         if backend is not self._backend:
             self.engine.adopt(backend)
             self._backend = backend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class _Still:
     def step_ahead(self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Tensor:
         return hidden
 
-    def trace(self, tokens: Tensor, lengths: Sequence[int]) -> Trace:
+    def trace(self, tokens: Tensor, cache: Tensor, index: CacheIndex) -> Trace:
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -219,10 +219,14 @@ def _load_maps(trained: Rows) -> list[Draw]:
 
 
 def _rank_chart(trained: Rows) -> list[tuple[str, Draw]]:
-    """What each rank spends a step on, by the median of the steps; the one that waits least is waited for."""
+    """What each rank spends a step on, by the median of the steps; the one that waits least is waited for.
+
+    Of a run that was resumed on another number of ranks, the steps on the last number.
+    """
     rows = [r["ranks"] for r in trained if r.get("ranks")]
     if not rows:
         return []
+    rows = [row for row in rows if len(row["wait_s"]) == len(rows[-1]["wait_s"])]
     kinds = {"compute_s": "compute", "exchange_s": "exchange of rows for experts", "wait_s": "waiting for other ranks"}
     median = {kind: [statistics.median(v) for v in zip(*(r[kind] for r in rows), strict=True)] for kind in kinds}
     idle = [a + b for a, b in zip(median["exchange_s"], median["wait_s"], strict=True)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leanseek import Transformer, fp8, ops
-from leanseek.model import Lengths, membership, sample_balance_loss, sequence_balance_loss, without_padding
+from leanseek.model import Lengths, Shared, membership, sample_balance_loss, sequence_balance_loss, without_padding
 from leanseek.model.packing import positions, within
 from leanseek.training.objective import losses
 
@@ -168,3 +168,24 @@ def test_fp8_packed_is_unpacked(tiny_model: Build) -> None:
     torch.testing.assert_close(found.main, sum(one.main for one in each), rtol=1e-2, atol=0)
     other = model.layers[1].self_attn.q_b_proj.weight.grad
     assert (gradient - other).norm() < 0.1 * other.norm()
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_shared_rows_are_what_each_sample_alone_has(tiny_model: Build, changes: dict) -> None:
+    """A row that several samples begin with is computed once; its gradient is the sum of theirs."""
+    model = tiny_model(**changes)
+    rows_of = [[0, 1, 2, 3], [0, 1, 4], [0, 1, 2, 5, 6], [7], [0, 1, 2, 3]]
+    shared, block = Shared.of(rows_of, torch.device("cpu")), model.layers[1]
+    cos, sin = model.rotary(torch.arange(5)[None])
+    at = torch.tensor([0, 1, 2, 3, 2, 3, 4, 0])
+    x = torch.randn(8, model.config.hidden_size, requires_grad=True)
+    out = block(x[None], cos[:, at], sin[:, at], False, None, shared)[0][0]
+    alone = [block(x[rows][None], cos[:, : len(rows)], sin[:, : len(rows)])[0][0] for rows in rows_of]
+    for rows, expected in zip(rows_of, alone, strict=True):
+        torch.testing.assert_close(out[rows], expected)
+    shares = [torch.randn_like(each) for each in alone]
+    leaves = [x, *block.parameters()]
+    expected = torch.autograd.grad(sum((a * s).sum() for a, s in zip(alone, shares, strict=True)), leaves)
+    loss = sum((out[rows] * s).sum() for rows, s in zip(rows_of, shares, strict=True))
+    for found, gradient in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-4)

@@ -15,9 +15,12 @@ import torch
 from typer.testing import CliRunner
 
 from leanseek import load
+from leanseek.backends import StepBackend
+from leanseek.backends.protocol import Trace, trace
 from leanseek.cli import app
 from leanseek.config import ConfigError
 from leanseek.engine import Tokenizer
+from leanseek.posttraining import forward
 from leanseek.posttraining.grpo import RolloutFeed, Sample, grpo
 from leanseek.posttraining.grpo_config import GRPORun
 from leanseek.posttraining.references import References
@@ -114,6 +117,30 @@ def test_a_killed_run_repeats_itself(moved: tuple[str, ...], make_run: Make, tmp
 
 
 # ---- what is trained on ----
+
+
+def test_only_the_first_steps_on_a_rollout_need_no_forward(
+    make_run: Make, opened: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the sampler has computed is not computed again while the weights are the same; and nothing differs by it."""
+    computed = []
+
+    def spied(backend: StepBackend, tokens: torch.Tensor, lengths: Any) -> Trace:
+        computed[-1] += 1
+        return trace(backend, tokens, lengths)
+
+    monkeypatch.setattr(forward, "trace", spied)
+    run, weights = make_run("grpo.epochs=2", "train.steps=4", "train.micro_batch_size=5"), []
+    for room in (None, 0):
+        feed, trainer = opened(run)
+        feed.policy.room = feed.policy.room if room is None else room
+        for step in range(4):
+            computed.append(0)
+            trainer.step(feed.batch(step), step)
+            feed.evaluate(trainer, step)
+        weights.append({name: p.clone() for name, p in trainer.model.state_dict().items()})
+    assert computed == [0, 3, 0, 3, 3, 3, 3, 3]
+    assert all(torch.equal(weights[1][name], p) for name, p in weights[0].items())
 
 
 def test_sampled_ids_are_trained_on(make_run: Make, opened: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from leanseek import Transformer, fp8, native, ops
+from leanseek.backends.protocol import trace
+from leanseek.engine import Tokenizer
+from leanseek.posttraining import forward
 from leanseek.posttraining.forward import Scored, score
 from leanseek.posttraining.policy import Policy
 from leanseek.posttraining.rollouts import Completion, Rollouts, seed_of
@@ -26,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "alone": {"speculate": 0, "max_batch": 1, "prefix_cache": False},
     "chunks": {"speculate": 1, "step_tokens": 7, "page_size": 4},
 }
+ROOM = 2**24  # bytes for what rollouts go through
 
 
 @pytest.fixture(params=["torch", *native.usable_variants()[:1]])
@@ -35,9 +40,11 @@ def path(request: pytest.FixtureRequest) -> Iterator[list[str]]:
         yield ["drafts"] if request.param == "torch" else list(SETTINGS)
 
 
-def sample(rollouts: Rollouts, temperature: float = 1.0, choices: int = 3, step: int = 0) -> list[list[Completion]]:
+def sample(
+    rollouts: Rollouts, temperature: float = 1.0, choices: int = 3, step: int = 0, keep: bool = False
+) -> list[list[Completion]]:
     seeds = [seed_of(3, step, number) for number in range(len(PROMPTS))]
-    return rollouts.complete(PROMPTS, choices, 9, temperature, seeds)
+    return rollouts.complete(PROMPTS, choices, 9, temperature, seeds, keep=keep)
 
 
 def trained(policy: Policy, answers: Sequence[Sequence[Completion]], temperature: float) -> tuple[Scored, torch.Tensor]:
@@ -50,9 +57,7 @@ def trained(policy: Policy, answers: Sequence[Sequence[Completion]], temperature
         lengths.append(len(prompt) + len(c.token_ids) - 1)
     tokens = torch.tensor([t for prompt, c in pairs for t in [*prompt, *c.token_ids][:-1]])
     targets = torch.tensor([t for _, c in pairs for t in c.token_ids])
-    found = score(
-        policy.model, policy.backend(), tokens, lengths, torch.tensor(rows), targets, temperature, policy.dtype
-    )
+    found = score(policy, tokens, lengths, torch.tensor(rows), targets, temperature)
     return found, torch.tensor([value for _, c in pairs for value in c.logprobs])
 
 
@@ -79,6 +84,108 @@ def test_ratio_is_exactly_1(
     found, old = trained(policy, first, temperature)
     assert torch.equal(found.logp.detach(), old)
     assert ((found.logp - old).exp() == 1).all()
+
+
+class Spy:
+    """Counts the exact forwards of training."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.calls = 0
+        monkeypatch.setattr(forward, "trace", self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return trace(*arguments)
+
+
+def learned(policy: Policy, answers: Sequence[Sequence[Completion]], temperature: float) -> list[torch.Tensor]:
+    """All that training takes from `score`, and the gradients."""
+    policy.model.zero_grad()
+    found, _ = trained(policy, answers, temperature)
+    (found.logp * torch.linspace(-1, 1, len(found.logp))).sum().backward()
+    gradients = [p.grad for p in policy.model.parameters() if p.grad is not None]
+    return [found.logp.detach(), found.entropy, found.hidden, *(r.indices for r in found.routes), *gradients]
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "fp8"])
+def test_what_rollouts_went_through_is_not_computed_again(
+    arithmetic: str, path: list[str], random_policy: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing differs by it: with drafts that are refused, shared pages, parts of prompts, preempted sequences."""
+    model = random_policy(**(BLOCKS if arithmetic == "fp8" else {}))
+    precision = "fp8" if arithmetic == "fp8" else "bf16"
+    fp8.apply(model, precision)
+    dtype, spy = torch.float32 if arithmetic == "float32" else torch.bfloat16, Spy(monkeypatch)
+    page = 4 * model.config.cache_width * dtype.itemsize * (model.config.num_hidden_layers + 1)  # bytes
+    few = {"speculate": 2, "page_size": 4, "cache_gib": 15.5 * page / 2**30}
+    for options in (few, *(SETTINGS[name] for name in path)):
+        policy = Policy(model, dtype, precision, ROOM)
+        rollouts = Rollouts(policy, None, **{"cache_gib": 0.01} | options)
+        answers = sample(rollouts, 0.7, keep=True)
+        assert bool(rollouts.engine.stats().preemptions) == (options is few)
+        kept = learned(policy, answers, 0.7)
+        assert spy.calls == 0
+        computed = learned(Policy(model, dtype, precision), answers, 0.7)
+        assert spy.calls == 1
+        assert all(map(torch.equal, kept, computed)) and len(kept) == len(computed)
+        spy.calls = 0
+
+
+def test_other_rollouts_between(random_policy: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation on the same weights, whose pages hold what nobody has kept; and rollouts in two parts."""
+    policy, spy = Policy(random_policy(), torch.float32, room=ROOM), Spy(monkeypatch)
+    rollouts = Rollouts(policy, None, cache_gib=0.01)
+    sample(rollouts, step=1)
+    first = sample(rollouts, keep=True)
+    second = sample(rollouts, step=2, keep=True)
+    sample(rollouts, step=3)
+    third = sample(rollouts, step=4, keep=True)
+    for answers in (first, second, third):
+        found, old = trained(policy, answers, 1.0)
+        assert torch.equal(found.logp.detach(), old)
+    assert spy.calls == 0
+    trained(policy, sample(rollouts, step=5), 1.0)
+    assert spy.calls == 1
+
+
+def test_a_completion_that_a_string_ends(
+    policy_folder: Path, random_policy: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, spy = Policy(random_policy(), torch.float32, room=ROOM), Spy(monkeypatch)
+    rollouts = Rollouts(policy, Tokenizer(policy_folder), cache_gib=0.01)
+    answers = rollouts.complete(PROMPTS, 4, 9, 1.0, range(4), stop=tuple("aeiou"), keep=True)
+    assert 0 < sum(c.cut_off for group in answers for c in group) < 16
+    found, old = trained(policy, answers, 1.0)
+    assert torch.equal(found.logp.detach(), old) and spy.calls == 0
+
+
+def test_a_step_that_failed(random_policy: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine tries its sequences one by one; what was to come of the step is not taken for what came."""
+    policy, spy = Policy(random_policy(), torch.float32, room=ROOM), Spy(monkeypatch)
+    rollouts, steps = Rollouts(policy, None, cache_gib=0.01), 0
+    inner = policy.recorder().backend.trace
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps in (1, 8):
+            raise MemoryError
+        return inner(*arguments)
+
+    monkeypatch.setattr(policy.recorder().backend, "trace", failing)
+    answers = sample(rollouts, keep=True)
+    found, old = trained(policy, answers, 1.0)
+    assert torch.equal(found.logp.detach(), old) and spy.calls == 0 and steps > 8
+
+
+@pytest.mark.parametrize("room", [0, 10_000])
+def test_what_does_not_fit_is_computed(
+    room: int, random_policy: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, spy = Policy(random_policy(), torch.float32, room=room), Spy(monkeypatch)
+    answers = sample(Rollouts(policy, None, cache_gib=0.01), keep=True)
+    found, old = trained(policy, answers, 1.0)
+    assert torch.equal(found.logp.detach(), old) and spy.calls == 1
 
 
 def test_the_log_probabilities_are_the_temperatures(random_policy: Callable[..., Transformer]) -> None:
