@@ -36,11 +36,11 @@ def measure(run: RunConfig, folder: Path, quick: bool) -> dict[str, Any]:
 
 def judge(found: Found) -> Verdict:
     against = {arm: found.difference("bias", arm, bits) for arm in (*AUXILIARY, "batch-wise", "none")}
-    balanced = found.difference("bias", "none", violation).sign < 0
+    balance = found.difference("bias", "none", violation).sign
     signs = [against[arm].sign for arm in AUXILIARY]
     word = (
-        "contradicted" if 1 in signs or not balanced
-        else "held" if all(sign < 0 for sign in signs)
+        "contradicted" if 1 in signs or balance > 0
+        else "held" if balance < 0 and all(sign < 0 for sign in signs)
         else "held in part" if -1 in signs
         else "not seen at this scale"
     )  # fmt: skip
@@ -56,6 +56,7 @@ def judge(found: Found) -> Verdict:
 
 
 def draw(figure: Figure, found: Found) -> None:
+    figure.set_size_inches(11, 6)
     rows = figure.subfigures(2, 1, height_ratios=[1, 1])
     left, middle, right = rows[0].subplots(1, 3)
     dots(left, found, bits, BITS)

@@ -31,7 +31,7 @@ TOLERANCE = 0.015  # by which arms that should be equal may differ
 ROWS = "rows.json"  # in the folder of a run: what it adds to results.json
 ALONE = ""  # the arm of a claim that trains nothing
 
-Word = Literal["held", "held in part", "not seen at this scale", "contradicted", "not run"]
+Word = Literal["held", "held in part", "not seen at this scale", "contradicted", "one seed alone", "not run"]
 
 
 class Verdict(NamedTuple):

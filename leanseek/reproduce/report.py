@@ -16,7 +16,7 @@ from leanseek.writing import replace_file, writing
 
 _COLOR = {
     "held": "#10b981", "held in part": "#3b82f6", "not seen at this scale": "#a16207", "contradicted": "#ef4444",
-    "not run": "#7b8494",
+    "one seed alone": "#7b8494", "not run": "#7b8494",
 }  # fmt: skip
 
 
@@ -53,7 +53,10 @@ def judge(claim: Claim, runs: Path) -> Judged:
     found = Found(claim, results_path(claim, runs))
     if not found.seeds:
         return Judged(claim, found, Verdict("not run", "", f"Run it: `leanseek reproduce {claim.name}`"))
-    return Judged(claim, found, claim.script.judge(found))
+    verdict: Verdict = claim.script.judge(found)
+    if claim.arms and len(found.seeds) < 2 and not claim.quick:  # nothing is called by one seed
+        verdict = verdict._replace(word="one seed alone")
+    return Judged(claim, found, verdict)
 
 
 def write_folder(judged: Judged) -> None:

@@ -100,7 +100,8 @@ def _pages(place: Path, found: list[Claim]) -> None:
     for one in judged:
         write_folder(one)
     assert (place / "experiments/first/picture.png").stat().st_size > 1000
-    assert "**Held.**" in (place / "experiments/first/README.md").read_text()
+    # the script says "held", but nothing is called by one seed
+    assert "**One seed alone.**" in (place / "experiments/first/README.md").read_text()
     for name in ("page.html", "page.md"):
         write_report(judged, place / name)
     text = (place / "page.html").read_text()
