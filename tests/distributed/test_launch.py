@@ -138,6 +138,9 @@ def test_a_disk_that_is_full_for_one_rank_stops_all_in_one_line(command: Callabl
     """The first writes rows and a part of every checkpoint, the other its part. What was whole is whole."""
     run = command(2, "parallel.zero=true", "train.steps=100000", "train.eval_every=100000")
     run.trained(4)  # the checkpoint of step 3 is begun
+    while newest_whole(run.metrics.parent) is None:  # and written beside the steps
+        assert run.process.poll() is None
+        time.sleep(0.01)
     pids, limit = run.ranks(), run.metrics.stat().st_size + 100
     resource.prlimit(pids[victim], resource.RLIMIT_FSIZE, (limit, limit))
     code, _, said = run.end()
