@@ -65,13 +65,18 @@ def forked(run: Callable[[], object]) -> BaseProcess:
     return child
 
 
-def kill_when(child: BaseProcess, moment: Callable[[], bool]) -> None:
-    """kill -9 at that moment, before which the process may not end."""
+def wait_for(child: BaseProcess, moment: Callable[[], bool]) -> None:
+    """Until that moment, before which the process may not end."""
     deadline = time.monotonic() + 120
     while not moment():
         assert child.is_alive(), child.exitcode
         assert time.monotonic() < deadline
         time.sleep(0.0005)
+
+
+def kill_when(child: BaseProcess, moment: Callable[[], bool]) -> None:
+    """kill -9 at that moment, before which the process may not end."""
+    wait_for(child, moment)
     child.kill()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL

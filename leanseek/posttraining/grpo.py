@@ -23,6 +23,7 @@ from leanseek.checkpoint.training import Resumed
 from leanseek.config import ConfigError
 from leanseek.data.batch import Batch
 from leanseek.engine import Tokenizer
+from leanseek.engine.engine import GIB
 from leanseek.engine.sequence import mix
 from leanseek.posttraining.completions import CompletionLog
 from leanseek.posttraining.grpo_config import GRPORun
@@ -42,7 +43,6 @@ from leanseek.training.trainer import Trainer
 
 TOKENIZER = "tokenizer"  # folder of a run
 EVALUATION, SHUFFLE = 2**40, 2**41  # in the place of a step, where the seed is of something else
-GIB = 2**30
 SOLVED = 0.5  # a score above counts as solved
 
 Render = Callable[[list[dict[str, Any]]], str]

@@ -12,10 +12,10 @@ from leanseek import planning
 from leanseek.backends.protocol import Trace
 from leanseek.config import ModelConfig
 from leanseek.engine import Engine, Request, SamplingParams
+from leanseek.engine.engine import GIB
 from leanseek.ops import CacheIndex
 
 CONTEXT = 8192  # tokens of a stream
-GiB = 2**30
 
 
 class _Still:
@@ -51,7 +51,7 @@ def served(config: ModelConfig, context: int = CONTEXT, cache_gib: float = 1.0) 
         used = max(used, engine.stats().pages_used)
     stats = engine.stats()
     held = used * (stats.cache_bytes // (stats.pages_total + 1))  # one page is the runner's own
-    return {"context": context, "bytes": held, "bytes_per_token": held / context, "streams_per_gib": GiB / held}
+    return {"context": context, "bytes": held, "bytes_per_token": held / context, "streams_per_gib": GIB / held}
 
 
 def published(context: int = CONTEXT) -> dict[str, dict[str, float]]:
@@ -64,6 +64,6 @@ def published(context: int = CONTEXT) -> dict[str, dict[str, float]]:
         "mqa": planning.kv_bytes_per_token_as(v3, 1),
     }
     return {
-        name: {"bytes_per_token": size, "bytes": size * context, "streams_per_gib": GiB / (size * context)}
+        name: {"bytes_per_token": size, "bytes": size * context, "streams_per_gib": GIB / (size * context)}
         for name, size in each.items()
     }

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -12,28 +9,14 @@ import pytest
 
 from leanseek.reproduce import results
 
-FOLDER = Path(__file__).parents[2] / "experiments/reason"
-MODULES = ("data", "page", "pairs", "run")
-
-
-@pytest.fixture
-def reason() -> Iterator[ModuleType]:
-    """experiments/reason/run.py, imported as it runs: with its folder on the path."""
-    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    yield import_module("run")
-    sys.path.remove(str(FOLDER))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
-
 
 @pytest.mark.slow
-def test_every_arm_from_end_to_end(reason: ModuleType, tmp_path: Path) -> None:
+def test_every_arm_from_end_to_end(reason: dict[str, ModuleType], tmp_path: Path) -> None:
+    run = reason["run"]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "hamlet.txt").write_text("To be, or not to be: that is the question.\n\n" * 200)
     small = ("model.hidden_size=32", "model.intermediate_size=48", "model.moe_intermediate_size=16")
-    scale = reason.Scale(
+    scale = run.Scale(
         sizes={"traces": 60, "text": 2000, "sft": 24, "rl": 16, "distil": 4, "test": 4, "dev": 4},
         pairs=(12, 4),
         answers=2,
@@ -45,17 +28,17 @@ def test_every_arm_from_end_to_end(reason: ModuleType, tmp_path: Path) -> None:
     )
     out, home = tmp_path / "results.json", tmp_path / "runs"
     arms = ("grpo", "random", "model", "mixture", "short")  # an untrained model answers nothing right to distil
-    reason.tell(tmp_path / "texts", home, [0], arms, out, scale)
+    run.tell(tmp_path / "texts", home, [0], arms, out, scale)
     rows = results.read(out)
     assert [row.arm for row in rows] == ["sft", *arms]
     assert {"reward", "reward/coin", "reward/answer", "long"} <= rows[2].measured["curves"].keys()
     assert [step for step, _ in rows[1].curve] == [1, 2]
 
     stamps = {path: path.stat().st_mtime_ns for path in home.rglob("metrics.jsonl")}
-    reason.tell(tmp_path / "texts", home, [0], arms, out, scale)  # all is there
+    run.tell(tmp_path / "texts", home, [0], arms, out, scale)  # all is there
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert results.read(out) == rows
 
-    reason.write_page(rows, tmp_path / "report.html")
+    run.write_page(rows, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "after SFT" in page and "GRPO, random reward" in page and page.count("<svg") == 7

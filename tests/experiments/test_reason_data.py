@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
-import sys
-from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from types import ModuleType
@@ -21,31 +18,17 @@ from leanseek.server.templates import load_chat_template
 
 SIZES = {"traces": 300, "text": 20_000, "sft": 200, "rl": 60, "distil": 40, "test": 50, "dev": 50}
 PAIRS = (200, 50)
-FOLDER = Path(__file__).parents[2] / "experiments/reason"
 FILES = ("pretrain", "student", "sft", "sft-short", "rl", "distil", "pairs", "dev", "test", "sft-dev", "pairs-test")
 
 
 @pytest.fixture(scope="module")
-def data() -> ModuleType:
-    return load("data")
+def data(reason: dict[str, ModuleType]) -> ModuleType:
+    return reason["data"]
 
 
 @pytest.fixture(scope="module")
-def pairs(data: ModuleType) -> Iterator[ModuleType]:
-    before = sys.modules.get("data")
-    sys.modules["data"] = data
-    yield load("pairs")
-    del sys.modules["data"]
-    if before:
-        sys.modules["data"] = before
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"reason_{name}", FOLDER / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pairs(reason: dict[str, ModuleType]) -> ModuleType:
+    return reason["pairs"]
 
 
 @pytest.fixture(scope="module")

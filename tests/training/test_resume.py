@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,7 +32,7 @@ from leanseek.training import RunConfig, Summary, loop, pace, train, trainer
 from leanseek.training.metrics import read_rows
 from leanseek.training.part import Part
 from leanseek.training.trainer import Trainer
-from tests.small import forked, kill_when, rewound, run_toml
+from tests.small import forked, kill_when, rewound, run_toml, wait_for
 
 CONFIG = run_toml(
     {"n_routed_experts": 8, "initializer_range": 0.05},
@@ -118,14 +117,6 @@ def start(place: Path, folder: Path, *flags: str) -> BaseProcess:
         cli.main()
 
     return forked(run)
-
-
-def wait_for(child: BaseProcess, moment: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not moment():
-        assert child.is_alive(), child.exitcode
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
 
 
 def end(child: BaseProcess, number: int) -> int | None:
