@@ -50,7 +50,9 @@ def judge(found: Found) -> Verdict:
         + "; ".join(f"{arm} {difference}" for arm, difference in against.items())
         + ". What an expert's number tells of the domain of its text, in bits: "
         + ", ".join(f"{arm} {found.mean(arm, told)}" for arm in found.runs)
-        + ". Max violation is the worst layer's, averaged over the last tenth of the steps."
+        + f" (bias less sequence-strong: {found.difference('bias', 'sequence-strong', told)}). Max violation is the "
+        "worst layer's, averaged over the last tenth of the steps (bias less sequence-strong: "
+        f"{found.difference('bias', 'sequence-strong', violation)})."
     )
     return Verdict(word, ours, text)
 
@@ -61,7 +63,6 @@ def draw(figure: Figure, found: Found) -> None:
     left, middle, right = rows[0].subplots(1, 3)
     dots(left, found, bits, BITS)
     dots(middle, found, violation, "max violation")
-    middle.set_yscale("log")
     dots(right, found, told, "bits an expert tells of the domain")
     arms = ("bias", "sequence-strong")
     for ax, arm in zip(rows[1].subplots(1, 2, sharey=True), arms, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from leanseek.pages import INK
 from leanseek.plotting import Figure
 from leanseek.reproduce.claims import Verdict
@@ -17,7 +19,8 @@ def relative(found: Found, arm: str) -> Interval:
 
 
 def percent(value: Interval) -> str:
-    return f"{value.mean:+.2%} ± {(value.high - value.low) / 2:.2%}"
+    half = (value.high - value.low) / 2
+    return f"{value.mean:+.2%} " + ("(one seed)" if math.isinf(half) else f"± {half:.2%}")
 
 
 def judge(found: Found) -> Verdict:

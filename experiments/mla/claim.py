@@ -47,5 +47,6 @@ def draw(figure: Figure, found: Found) -> None:
         values, x = found.each(arm, bits), planning.kv_bytes_per_token(run.model)
         left.scatter([x] * len(values), values, color=color(found, arm), s=26, label=arm, linewidths=0)
     left.set_xscale("log", base=2)
+    left.set_xticks([512, 1024, 2048, 4096], ["512", "1,024", "2,048", "4,096"])
     named(left, "cache bytes per token", BITS)
     curves(right, found)

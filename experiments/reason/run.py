@@ -304,9 +304,23 @@ def prepared(texts: Path, home: Path, scale: Scale) -> None:
             prepare([data / f"{name}.jsonl"], shards, tokenizer=data / "tokenizer", workers=1)
 
 
+def check_recipe(home: Path, recipes: dict[str, str]) -> None:
+    """Data and runs that another recipe made are not taken for this one's.
+
+    Raises:
+        SystemExit: `home` holds such.
+    """
+    path = home / "recipes.json"
+    known = json.loads(path.read_bytes()) if path.is_file() else {}
+    if changed := [arm for arm, recipe in recipes.items() if known.get(arm, recipe) != recipe]:
+        raise SystemExit(f"{home} holds runs of another recipe of {', '.join(changed)}: move it away, or give --runs")
+    replace_file(path, json.dumps(known | recipes).encode())
+
+
 def tell(texts: Path, home: Path, seeds: Iterable[int], arms: Iterable[str], out: Path, scale: Scale) -> None:
     """Run everything, seed by seed; `out` is the results.json."""
     home.mkdir(parents=True, exist_ok=True)
+    check_recipe(home, {arm: scale.recipe(arm) for arm in ("sft", *arms)})
     prepared(texts, home, scale)
     for seed in seeds:
         story = Story(home, seed, scale)

@@ -6,9 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from leanseek.pages import COLORS
 from leanseek.plotting import Figure
 from leanseek.reproduce.claims import Verdict
-from leanseek.reproduce.drawing import color, named
+from leanseek.reproduce.drawing import named
 from leanseek.reproduce.results import Found, Run
 from leanseek.training import RunConfig
 from leanseek.training.metrics import read_rows
@@ -62,13 +63,11 @@ def judge(found: Found) -> Verdict:
 
 def draw(figure: Figure, found: Found) -> None:
     left, right = figure.subplots(1, 2)
-    for seed in found.seeds:
+    for seed, color in zip(found.seeds, COLORS, strict=False):
         run = found.runs["schedule"][seed]
-        left.plot(
-            *zip(*run.loss, strict=True), linewidth=0.9, label=f"seed {seed}", color=color(found, "schedule"), alpha=0.6
-        )
+        left.plot(*zip(*run.loss, strict=True), linewidth=0.9, label=f"seed {seed}", color=color, alpha=0.7)
         norms = run.measured["grad_norms"]
         steps = [(i + 1) * found.claim.arms["schedule"].train.steps / len(norms) for i in range(len(norms))]
-        right.plot(steps, norms, linewidth=0.9, color=color(found, "schedule"), alpha=0.6)
+        right.plot(steps, norms, linewidth=0.9, color=color, alpha=0.7)
     named(left, "step", "training loss")
     named(right, "step", "gradient norm, largest of each window", legend=False)

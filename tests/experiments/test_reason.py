@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import ModuleType
 
@@ -38,6 +39,9 @@ def test_every_arm_from_end_to_end(reason: dict[str, ModuleType], tmp_path: Path
     run.tell(tmp_path / "texts", home, [0], arms, out, scale)  # all is there
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert results.read(out) == rows
+    other = dataclasses.replace(scale, answers=3)
+    with pytest.raises(SystemExit, match="holds runs of another recipe of sft, grpo: move it away"):
+        run.tell(tmp_path / "texts", home, [0], ("grpo",), out, other)
 
     run.write_page(rows, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
