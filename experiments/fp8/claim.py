@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from leanseek.pages import INK
 from leanseek.plotting import Figure
 from leanseek.reproduce.claims import Verdict
@@ -18,11 +16,6 @@ def relative(found: Found, arm: str) -> Interval:
     return interval([a / b - 1 for a, b in pairs])
 
 
-def percent(value: Interval) -> str:
-    half = (value.high - value.low) / 2
-    return f"{value.mean:+.2%} " + ("(one seed)" if math.isinf(half) else f"± {half:.2%}")
-
-
 def judge(found: Found) -> Verdict:
     error = {arm: relative(found, arm) for arm in found.runs if arm != "bf16"}
     own = error["fp8"]
@@ -32,9 +25,7 @@ def judge(found: Found) -> Verdict:
         else "held in part" if abs(own.mean) < WANTED
         else "not seen at this scale"
     )  # fmt: skip
-    ours = (
-        "Relative error of bits per byte: " + ", ".join(f"{arm} {percent(value)}" for arm, value in error.items()) + "."
-    )
+    ours = "Relative error of bits per byte: " + ", ".join(f"{arm} {e:+.2%}" for arm, e in error.items()) + "."
     text = (
         "The same network, text and seeds in BF16 and in FP8. The curves of two runs part by rounding alone and then "
         "differ by chance, so the error is a mean over seeds. A longer run of a larger network, with planted outliers, "

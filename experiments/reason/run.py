@@ -320,13 +320,14 @@ def check_recipe(home: Path, recipes: dict[str, str]) -> None:
 def tell(texts: Path, home: Path, seeds: Iterable[int], arms: Iterable[str], out: Path, scale: Scale) -> None:
     """Run everything, seed by seed; `out` is the results.json."""
     home.mkdir(parents=True, exist_ok=True)
-    check_recipe(home, {arm: scale.recipe(arm) for arm in ("sft", *arms)})
+    recipes = {arm: scale.recipe(arm) for arm in ("sft", *arms)}
+    check_recipe(home, recipes)
     prepared(texts, home, scale)
     for seed in seeds:
         story = Story(home, seed, scale)
-        for arm in ("sft", *arms):
+        for arm, recipe in recipes.items():
             row = story.measured(arm)
-            if not any((r.arm, r.seed, r.fingerprint) == (arm, seed, scale.recipe(arm)) for r in results.read(out)):
+            if not any((r.arm, r.seed, r.fingerprint) == (arm, seed, recipe) for r in results.read(out)):
                 results.add(out, [row])
 
 

@@ -27,11 +27,16 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def __str__(self) -> str:
+    def __format__(self, spec: str) -> str:
+        """Mean and half of the interval, each by `spec`; a + is the mean's."""
         half = (self.high - self.low) / 2
+        mean = format(self.mean, spec) if spec else _short(self.mean)
         if math.isinf(half):
-            return f"{_short(self.mean)} (one seed)"
-        return f"{_short(self.mean)} ± {_short(half)}"
+            return f"{mean} (one seed)"
+        return f"{mean} ± {format(half, spec.lstrip('+')) if spec else _short(half)}"
+
+    def __str__(self) -> str:
+        return format(self)
 
     @property
     def sign(self) -> int:
