@@ -1,13 +1,36 @@
-"""Preference pairs for the reward model of `make reason`: a right answer to a sum and a wrong one."""
+"""What the reward model of `make reason` learns from: right answers to sums beside wrong ones, and before that
+exercises in which columns are judged (docs/log.md)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import CLOSE, THINK, Operands, column, columns, draw, long_answer, prompt, split_of, write_rows
+from data import CLOSE, THINK, Operands, column, columns, draw, long_answer, problem, prompt, write_rows
+
+VERDICTS = {True: " yes", False: " no"}
+
+
+def off(chance: random.Random, total: int) -> int:
+    return total + chance.choice([by for by in (-2, -1, 1, 2) if total + by >= 0])
+
+
+def walk(chance: random.Random, operands: Sequence[int], wrong: Sequence[bool]) -> tuple[list[str], str]:
+    """The columns of a sum and the answer they end in. Those in which `wrong` is True have a mistake, which is carried
+    on: the carry forgotten, or a total a little off."""
+    carry, lines, digits = 0, list[str](), ""
+    for place, bad in enumerate(wrong):
+        forgotten = bad and carry > 0 and chance.random() < 0.3
+        terms = [0 if forgotten else carry, *(n // 10**place % 10 for n in operands)]
+        total = off(chance, sum(terms)) if bad and not forgotten else sum(terms)
+        lines.append(column(terms, total))
+        digits, carry = str(total % 10) + digits, total // 10
+    return lines, str(int(f"{carry}{digits}"))
+
+
+# ---- pairs ----
 
 
 def wrong_short(chance: random.Random, operands: Sequence[int]) -> str:
@@ -24,25 +47,13 @@ def wrong_short(chance: random.Random, operands: Sequence[int]) -> str:
 
 
 def wrong_long(chance: random.Random, operands: Sequence[int]) -> str:
-    """A thought with one mistake, carried on to the answer, or an answer that is not its thought's."""
+    """A thought with one mistake, or an answer that is not its thought's."""
     lines = columns(operands)
     if chance.random() < 0.3:
         return f"{THINK}{chr(10).join(lines)}{CLOSE}{wrong_short(chance, operands)}"
-    while True:
-        carry, said, digits, wrong = 0, [], "", chance.randrange(len(lines))
-        for place in range(len(lines)):
-            terms = [n // 10**place % 10 for n in operands]
-            if place == wrong and carry and chance.random() < 0.3:  # the carry forgotten
-                total = sum(terms)
-                terms = [0, *terms]
-            else:
-                terms = [carry, *terms]
-                total = max(0, sum(terms) + (chance.choice((-2, -1, 1, 2)) if place == wrong else 0))
-            said.append(column(terms, total))
-            digits, carry = str(total % 10) + digits, total // 10
-        answer = str(int(f"{carry}{digits}"))
-        if answer != str(sum(operands)):
-            return f"{THINK}{chr(10).join(said)}{CLOSE}{answer}"
+    place = chance.randrange(len(lines))
+    lines, answer = walk(chance, operands, [place == each for each in range(len(lines))])
+    return f"{THINK}{chr(10).join(lines)}{CLOSE}{answer}"
 
 
 def pair(chance: random.Random, operands: Sequence[int]) -> dict[str, Any]:
@@ -71,23 +82,44 @@ def balanced_pairs(chance: random.Random, operands: Iterable[Operands]) -> list[
     return pairs
 
 
-def graded(chance: random.Random, operands: Sequence[Operands]) -> list[Operands]:
-    """Half of the problems cut to their last digits, a quarter to their last two. Those of test are left out.
+# ---- exercises: a pair says one bit of a thought of fifty tokens, a verdict one of ten (docs/log.md) ----
 
-    One bit a pair says little about a thought of fifty tokens; short ones are learned first.
-    """
-    ends = [10 ** chance.choice((1, 1, 2, 3)) for _ in operands]
-    cut = [tuple(n % end for n in triple) for triple, end in zip(operands, ends, strict=True)]
-    return [triple for triple in cut if split_of(triple) == "train"]
+
+def judged_column(chance: random.Random) -> str:
+    terms = [chance.randint(0, 2), *(chance.randint(0, 9) for _ in range(3))]
+    right = chance.random() < 0.5
+    return column(terms, sum(terms) if right else off(chance, sum(terms))) + VERDICTS[right]
+
+
+def judged_thought(chance: random.Random, operands: Sequence[int]) -> str:
+    """A sum with its thought. Each line may have a mistake, and half of them say whether they have."""
+    wrong = [chance.random() < 0.4 for _ in range(3)]
+    lines, answer = walk(chance, operands, wrong)
+    said = [line + (VERDICTS[not bad] if chance.random() < 0.5 else "") for line, bad in zip(lines, wrong, strict=True)]
+    return f"{problem(operands)}{THINK}{chr(10).join(said)}{CLOSE}{answer}"
+
+
+def exercises(chance: random.Random, count: int, thoughts: float) -> Iterator[str]:
+    """Documents of columns, a share of them of thoughts, each with verdicts."""
+    for _ in range(count):
+        if chance.random() < thoughts:
+            yield "\n".join(judged_thought(chance, triple) for triple in draw(chance, "train", 3)) + "\n"
+        else:
+            yield "\n".join(judged_column(chance) for _ in range(10)) + "\n"
+
+
+# ---- all of it ----
 
 
 def make_pairs(out: Path, seed: int, count: int, held_out: int) -> None:
-    """Write pairs.jsonl and pairs-test.jsonl into `out`."""
+    """Write pairs.jsonl, pairs-test.jsonl, and the texts columns.jsonl and thoughts.jsonl into `out`."""
 
     def chance(name: str) -> random.Random:
         return random.Random(f"{seed} pairs {name}")
 
-    train = graded(chance("graded"), list(draw(chance("train"), "train", count)))
-    write_rows(out / "pairs.jsonl", balanced_pairs(chance("styles"), train))
-    test = draw(chance("test"), "test", held_out)
-    write_rows(out / "pairs-test.jsonl", balanced_pairs(chance("test styles"), test))
+    for name, share in (("columns", 0.0), ("thoughts", 0.6)):
+        texts = exercises(chance(name), count // 2, share)
+        write_rows(out / f"{name}.jsonl", ({"text": text} for text in texts))
+    for name, split, size in (("pairs", "train", count), ("pairs-test", "test", held_out)):
+        triples = draw(chance(split), split, size)
+        write_rows(out / f"{name}.jsonl", balanced_pairs(chance(f"{split} styles"), triples))

@@ -25,8 +25,10 @@ from data import SIZES, make
 from page import draw, write_page
 from pairs import make_pairs
 
-from leanseek import LLM, SamplingParams
+from leanseek import LLM, SamplingParams, load, save
+from leanseek.checkpoint import resolve
 from leanseek.data.prepare import prepare
+from leanseek.model import Transformer
 from leanseek.posttraining import graders
 from leanseek.posttraining.grpo import Chat, grpo
 from leanseek.posttraining.grpo_config import GRPORun
@@ -52,6 +54,8 @@ STUDENT = (  # half the width
     "model.hidden_size=64", "model.intermediate_size=128", "model.moe_intermediate_size=32",
     "model.q_lora_rank=48", "model.kv_lora_rank=32", "model.initializer_range=0.14", "train.steps=1500",
 )  # fmt: skip
+DEEPER = 2  # layers that the reward model has more
+VERDICTS = {"columns": ("train.steps=600",), "thoughts": ("train.steps=1000", "optimizer.lr=2e-3")}
 DISTILLATION = ("sft.epochs=10.0", "optimizer.lr=3e-3")  # the student has all of it to learn
 
 
@@ -86,6 +90,7 @@ class Scale:
         files, settings = ["data.py", "rewards.py", "pretrain.toml", "sft.toml", "grpo.toml"], dataclasses.asdict(self)
         if arm in ("model", "mixture"):
             files += ["pairs.py", "reward.toml"]
+            settings["verdicts"] = VERDICTS, DEEPER
         else:
             del settings["pairs"]
         text = json.dumps([*((HERE / file).read_text() for file in files), settings, STUDENT, DISTILLATION])
@@ -117,7 +122,7 @@ class Story:
 
     def _places(self, kind: str) -> list[str]:
         if kind == "pretrain":
-            return [f'data.path="{self.home / "shards"}"']
+            return [f'data.path="{shards(self.home, "pretrain")}"']
         if kind == "grpo":
             return [f'grpo.prompts="{self.data / "rl.jsonl"}"', f'grpo.held_out="{self.data / "curve.jsonl"}"']
         if kind == "reward":
@@ -169,7 +174,7 @@ class Story:
 
     def student(self) -> Path:
         """Half the width, and a pre-training in which nobody thinks."""
-        return self.trained("student", "pretrain", "", f'data.path="{self.home / "shards-student"}"', *STUDENT)
+        return self.trained("student", "pretrain", "", f'data.path="{shards(self.home, "student")}"', *STUDENT)
 
     def short(self) -> Path:
         """The student, taught answers without thoughts."""
@@ -195,10 +200,17 @@ class Story:
         return self.trained("student-grpo", "grpo", "student-sft", f"train.steps={steps}")
 
     def reward(self) -> Path:
+        """First the fine-tuned model says of columns whether they are right, then of those of thoughts; two more layers
+        are there to gather what it says."""
+        source = "sft"
         self.sft()
         if not (self.data / "pairs-test.jsonl").is_file():
             make_pairs(self.data, 0, *self.scale.pairs)
-        return self.trained("reward", "reward", "sft")
+        for name, more in VERDICTS.items():
+            self.trained(name, "pretrain", source, f'data.path="{shards(self.home, name)}"', *more)
+            source = name
+        deeper(self.runs / source, self.runs / "deeper", DEEPER)
+        return self.trained("reward", "reward", "deeper")
 
     def model(self) -> Path:
         """GRPO on the reward model alone; the rule is logged."""
@@ -231,6 +243,21 @@ class Story:
         found = json.loads(kept.read_bytes())
         print(f"seed {self.seed}: {name}: {_words(found['measured'])}", flush=True)
         return dict(found)
+
+
+def deeper(source: Path, out: Path, count: int) -> None:
+    """Write a model with more layers, which pass on what they are given: what they add to it begins at zero."""
+    if out.is_dir():
+        return
+    model = load(source)
+    grown = Transformer(dataclasses.replace(model.config, num_hidden_layers=model.config.num_hidden_layers + count))
+    grown.init_weights(0)
+    state = grown.state_dict() | model.state_dict()
+    for number in range(model.config.num_hidden_layers, grown.config.num_hidden_layers):
+        for last in ("self_attn.o_proj.weight", "mlp.experts.down_proj", "mlp.shared_experts.down_proj.weight"):
+            state[f"layers.{number}.{last}"].zero_()
+    grown.load_state_dict(state)
+    save(grown, out, tokenizer_from=resolve(source))
 
 
 def _words(found: dict[str, Any]) -> str:
@@ -293,15 +320,20 @@ def curves(folder: Path) -> dict[str, list[list[float]]]:
 
 
 def prepared(texts: Path, home: Path, scale: Scale) -> None:
-    """data/, shards/ and shards-student/, once."""
+    """data/, once."""
     data = home / "data"
     if not (data / "curve.jsonl").is_file():
         make(texts, data, 0, scale.sizes)
         lines = (data / "dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         replace_file(data / "curve.jsonl", "".join(lines[: scale.developing]).encode())
-    for name, shards in (("pretrain", home / "shards"), ("student", home / "shards-student")):
-        if not (shards / "manifest.json").is_file():
-            prepare([data / f"{name}.jsonl"], shards, tokenizer=data / "tokenizer", workers=1)
+
+
+def shards(home: Path, name: str) -> Path:
+    """Those of a file of texts, made if they are not there."""
+    folder = home / ("shards" if name == "pretrain" else f"shards-{name}")
+    if not (folder / "manifest.json").is_file():
+        prepare([home / "data" / f"{name}.jsonl"], folder, tokenizer=home / "data/tokenizer", workers=1)
+    return folder
 
 
 def check_recipe(home: Path, recipes: dict[str, str]) -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from leanseek import Transformer, load, save
 from leanseek.engine import Tokenizer
 from leanseek.posttraining import graders
 from leanseek.server.templates import load_chat_template
 
 SIZES = {"traces": 300, "text": 20_000, "sft": 200, "rl": 60, "distil": 40, "test": 50, "dev": 50}
 PAIRS = (200, 50)
-FILES = ("pretrain", "student", "sft", "sft-short", "rl", "distil", "pairs", "dev", "test", "sft-dev", "pairs-test")
+FILES = ("pretrain", "student", "sft", "sft-short", "rl", "distil", "dev", "test", "sft-dev")
+JUDGED = ("pairs", "pairs-test", "columns", "thoughts")
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +62,16 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(
     for seed, name in enumerate(("same", "other")):
         data.make(made.parent / "corpus", tmp_path / name, seed, SIZES)
         pairs.make_pairs(tmp_path / name, seed, *PAIRS)
-    for name in [*(f"{name}.jsonl" for name in FILES), "tokenizer/tokenizer.json"]:
+    for name in [*(f"{name}.jsonl" for name in FILES + JUDGED), "tokenizer/tokenizer.json"]:
         assert (tmp_path / "same" / name).read_bytes() == (made / name).read_bytes()
-    for name in FILES:
+    for name in FILES + JUDGED:
         assert (tmp_path / "other" / f"{name}.jsonl").read_bytes() != (made / f"{name}.jsonl").read_bytes()
 
 
 def test_held_out_operands_occur_nowhere_else(data: ModuleType, made: Path) -> None:
     held = {name: triples((made / f"{name}.jsonl").read_text()) for name in ("test", "dev")}
     assert len(held["test"]) == len(held["dev"]) == 50 and not held["test"] & held["dev"]
-    for name in ("pretrain", "sft", "sft-short", "rl", "distil", "pairs"):
+    for name in ("pretrain", "sft", "sft-short", "rl", "distil", "pairs", "thoughts"):
         seen = triples((made / f"{name}.jsonl").read_text())
         assert seen and {data.split_of(each) for each in seen} == {"train"}
     assert {data.split_of(each) for each in triples((made / "pairs-test.jsonl").read_text())} == {"test"}
@@ -125,6 +129,47 @@ def test_pairs_have_a_right_and_a_wrong_answer_and_length_says_nothing(made: Pat
         longer += len(chosen) > len(rejected)
         shorter += len(chosen) < len(rejected)
     assert abs(longer - shorter) <= 1 and longer > 5
+
+
+def _lines(text: str) -> list[tuple[list[int], int, str]]:
+    """Digits, total and verdict of each column."""
+    found = re.findall(r"(\d(?: \d)+)=(\d+)( yes| no)?", text)
+    return [([int(digit) for digit in digits.split()], int(total), verdict) for digits, total, verdict in found]
+
+
+def test_a_verdict_on_a_column_says_whether_it_adds_up(made: Path) -> None:
+    lines = [line for row in rows(made, "columns") for line in _lines(row["text"])]
+    assert all(verdict == (" yes" if sum(digits) == total else " no") for digits, total, verdict in lines)
+    assert 0.4 < sum(verdict == " no" for *_, verdict in lines) / len(lines) < 0.6
+
+
+def test_a_verdict_in_a_thought_minds_the_carry_and_no_answer_follows_from_other_columns(made: Path) -> None:
+    said = {"": 0, " yes": 0, " no": 0}
+    for row in rows(made, "thoughts"):
+        for thought, answer in re.findall(r"<think>(.*?)</think>(\d+)", row["text"], re.DOTALL):
+            carry, digits = 0, ""
+            for terms, total, verdict in _lines(thought):
+                assert not verdict or verdict == (" yes" if [terms[0], sum(terms)] == [carry, total] else " no")
+                said[verdict] += 1
+                carry, digits = total // 10, str(total % 10) + digits
+            assert int(answer) == int(f"{carry}{digits}")
+    assert min(said.values()) > 0.15 * sum(said.values())
+
+
+def test_a_deeper_model_begins_as_the_one_it_is_made_of(
+    reason: dict[str, ModuleType],
+    tiny_model: Callable[..., Transformer],
+    tiny_tokens: torch.Tensor,
+    made: Path,
+    tmp_path: Path,
+) -> None:
+    model = tiny_model(num_nextn_predict_layers=0)
+    save(model, tmp_path / "small", tokenizer_from=made / "tokenizer")
+    reason["run"].deeper(tmp_path / "small", tmp_path / "deeper", 2)
+    grown = load(tmp_path / "deeper")
+    assert grown.config.num_hidden_layers == model.config.num_hidden_layers + 2
+    with torch.no_grad():
+        assert torch.equal(grown(tiny_tokens), model(tiny_tokens))
 
 
 def test_the_tokenizer_has_single_digits_and_the_chat_format(data: ModuleType, made: Path) -> None:
