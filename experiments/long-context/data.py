@@ -4,61 +4,92 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from leanseek.evaluation.needle import NAMES, WORDS, new_code, statement
+from leanseek.tokens import BOS, EOS, PAD
 
-BYTES = 3.2  # of a token, about
+VOCABULARY = 1024
 
 
-def repeats(rng: random.Random, size: int) -> str:
-    """Random words, two to four times: who looks back knows all but the first time. `size` bytes or some more."""
-    out = ""
-    while len(out) < size:
-        words = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(5, max(6, size // 16))))
-        out += (" " + words + ".") * rng.randrange(2, 5)
-    return out
+class Kind(NamedTuple):
+    """What the documents of a stage are like."""
+
+    window: int  # tokens of the windows they are for
+    documents: int
+    names: tuple[int, ...]  # how many codes a document has
+    sentences: bool  # between the codes, else words
+    between: int  # of them at most
+    made: float  # share that is made, a third of it lists; the rest is text
+
+
+KINDS = {
+    "lookup": Kind(128, 40_000, (1, 1, 2, 3), False, 12, 1.0),
+    "base": Kind(512, 16_000, (1, 1, 2, 4, 8), True, 16, 0.5),
+    "2k": Kind(2048, 1_200, (1, 1, 2, 4, 8), True, 64, 0.5),
+    "8k": Kind(8192, 300, (1, 1, 2, 4, 8), True, 256, 0.5),
+}
 
 
 def lists(rng: random.Random, size: int) -> str:
-    """One list of few different words, over and over: the first thing that a network looks up (docs/log.md)."""
-    words = " ".join(rng.choice(WORDS[:64]) for _ in range(rng.randrange(4, 32)))
-    return (" " + words) * (1 + 4 * size // len(words))
+    """One list of words over and over, `size` bytes or some more."""
+    words = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(4, max(12, size // 40))))
+    return f" {words}." * (1 + size // len(words))
 
 
-def codes(rng: random.Random, size: int, sentences: list[str]) -> str:
-    """Codes of names between sentences, each said again at any distance. `size` bytes or some more."""
-    names = rng.sample(NAMES, rng.choice([n for n in (1, 2, 4, 8, 16, 32) if n <= max(1, size // 80)]))
-    known = {name: new_code(rng) for name in names}
-    density, out = rng.random(), ""
+def codes(rng: random.Random, size: int, kind: Kind, fillers: Sequence[str]) -> str:
+    """Codes of names, each said again. What stands between varies in length: else a network copies what stands so
+    many tokens before, and no name is read (docs/log.md). `size` bytes or some more."""
+    known = {name: new_code(rng) for name in rng.sample(NAMES, rng.choice(kind.names))}
+    names, most, out = list(known), rng.randint(1, kind.between), ""
     while len(out) < size:
         name = rng.choice(names)
-        out += statement(name, known[name]) if rng.random() < density else " " + rng.choice(sentences)
+        out += statement(name, known[name])
+        out += "".join(" " + rng.choice(fillers) for _ in range(rng.randint(0, most)))
     return out
 
 
-def documents(texts: Path, window: int, count: int, share: float, seed: int) -> Iterator[str]:
-    """`count` documents of half a window to a whole one; `share` of them made, the others pieces of the texts.
-    Where all are made, they are lists of several windows."""
+def documents(texts: Path, kind: Kind, seed: int) -> Iterator[str]:
+    """Of about a window each."""
     rng = random.Random(seed)
     whole = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
     sentences = [" ".join(s.split()) + "." for s in whole.split(".") if 10 < len(s) < 200]
-    for _ in range(count):
-        kind, size = rng.random(), int(window * BYTES * rng.uniform(0.5, 1.0))
-        if share == 1:
+    for _ in range(kind.documents):
+        drawn, size = rng.random(), int(3 * kind.window * rng.uniform(0.7, 1.2))
+        if drawn < kind.made * 2 / 3:
+            yield codes(rng, size, kind, sentences if kind.sentences else WORDS)
+        elif drawn < kind.made:
             yield lists(rng, size)
-        elif kind < share / 2:
-            yield repeats(rng, size)
-        elif kind < share:
-            yield codes(rng, size, sentences)
         else:
             at = rng.randrange(len(whole) - size)
             yield " ".join(whole[at : at + size].split())
 
 
-def write(out: Path, texts: Path, window: int, count: int, share: float, seed: int) -> None:
+def write(out: Path, texts: Path, kind: Kind, seed: int) -> None:
     """The documents as JSON lines."""
     with out.open("w", encoding="utf-8") as file:
-        for text in documents(texts, window, count, share, seed):
+        for text in documents(texts, kind, seed):
             file.write(json.dumps({"text": text}) + "\n")
+
+
+def write_tokenizer(folder: Path, rows: Path) -> None:
+    """A byte-level BPE of the texts in a file of ours. Each digit is a token, so that a code's stand where they always
+    do behind its name."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[BOS, EOS, PAD], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    with rows.open(encoding="utf-8") as lines:
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")

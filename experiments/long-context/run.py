@@ -1,11 +1,11 @@
-"""A small V3 learns to look things up in 512 tokens and is taken to 2,048 and 8,192: with YaRN, and with plain RoPE.
+"""A small V3 learns to look codes up in 512 tokens and is taken to 2,048 and 8,192: with YaRN, and with plain RoPE.
 
-    python run.py TEXTS RUNS          # what is there is not done again; a killed run goes on where it was
-    python run.py TEXTS RUNS --draw   # results.json and needles.png from what has been measured so far
+    python experiments/long-context/run.py TEXTS RUNS          # what is there is not done again; a killed run goes on
+    python experiments/long-context/run.py TEXTS RUNS --draw   # results.json and pictures of what has been measured
 
 TEXTS is a folder of .txt files, such as `leanseek data fetch shakespeare` makes. Every stage is a run of `train` with
 the weights of the one before (`from`). Needle maps of the checkpoints of both arms say how many steps a length takes
-to become green. docs/long-context.md says what of this has run so far.
+to become green.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from typing import Any, NamedTuple
 
 import tomli_w
 import torch
-from data import write
+from data import KINDS, write, write_tokenizer
 
 from leanseek import LLM, load, save
 from leanseek.checkpoint import resolve
 from leanseek.config import merged
+from leanseek.data.loader import TokenDataset
 from leanseek.data.prepare import prepare
 from leanseek.evaluation import needle
 from leanseek.evaluation.scoring import Scorer
 from leanseek.plotting import Figure
 from leanseek.reading import read_toml
+from leanseek.reproduce.experts import bits_per_byte
+from leanseek.reproduce.worker import commit, machine
 from leanseek.training import RunConfig, train
 from leanseek.training.metrics import read_rows
 from leanseek.writing import replace_file
 
 HERE = Path(__file__).parent
-VOCABULARY = 1024
-WINDOWS = {"lookup": 64, "base": 512, "2k": 2048, "8k": 8192}  # of the documents that each stage trains on
-DOCUMENTS = {"lookup": 12000, "base": 4000, "2k": 1200, "8k": 300}
-SHARES = {"lookup": 1.0, "base": 0.3, "2k": 0.3, "8k": 0.3}  # of rows made for looking things up
 LENGTHS = (512, 2048, 8192)
+TASKS = ("needle", "needle_multikey")
 YARN = {  # the same in both phases (4.3)
     "rope_scaling": {"factor": 20.0, "original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 1.0}
 }
@@ -46,39 +46,37 @@ YARN = {  # the same in both phases (4.3)
 
 class Stage(NamedTuple):
     name: str
-    data: str  # key of WINDOWS
+    data: str  # key of KINDS
     source: str  # the stage it begins with, "" for none
-    every: int  # steps between checkpoints, whose maps are measured
     changes: dict[str, Any]
+    every: int = 1000  # steps between checkpoints; of the arms, whose names have a dash, each is measured
 
 
 def stages() -> Iterator[Stage]:
     """In the order in which they run: pre-training, then both phases of each arm."""
-    first = {"data": {"seq_len": 64}, "train": {"steps": 1500, "batch_size": 32}, "optimizer": {"lr": 3e-3}}
-    yield Stage("lookup", "lookup", "", 100, first)
-    yield Stage("base", "base", "lookup", 100, {"train": {"steps": 600}})
+    yield Stage("lookup", "lookup", "", {"data": {"seq_len": 128}, "train": {"steps": 4000, "batch_size": 16}})
+    yield Stage("base", "base", "lookup", {"data": {"seq_len": 512}, "train": {"steps": 2000, "batch_size": 4}})
     for arm, rope in (("yarn", YARN), ("plain", {})):
         constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
-        for length, source, batch, steps in (("2k", "base", 8, 80), ("8k", f"{arm}-2k", 2, 50)):
-            window = WINDOWS[length]
+        for length, source, batch, steps in (("2k", "base", 8, 80), ("8k", f"{arm}-2k", 2, 60)):
             changes = {
                 "model": {"max_position_embeddings": 10240, **rope},
-                "data": {"seq_len": window},
-                "train": {"batch_size": batch, "steps": steps, "eval_every": steps, "recompute": True},
+                "data": {"seq_len": KINDS[length].window},
+                "train": {"batch_size": batch, "steps": steps, "eval_every": steps},
             }
-            yield Stage(f"{arm}-{length}", length, source, 10, merged([constant, changes]))
+            yield Stage(f"{arm}-{length}", length, source, merged([constant, changes]), 10)
 
 
 def shards(texts: Path, runs: Path, name: str) -> Path:
-    """The prepared data of a stage; all have the tokenizer of base's."""
-    folder, rows = runs / "shards" / name, runs / "shards" / f"{name}.jsonl"
+    """The prepared data of a stage; all have the tokenizer of the first."""
+    data = runs / "data"
+    folder, rows = data / name, data / f"{name}.jsonl"
     if not (folder / "manifest.json").is_file():
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        write(rows, texts, WINDOWS[name], DOCUMENTS[name], SHARES[name], seed=list(WINDOWS).index(name))
-        if name == "base":
-            prepare([rows], folder, train_vocab=VOCABULARY, workers=1)
-        else:
-            prepare([rows], folder, tokenizer=shards(texts, runs, "base"), workers=1)
+        data.mkdir(parents=True, exist_ok=True)
+        write(rows, texts, KINDS[name], seed=list(KINDS).index(name))
+        if name == "lookup":
+            write_tokenizer(data / "tokenizer", rows)
+        prepare([rows], folder, tokenizer=data / "tokenizer", workers=1)
     return folder
 
 
@@ -93,13 +91,16 @@ def settings(stage: Stage, texts: Path, runs: Path) -> RunConfig:
     return RunConfig.load(str(config), [], runs)
 
 
-def measure(checkpoint: Path, text: str, lengths: tuple[int, ...]) -> None:
-    """Maps of one code and of several, kept beside the checkpoint."""
-    kept = checkpoint.parent / f"{checkpoint.name}.needles.json"
+def measure(checkpoint: Path, text: str, held_out: Path) -> None:
+    """Maps of one code and of several, and bits per byte in windows of 512, kept beside the checkpoint."""
+    kept = checkpoint.parent / f"{checkpoint.name}.measured.json"
     if not kept.is_file():
         scorer = Scorer(LLM(checkpoint, packed_copy=False))
-        maps = {task: needle.find(scorer, task, lengths, text=text) for task in ("needle", "needle_multikey")}
-        replace_file(kept, json.dumps({task: [c._asdict() for c in cells] for task, cells in maps.items()}).encode())
+        lengths = tuple(length for length in LENGTHS if length <= scorer.max_length + 1)
+        maps = {task: needle.find(scorer, task, lengths, text=text) for task in TASKS}
+        found: dict[str, Any] = {task: [cell._asdict() for cell in cells] for task, cells in maps.items()}
+        found["bits_per_byte"] = bits_per_byte(load(checkpoint), TokenDataset(held_out, "validation", 512, 1), 64)
+        replace_file(kept, json.dumps(found).encode())
 
 
 def untrained(runs: Path) -> Path:
@@ -113,54 +114,78 @@ def untrained(runs: Path) -> Path:
 
 
 def results(runs: Path) -> dict[str, Any]:
-    """What has been measured, by stage and step; bits per byte of each stage's last evaluation."""
-    found: dict[str, Any] = {"maps": {}, "bits_per_byte": {}, "loss": {}}
+    """What has been measured, by stage and step, and each stage's loss."""
+    found: dict[str, Any] = {"measured": {}, "loss": {}, "machine": machine(), "commit": commit()}
     for folder in sorted(p.parent for p in runs.glob("*/metrics.jsonl")):
         rows = read_rows(folder / "metrics.jsonl")
-        found["loss"][folder.name] = [[r["step"], round(r["loss"], 4)] for r in rows if r.get("loss") is not None]
-        found["bits_per_byte"][folder.name] = [
-            [r["step"], r["val_bits_per_byte"]] for r in rows if "val_bits_per_byte" in r
-        ]
-        for kept in folder.glob("checkpoints/step-*.needles.json"):
-            step = int(kept.name.split(".")[0].removeprefix("step-"))
-            found["maps"].setdefault(folder.name, {})[step] = json.loads(kept.read_bytes())
-    if (runs / "untrained.needles.json").is_file():
-        found["maps"]["untrained"] = {0: json.loads((runs / "untrained.needles.json").read_bytes())}
+        found["loss"][folder.name] = [[r["step"], round(r["loss"], 4)] for r in rows if r.get("loss") is not None][::10]
+        kept = {int(p.name.split(".")[0].removeprefix("step-")): p for p in folder.glob("checkpoints/*.measured.json")}
+        if kept:
+            found["measured"][folder.name] = {step: json.loads(kept[step].read_bytes()) for step in sorted(kept)}
+    if (runs / "untrained.measured.json").is_file():
+        found["measured"]["untrained"] = {0: json.loads((runs / "untrained.measured.json").read_bytes())}
     return found
 
 
-def draw(found: dict[str, Any], out: Path) -> None:
-    """The last map of every stage that has one."""
-    maps = {name: by_step[max(by_step)]["needle"] for name, by_step in found["maps"].items()}
-    if not maps:
+def accuracy(cells: list[dict[str, float]], length: int) -> float:
+    """The share of needles found at a length."""
+    each = [cell["accuracy"] for cell in cells if cell["length"] == length]
+    return sum(each) / len(each)
+
+
+def draw(measured: dict[str, Any], out: Path) -> None:
+    """needles.png: the map of one code after each stage. steps.png: the share of codes found, by step of each arm."""
+    names = [n for n in ("base", "untrained", "yarn-2k", "yarn-8k", "plain-2k", "plain-8k") if n in measured]
+    if not names:
         return
-    figure = Figure(figsize=(0.6 + 3.0 * len(maps), 3.6), layout="constrained")
-    for axes, (name, cells) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+    figure = Figure(figsize=(0.6 + 2.4 * len(names), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        cells = measured[name][max(measured[name])]["needle"]
         needle.draw(axes, [needle.Cell(**cell) for cell in cells], name)
-    figure.savefig(out, dpi=130)
+    figure.savefig(out / "needles.png", dpi=110)
+
+    figure = Figure(figsize=(12.0, 3.2), layout="constrained")
+    panels = [(task, length) for task in TASKS for length in LENGTHS[1:]]
+    for axes, (task, length) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for arm in ("yarn", "plain"):
+            points = by_step(measured, arm)
+            axes.plot(list(points), [accuracy(each[task], length) for each in points.values()], label=arm)
+        axes.axhline(needle.GREEN, color="gray", linewidth=0.5)
+        axes.set(xlabel="steps", ylim=(-0.02, 1.02), title=f"{task}, {length:,} tokens")
+    axes.legend()
+    figure.savefig(out / "steps.png", dpi=110)
+
+
+def by_step(measured: dict[str, Any], arm: str) -> dict[int, Any]:
+    """Both phases of an arm, one after the other; of YaRN also before the first step."""
+    points = dict(measured.get("untrained", {})) if arm == "yarn" else {}
+    for phase in ("2k", "8k"):
+        before = max(points, default=0)
+        points |= {before + step: each for step, each in measured.get(f"{arm}-{phase}", {}).items()}
+    return points
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--draw", action="store_true", help="only that")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    text = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(given.texts.glob("*.txt")))
+    texts, runs = given.texts, given.runs
+    text = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
     for stage in [] if given.draw else stages():
-        given.runs.mkdir(parents=True, exist_ok=True)
-        run = settings(stage, given.texts, given.runs)
-        train(run, resume=(given.runs / stage.name).is_dir(), runs=given.runs)
-        lengths = tuple(n for n in LENGTHS if n <= run.model.max_position_embeddings)
+        runs.mkdir(parents=True, exist_ok=True)
+        run = settings(stage, texts, runs)
+        train(run, resume=(runs / stage.name).is_dir(), runs=runs)
         steps = range(stage.every, run.train.steps + 1, stage.every) if "-" in stage.name else (run.train.steps,)
         for step in steps if stage.name != "lookup" else ():
-            measure(given.runs / stage.name / "checkpoints" / f"step-{step}", text, lengths)
+            measure(runs / stage.name / "checkpoints" / f"step-{step}", text, shards(texts, runs, "base"))
         if stage.name == "yarn-2k":
-            measure(untrained(given.runs), text, LENGTHS)
-    found = results(given.runs)
-    replace_file(HERE / "results.json", (json.dumps(found, indent=1) + "\n").encode())
-    draw(found, HERE / "needles.png")
+            measure(untrained(runs), text, shards(texts, runs, "base"))
+    found = results(runs)
+    replace_file(HERE / "results.json", (json.dumps(found) + "\n").encode())
+    draw(found["measured"], HERE)
 
 
 if __name__ == "__main__":
