@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
+from leanseek.data.tokenizer import save_tokenizer, train_tokenizer
 from leanseek.evaluation.needle import NAMES, WORDS, new_code, statement
-from leanseek.tokens import BOS, EOS, PAD
 
 VOCABULARY = 1024
 
@@ -77,19 +75,8 @@ def write(out: Path, texts: Path, kind: Kind, seed: int) -> None:
 
 
 def write_tokenizer(folder: Path, rows: Path) -> None:
-    """A byte-level BPE of the texts in a file of ours. Each digit is a token, so that a code's stand where they always
-    do behind its name."""
-    tokenizer = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BOS, EOS, PAD], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    with rows.open(encoding="utf-8") as lines:
-        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    """One of the texts in a file of ours. Each digit is a token, so that a code's stand where they always do behind
+    its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    with rows.open(encoding="utf-8") as lines:
+        save_tokenizer(train_tokenizer((json.loads(line)["text"] for line in lines), VOCABULARY, digits=1), folder)

@@ -25,10 +25,9 @@ from data import SIZES, make
 from page import draw, write_page
 from pairs import make_pairs
 
-from leanseek import LLM, SamplingParams, load, save
+from leanseek import LLM, SamplingParams, Transformer, load, save
 from leanseek.checkpoint import resolve
 from leanseek.data.prepare import prepare
-from leanseek.model import Transformer
 from leanseek.posttraining import graders
 from leanseek.posttraining.grpo import Chat, grpo
 from leanseek.posttraining.grpo_config import GRPORun
@@ -55,7 +54,8 @@ STUDENT = (  # half the width
     "model.q_lora_rank=48", "model.kv_lora_rank=32", "model.initializer_range=0.14", "train.steps=1500",
 )  # fmt: skip
 DEEPER = 2  # layers that the reward model has more
-VERDICTS = {"columns": ("train.steps=600",), "thoughts": ("train.steps=1000", "optimizer.lr=2e-3")}
+# what the reward model is trained on before the pairs, and how
+JUDGING = {"columns": ("train.steps=600",), "thoughts": ("train.steps=1000", "optimizer.lr=2e-3")}
 DISTILLATION = ("sft.epochs=10.0", "optimizer.lr=3e-3")  # the student has all of it to learn
 
 
@@ -90,7 +90,7 @@ class Scale:
         files, settings = ["data.py", "rewards.py", "pretrain.toml", "sft.toml", "grpo.toml"], dataclasses.asdict(self)
         if arm in ("model", "mixture"):
             files += ["pairs.py", "reward.toml"]
-            settings["verdicts"] = VERDICTS, DEEPER
+            settings["verdicts"] = JUDGING, DEEPER
         else:
             del settings["pairs"]
         text = json.dumps([*((HERE / file).read_text() for file in files), settings, STUDENT, DISTILLATION])
@@ -206,7 +206,7 @@ class Story:
         self.sft()
         if not (self.data / "pairs-test.jsonl").is_file():
             make_pairs(self.data, 0, *self.scale.pairs)
-        for name, more in VERDICTS.items():
+        for name, more in JUDGING.items():
             self.trained(name, "pretrain", source, f'data.path="{shards(self.home, name)}"', *more)
             source = name
         deeper(self.runs / source, self.runs / "deeper", DEEPER)

@@ -24,7 +24,7 @@ TOKENIZER_FILES = ("token_bytes.npy", "tokenizer.json", CONFIG, GENERATION, TEMP
 # Merges do not cross the boundaries of these patterns. They are exactly V3's, because llama.cpp has those compiled in
 # by name and splits differently for any others. Punctuation and the line breaks after it share a token, numbers come
 # in groups of up to three digits, and runs of Chinese and Japanese are separate.
-_NUMBERS = r"\p{N}{1,3}"
+_NUMBERS = r"\p{{N}}{{1,{}}}"  # digits in a token at most
 _IDEOGRAPHS = "[一-龥\u3040-ゟ゠-ヿ]+"
 _WORDS = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
@@ -32,8 +32,10 @@ _WORDS = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, digits: int = 3) -> Tokenizer:
     """Train a byte-level BPE of `vocab_size` ids, special tokens first; the same texts give the same tokenizer.
+
+    A token has `digits` digits at most; V3's have three.
 
     Raises:
         DataError: the vocabulary cannot hold the 256 bytes and the special tokens.
@@ -41,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 256 + len(SPECIAL):
         raise DataError(f"a byte-level vocabulary needs at least {256 + len(SPECIAL)} ids, not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in (_NUMBERS, _IDEOGRAPHS, _WORDS)]
+    splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in (_NUMBERS.format(digits), _IDEOGRAPHS, _WORDS)]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

@@ -143,7 +143,7 @@ def test_a_verdict_on_a_column_says_whether_it_adds_up(made: Path) -> None:
     assert 0.4 < sum(verdict == " no" for *_, verdict in lines) / len(lines) < 0.6
 
 
-def test_a_verdict_in_a_thought_minds_the_carry_and_no_answer_follows_from_other_columns(made: Path) -> None:
+def test_a_verdict_in_a_thought_minds_the_carry_and_the_answer_is_that_of_the_columns(made: Path) -> None:
     said = {"": 0, " yes": 0, " no": 0}
     for row in rows(made, "thoughts"):
         for thought, answer in re.findall(r"<think>(.*?)</think>(\d+)", row["text"], re.DOTALL):
