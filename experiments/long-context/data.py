@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from leanseek.data.tokenizer import save_tokenizer, train_tokenizer
-from leanseek.evaluation.needle import NAMES, WORDS, new_code, statement
+from leanseek.evaluation.needle import NAMES, PLAIN, new_code, statement
 
 VOCABULARY = 1024
 
@@ -20,34 +20,30 @@ class Kind(NamedTuple):
     window: int  # tokens of the windows they are for
     documents: int
     names: tuple[int, ...]  # how many codes a document has
-    sentences: bool  # between the codes, else words
-    between: int  # of them at most
-    made: float  # share that is made, a third of it lists; the rest is text
+    plain: bool  # between the codes stand the same few sentences, else some of the text
+    between: int  # sentences between codes, at most
+    made: float  # share that has codes; the rest is text
 
 
 KINDS = {
-    "lookup": Kind(128, 40_000, (1, 1, 2, 3), False, 12, 1.0),
-    "base": Kind(512, 16_000, (1, 1, 2, 4, 8), True, 16, 0.5),
-    "2k": Kind(2048, 1_200, (1, 1, 2, 4, 8), True, 64, 0.5),
-    "8k": Kind(8192, 300, (1, 1, 2, 4, 8), True, 256, 0.5),
+    "lookup": Kind(128, 50_000, (1, 1, 2, 3, 4), True, 8, 1.0),
+    "base": Kind(512, 16_000, (1, 1, 2, 4), False, 32, 0.5),
+    "2k": Kind(2048, 1_200, (1, 1, 2, 4), False, 128, 0.5),
+    "8k": Kind(8192, 300, (1, 1, 2, 4), False, 512, 0.5),
 }
 
 
-def lists(rng: random.Random, size: int) -> str:
-    """One list of words over and over, `size` bytes or some more."""
-    words = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(4, max(12, size // 40))))
-    return f" {words}." * (1 + size // len(words))
-
-
-def codes(rng: random.Random, size: int, kind: Kind, fillers: Sequence[str]) -> str:
+def codes(rng: random.Random, size: int, kind: Kind, sentences: Sequence[str]) -> str:
     """Codes of names, each said again. What stands between varies in length: else a network copies what stands so
     many tokens before, and no name is read (docs/log.md). `size` bytes or some more."""
     known = {name: new_code(rng) for name in rng.sample(NAMES, rng.choice(kind.names))}
-    names, most, out = list(known), rng.randint(1, kind.between), ""
+    most = int((kind.between + 1) ** rng.random())  # short and long ones alike
+    names, out = list(known), ""
     while len(out) < size:
         name = rng.choice(names)
         out += statement(name, known[name])
-        out += "".join(" " + rng.choice(fillers) for _ in range(rng.randint(0, most)))
+        at, count = rng.randrange(len(sentences)), rng.randint(0, most)
+        out += "".join(" " + sentences[(at + each) % len(sentences)] for each in range(count))
     return out
 
 
@@ -58,25 +54,21 @@ def documents(texts: Path, kind: Kind, seed: int) -> Iterator[str]:
     sentences = [" ".join(s.split()) + "." for s in whole.split(".") if 10 < len(s) < 200]
     for _ in range(kind.documents):
         drawn, size = rng.random(), int(3 * kind.window * rng.uniform(0.7, 1.2))
-        if drawn < kind.made * 2 / 3:
-            yield codes(rng, size, kind, sentences if kind.sentences else WORDS)
-        elif drawn < kind.made:
-            yield lists(rng, size)
+        if drawn < kind.made:
+            yield codes(rng, size, kind, PLAIN if kind.plain else sentences)
         else:
             at = rng.randrange(len(whole) - size)
             yield " ".join(whole[at : at + size].split())
 
 
-def write(out: Path, texts: Path, kind: Kind, seed: int) -> None:
-    """The documents as JSON lines."""
-    with out.open("w", encoding="utf-8") as file:
-        for text in documents(texts, kind, seed):
-            file.write(json.dumps({"text": text}) + "\n")
+def write_tokenizer(folder: Path, rows: Sequence[Path]) -> None:
+    """One of the texts in files of ours. Two digits are a token, so that a code is two, which always stand where they
+    do behind its name."""
 
+    def texts() -> Iterator[str]:
+        for path in rows:
+            with path.open(encoding="utf-8") as lines:
+                yield from (json.loads(line)["text"] for line in lines)
 
-def write_tokenizer(folder: Path, rows: Path) -> None:
-    """One of the texts in a file of ours. Each digit is a token, so that a code's stand where they always do behind
-    its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    with rows.open(encoding="utf-8") as lines:
-        save_tokenizer(train_tokenizer((json.loads(line)["text"] for line in lines), VOCABULARY, digits=1), folder)
+    save_tokenizer(train_tokenizer(texts(), VOCABULARY, digits=2), folder)

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import tomli_w
 import torch
-from data import KINDS, write, write_tokenizer
+from data import KINDS, documents, write_tokenizer
 
-from leanseek import LLM, load, save
+from leanseek import LLM, Transformer, load, save
 from leanseek.checkpoint import resolve
-from leanseek.config import merged
+from leanseek.config import ModelConfig, merged
 from leanseek.data.loader import TokenDataset
 from leanseek.data.prepare import prepare
 from leanseek.evaluation import needle
@@ -47,15 +47,15 @@ YARN = {  # the same in both phases (4.3)
 class Stage(NamedTuple):
     name: str
     data: str  # key of KINDS
-    source: str  # the stage it begins with, "" for none
+    source: str  # the stage it begins with
     changes: dict[str, Any]
     every: int = 1000  # steps between checkpoints; of the arms, whose names have a dash, each is measured
 
 
 def stages() -> Iterator[Stage]:
     """In the order in which they run: pre-training, then both phases of each arm."""
-    yield Stage("lookup", "lookup", "", {"data": {"seq_len": 128}, "train": {"steps": 4000, "batch_size": 16}})
-    yield Stage("base", "base", "lookup", {"data": {"seq_len": 512}, "train": {"steps": 2000, "batch_size": 4}})
+    yield Stage("lookup", "lookup", "begin", {"data": {"seq_len": 128}, "train": {"steps": 5000, "batch_size": 16}})
+    yield Stage("base", "base", "lookup", {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}})
     for arm, rope in (("yarn", YARN), ("plain", {})):
         constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
         for length, source, batch, steps in (("2k", "base", 8, 80), ("8k", f"{arm}-2k", 2, 60)):
@@ -64,50 +64,68 @@ def stages() -> Iterator[Stage]:
                 "data": {"seq_len": KINDS[length].window},
                 "train": {"batch_size": batch, "steps": steps, "eval_every": steps},
             }
-            yield Stage(f"{arm}-{length}", length, source, merged([constant, changes]), 10)
+            yield Stage(f"{arm}-{length}", length, source, merged([constant, changes]), 20 if length == "2k" else 30)
 
 
 def shards(texts: Path, runs: Path, name: str) -> Path:
-    """The prepared data of a stage; all have the tokenizer of the first."""
+    """The prepared data of a stage; all have one tokenizer."""
     data = runs / "data"
-    folder, rows = data / name, data / f"{name}.jsonl"
-    if not (folder / "manifest.json").is_file():
-        data.mkdir(parents=True, exist_ok=True)
-        write(rows, texts, KINDS[name], seed=list(KINDS).index(name))
-        if name == "lookup":
-            write_tokenizer(data / "tokenizer", rows)
-        prepare([rows], folder, tokenizer=data / "tokenizer", workers=1)
-    return folder
+    data.mkdir(parents=True, exist_ok=True)
+    if not (data / "tokenizer/tokenizer.json").is_file():
+        write_tokenizer(data / "tokenizer", [rows(texts, data, "lookup"), rows(texts, data, "base")])
+    if not (data / name / "manifest.json").is_file():
+        prepare([rows(texts, data, name)], data / name, tokenizer=data / "tokenizer", workers=1)
+    return data / name
+
+
+def rows(texts: Path, data: Path, name: str) -> Path:
+    """The documents of a stage."""
+    path = data / f"{name}.jsonl"
+    if not path.is_file():
+        lines = (json.dumps({"text": text}) for text in documents(texts, KINDS[name], list(KINDS).index(name)))
+        replace_file(path, "\n".join(lines).encode())
+    return path
 
 
 def settings(stage: Stage, texts: Path, runs: Path) -> RunConfig:
     table = merged([read_toml(HERE / "config.toml"), stage.changes])
     table = merged([table, {"name": stage.name, "data": {"path": str(shards(texts, runs, stage.data))}}])
-    table |= {"checkpoint": {"every": stage.every, "keep_every": stage.every}}
-    if stage.source:
-        table["from"] = str(runs / stage.source)
+    table |= {"checkpoint": {"every": stage.every, "keep_every": stage.every}, "from": str(runs / stage.source)}
     config = runs / f"{stage.name}.toml"
     config.write_text(tomli_w.dumps(table), encoding="utf-8")
     return RunConfig.load(str(config), [], runs)
 
 
-def measure(checkpoint: Path, text: str, held_out: Path) -> None:
+def measure(checkpoint: Path, text: str, held_out: Path, longest: int) -> None:
     """Maps of one code and of several, and bits per byte in windows of 512, kept beside the checkpoint."""
     kept = checkpoint.parent / f"{checkpoint.name}.measured.json"
     if not kept.is_file():
         scorer = Scorer(LLM(checkpoint, packed_copy=False))
-        lengths = tuple(length for length in LENGTHS if length <= scorer.max_length + 1)
+        lengths = tuple(length for length in LENGTHS if length <= longest)
         maps = {task: needle.find(scorer, task, lengths, text=text) for task in TASKS}
         found: dict[str, Any] = {task: [cell._asdict() for cell in cells] for task, cells in maps.items()}
         found["bits_per_byte"] = bits_per_byte(load(checkpoint), TokenDataset(held_out, "validation", 512, 1), 64)
         replace_file(kept, json.dumps(found).encode())
 
 
-def untrained(runs: Path) -> Path:
-    """base's last checkpoint under the config of the YaRN arm: the weights as they are."""
-    folder = runs / "untrained"
+def begin(texts: Path, runs: Path) -> None:
+    """Initial weights, and a vector that all embeddings have in common. V3's queries and keys have no bias, so a head
+    that looks at a place, whatever stands there, can be made of nothing else; without such heads no name is looked up,
+    and the network takes long to grow them (docs/log.md)."""
+    if not (runs / "begin").is_dir():
+        model = Transformer(ModelConfig(**read_toml(HERE / "config.toml")["model"]))
+        model.init_weights(0)
+        with torch.no_grad():
+            model.embed_tokens.weight += 0.2 * torch.randn(model.config.hidden_size, generator=torch.manual_seed(0))
+        shards(texts, runs, "lookup")  # and the tokenizer
+        save(model, runs / "begin", tokenizer_from=runs / "data/tokenizer")
+
+
+def untrained(runs: Path, arm: str) -> Path:
+    """base's last checkpoint under the config of an arm: the weights as they are."""
+    folder = runs / f"untrained-{arm}"
     if not folder.is_dir():
-        model, long = load(runs / "base"), RunConfig.from_dict(read_toml(runs / "yarn-2k/config.toml")).model
+        model, long = load(runs / "base"), RunConfig.from_dict(read_toml(runs / f"{arm}-2k/config.toml")).model
         model.config = dataclasses.replace(model.config, rope_scaling=long.rope_scaling, max_position_embeddings=10240)
         save(model, folder, tokenizer_from=resolve(runs / "base"))
     return folder
@@ -122,8 +140,8 @@ def results(runs: Path) -> dict[str, Any]:
         kept = {int(p.name.split(".")[0].removeprefix("step-")): p for p in folder.glob("checkpoints/*.measured.json")}
         if kept:
             found["measured"][folder.name] = {step: json.loads(kept[step].read_bytes()) for step in sorted(kept)}
-    if (runs / "untrained.measured.json").is_file():
-        found["measured"]["untrained"] = {0: json.loads((runs / "untrained.measured.json").read_bytes())}
+    for path in runs.glob("untrained-*.measured.json"):
+        found["measured"][path.name.split(".")[0]] = {0: json.loads(path.read_bytes())}
     return found
 
 
@@ -135,7 +153,9 @@ def accuracy(cells: list[dict[str, float]], length: int) -> float:
 
 def draw(measured: dict[str, Any], out: Path) -> None:
     """needles.png: the map of one code after each stage. steps.png: the share of codes found, by step of each arm."""
-    names = [n for n in ("base", "untrained", "yarn-2k", "yarn-8k", "plain-2k", "plain-8k") if n in measured]
+    names = [
+        n for n in ("untrained-plain", "plain-2k", "plain-8k", "untrained-yarn", "yarn-2k", "yarn-8k") if n in measured
+    ]
     if not names:
         return
     figure = Figure(figsize=(0.6 + 2.4 * len(names), 3.6), layout="constrained")
@@ -157,8 +177,8 @@ def draw(measured: dict[str, Any], out: Path) -> None:
 
 
 def by_step(measured: dict[str, Any], arm: str) -> dict[int, Any]:
-    """Both phases of an arm, one after the other; of YaRN also before the first step."""
-    points = dict(measured.get("untrained", {})) if arm == "yarn" else {}
+    """Both phases of an arm, one after the other, and before the first step."""
+    points = dict(measured.get(f"untrained-{arm}", {}))
     for phase in ("2k", "8k"):
         before = max(points, default=0)
         points |= {before + step: each for step, each in measured.get(f"{arm}-{phase}", {}).items()}
@@ -176,13 +196,16 @@ def main() -> None:
     text = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
     for stage in [] if given.draw else stages():
         runs.mkdir(parents=True, exist_ok=True)
+        begin(texts, runs)
         run = settings(stage, texts, runs)
         train(run, resume=(runs / stage.name).is_dir(), runs=runs)
         steps = range(stage.every, run.train.steps + 1, stage.every) if "-" in stage.name else (run.train.steps,)
+        longest = max(512, run.data.seq_len)
         for step in steps if stage.name != "lookup" else ():
-            measure(runs / stage.name / "checkpoints" / f"step-{step}", text, shards(texts, runs, "base"))
-        if stage.name == "yarn-2k":
-            measure(untrained(runs), text, shards(texts, runs, "base"))
+            measure(runs / stage.name / "checkpoints" / f"step-{step}", text, shards(texts, runs, "base"), longest)
+        if stage.name.endswith("-2k"):
+            arm = stage.name.split("-")[0]
+            measure(untrained(runs, arm), text, shards(texts, runs, "base"), LENGTHS[-1])
     found = results(runs)
     replace_file(HERE / "results.json", (json.dumps(found) + "\n").encode())
     draw(found["measured"], HERE)

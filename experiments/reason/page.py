@@ -32,16 +32,33 @@ def _by_arm(rows: Sequence[Any]) -> dict[str, list[Any]]:
 
 
 def draw(rows: Sequence[Any], out: Path) -> None:
-    """A picture of the same: accuracy by step, and what all arms end with."""
+    """A picture of the same: accuracy by step, what all arms end with, and both rewards where a model gives one."""
     by_arm = _by_arm(rows)
-    figure = Figure(figsize=(12, 4), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2)
+    modelled = {arm: by_arm[arm] for arm in ("model", "mixture") if arm in by_arm}
+    figure = Figure(figsize=(17 if modelled else 12, 4), layout="constrained", facecolor="white")
+    left, right, *more = figure.subplots(1, 3 if modelled else 2)
     policies = {arm: rows for arm, rows in by_arm.items() if arm in POLICIES}
     _curves(left, policies, lambda row: row.curve)
     left.set_ylabel("right of held-out problems, greedy", color=INK)
     left.set_xlabel("step of GRPO", color=INK)
     _bars(right, by_arm)
+    for ax in more:
+        _both(ax, modelled)
     figure.savefig(out, dpi=130)
+
+
+def _both(ax: Axes, by_arm: dict[str, list[Any]]) -> None:
+    """By step: what the reward model gives, dotted, by the axis on the right; and what is right."""
+    given = ax.twinx()
+    for arm, rows in by_arm.items():
+        color = COLORS[POLICIES.index(arm) % len(COLORS)]
+        for row in rows:
+            points = _smooth(_of("reward/model")(row))
+            given.plot(*zip(*points, strict=True), color=color, linewidth=1.4, linestyle=":")
+    _curves(ax, by_arm, _of("reward/answer"))
+    ax.set_ylabel("right of sampled answers", color=INK)
+    given.set_ylabel("reward model's score (dotted)", color=INK)
+    quiet(given)
 
 
 def _body(by_arm: dict[str, list[Any]]) -> str:

@@ -46,14 +46,23 @@ def wrong_short(chance: random.Random, operands: Sequence[int]) -> str:
             return said
 
 
+def wrong_end(chance: random.Random, operands: Sequence[int]) -> str:
+    """A right thought and an answer that is not its own."""
+    return f"{THINK}{chr(10).join(columns(operands))}{CLOSE}{wrong_short(chance, operands)}"
+
+
 def wrong_long(chance: random.Random, operands: Sequence[int]) -> str:
     """A thought with one mistake, or an answer that is not its thought's."""
-    lines = columns(operands)
     if chance.random() < 0.3:
-        return f"{THINK}{chr(10).join(lines)}{CLOSE}{wrong_short(chance, operands)}"
-    place = chance.randrange(len(lines))
-    lines, answer = walk(chance, operands, [place == each for each in range(len(lines))])
+        return wrong_end(chance, operands)
+    place = chance.randrange(3)
+    lines, answer = walk(chance, operands, [place == each for each in range(3)])
     return f"{THINK}{chr(10).join(lines)}{CLOSE}{answer}"
+
+
+def as_pair(operands: Sequence[int], right: str, wrong: str) -> dict[str, Any]:
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (right, wrong))
+    return {"prompt": prompt(operands)["prompt"], "chosen": chosen, "rejected": rejected}
 
 
 def pair(chance: random.Random, operands: Sequence[int]) -> dict[str, Any]:
@@ -62,9 +71,7 @@ def pair(chance: random.Random, operands: Sequence[int]) -> dict[str, Any]:
         ((True, True),) * 4 + ((False, False), (True, False), (False, True), (True, False), (False, True))
     )
     right = long_answer(operands) if right_long else str(sum(operands))
-    wrong = (wrong_long if wrong_is_long else wrong_short)(chance, operands)
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (right, wrong))
-    return {"prompt": prompt(operands)["prompt"], "chosen": chosen, "rejected": rejected}
+    return as_pair(operands, right, (wrong_long if wrong_is_long else wrong_short)(chance, operands))
 
 
 def balanced_pairs(chance: random.Random, operands: Iterable[Operands]) -> list[dict[str, Any]]:
@@ -112,7 +119,8 @@ def exercises(chance: random.Random, count: int, thoughts: float) -> Iterator[st
 
 
 def make_pairs(out: Path, seed: int, count: int, held_out: int) -> None:
-    """Write pairs.jsonl, pairs-test.jsonl, and the texts columns.jsonl and thoughts.jsonl into `out`."""
+    """Write into `out` the texts columns.jsonl and thoughts.jsonl, and pairs: pairs.jsonl and pairs-test.jsonl, and
+    ends.jsonl, of which half differ in the end alone."""
 
     def chance(name: str) -> random.Random:
         return random.Random(f"{seed} pairs {name}")
@@ -120,6 +128,10 @@ def make_pairs(out: Path, seed: int, count: int, held_out: int) -> None:
     for name, share in (("columns", 0.0), ("thoughts", 0.6)):
         texts = exercises(chance(name), count // 2, share)
         write_rows(out / f"{name}.jsonl", ({"text": text} for text in texts))
+    styles, half = chance("ends styles"), 3 * count // 8
+    ends = [as_pair(each, long_answer(each), wrong_end(styles, each)) for each in draw(styles, "train", half)]
+    ends += balanced_pairs(styles, draw(styles, "train", half))
+    write_rows(out / "ends.jsonl", styles.sample(ends, len(ends)))
     for name, split, size in (("pairs", "train", count), ("pairs-test", "test", held_out)):
         triples = draw(chance(split), split, size)
         write_rows(out / f"{name}.jsonl", balanced_pairs(chance(f"{split} styles"), triples))
