@@ -145,16 +145,21 @@ def results(runs: Path) -> dict[str, Any]:
     return found
 
 
-def accuracy(cells: list[dict[str, float]], length: int) -> float:
-    """The share of needles found at a length."""
-    each = [cell["accuracy"] for cell in cells if cell["length"] == length]
-    return sum(each) / len(each)
+def at(cells: list[dict[str, float]], length: int) -> list[dict[str, float]]:
+    return [cell for cell in cells if cell["length"] == length]
+
+
+def share(cells: list[dict[str, float]]) -> float:
+    """Of the needles that were found."""
+    return sum(cell["accuracy"] for cell in cells) / len(cells)
 
 
 def draw(measured: dict[str, Any], out: Path) -> None:
     """needles.png: the map of one code after each stage. steps.png: the share of codes found, by step of each arm."""
     names = [
-        n for n in ("untrained-plain", "plain-2k", "plain-8k", "untrained-yarn", "yarn-2k", "yarn-8k") if n in measured
+        n
+        for n in ("base", "untrained-plain", "plain-2k", "plain-8k", "untrained-yarn", "yarn-2k", "yarn-8k")
+        if n in measured
     ]
     if not names:
         return
@@ -164,15 +169,25 @@ def draw(measured: dict[str, Any], out: Path) -> None:
         needle.draw(axes, [needle.Cell(**cell) for cell in cells], name)
     figure.savefig(out / "needles.png", dpi=110)
 
-    figure = Figure(figsize=(12.0, 3.2), layout="constrained")
-    panels = [(task, length) for task in TASKS for length in LENGTHS[1:]]
-    for axes, (task, length) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for arm in ("yarn", "plain"):
-            points = by_step(measured, arm)
-            axes.plot(list(points), [accuracy(each[task], length) for each in points.values()], label=arm)
+    arms = {arm: by_step(measured, arm) for arm in ("yarn", "plain")}
+    panels = {
+        (task, length): {
+            arm: {step: share(cells) for step, each in points.items() if (cells := at(each[task], length))}
+            for arm, points in arms.items()
+        }
+        for task in TASKS
+        for length in LENGTHS[1:]
+    }
+    panels = {panel: lines for panel, lines in panels.items() if any(lines.values())}
+    figure = Figure(figsize=(0.5 + 3 * len(panels), 3.2), layout="constrained")
+    for axes, ((task, length), lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for arm, points in lines.items():
+            axes.plot(list(points), list(points.values()), "o-", markersize=3, label=arm)
         axes.axhline(needle.GREEN, color="gray", linewidth=0.5)
         axes.set(xlabel="steps", ylim=(-0.02, 1.02), title=f"{task}, {length:,} tokens")
-    axes.legend()
+        axes.legend()
     figure.savefig(out / "steps.png", dpi=110)
 
 
