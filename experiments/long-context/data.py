@@ -47,10 +47,15 @@ def codes(rng: random.Random, size: int, kind: Kind, sentences: Sequence[str]) -
     return out
 
 
+def corpus(texts: Path) -> str:
+    """All .txt files of a folder."""
+    return " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
+
+
 def documents(texts: Path, kind: Kind, seed: int) -> Iterator[str]:
     """Of about a window each."""
     rng = random.Random(seed)
-    whole = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
+    whole = corpus(texts)
     sentences = [" ".join(s.split()) + "." for s in whole.split(".") if 10 < len(s) < 200]
     for _ in range(kind.documents):
         drawn, size = rng.random(), int(3 * kind.window * rng.uniform(0.7, 1.2))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import tomli_w
 import torch
-from data import KINDS, documents, write_tokenizer
+from data import KINDS, corpus, documents, write_tokenizer
 
 from leanseek import LLM, Transformer, load, save
 from leanseek.checkpoint import resolve
@@ -108,7 +108,7 @@ def measure(checkpoint: Path, text: str, held_out: Path, longest: int) -> None:
         replace_file(kept, json.dumps(found).encode())
 
 
-def begin(texts: Path, runs: Path) -> None:
+def begin(runs: Path) -> None:
     """Initial weights, and a vector that all embeddings have in common. V3's queries and keys have no bias, so a head
     that looks at a place, whatever stands there, can be made of nothing else; without such heads no name is looked up,
     and the network takes long to grow them (docs/log.md)."""
@@ -117,7 +117,6 @@ def begin(texts: Path, runs: Path) -> None:
         model.init_weights(0)
         with torch.no_grad():
             model.embed_tokens.weight += 0.2 * torch.randn(model.config.hidden_size, generator=torch.manual_seed(0))
-        shards(texts, runs, "lookup")  # and the tokenizer
         save(model, runs / "begin", tokenizer_from=runs / "data/tokenizer")
 
 
@@ -208,22 +207,27 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     texts, runs = given.texts, given.runs
-    text = " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
-    for stage in [] if given.draw else stages():
-        runs.mkdir(parents=True, exist_ok=True)
-        begin(texts, runs)
+    if not given.draw:
+        extend(texts, runs)
+    found = results(runs)
+    replace_file(HERE / "results.json", (json.dumps(found) + "\n").encode())
+    draw(found["measured"], HERE)
+
+
+def extend(texts: Path, runs: Path) -> None:
+    """Run and measure all stages."""
+    text, held_out = corpus(texts), shards(texts, runs, "base")
+    begin(runs)  # with the tokenizer that the shards have made
+    for stage in stages():
         run = settings(stage, texts, runs)
         train(run, resume=(runs / stage.name).is_dir(), runs=runs)
         steps = range(stage.every, run.train.steps + 1, stage.every) if "-" in stage.name else (run.train.steps,)
         longest = max(512, run.data.seq_len)
         for step in steps if stage.name != "lookup" else ():
-            measure(runs / stage.name / "checkpoints" / f"step-{step}", text, shards(texts, runs, "base"), longest)
+            measure(runs / stage.name / "checkpoints" / f"step-{step}", text, held_out, longest)
         if stage.name.endswith("-2k"):
             arm = stage.name.split("-")[0]
-            measure(untrained(runs, arm), text, shards(texts, runs, "base"), LENGTHS[-1])
-    found = results(runs)
-    replace_file(HERE / "results.json", (json.dumps(found) + "\n").encode())
-    draw(found["measured"], HERE)
+            measure(untrained(runs, arm), text, held_out, LENGTHS[-1])
 
 
 if __name__ == "__main__":
