@@ -38,7 +38,7 @@ from leanseek.writing import replace_file
 
 HERE = Path(__file__).parent
 LENGTHS = (512, 2048, 8192)
-TASKS = ("needle", "needle_multikey")
+TASKS = {"needle": LENGTHS, "needle_multikey": LENGTHS[:2]}  # a map of 8,192 tokens takes some minutes
 YARN = {  # the same in both phases (4.3)
     "rope_scaling": {"factor": 20.0, "original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 1.0}
 }
@@ -49,22 +49,29 @@ class Stage(NamedTuple):
     data: str  # key of KINDS
     source: str  # the stage it begins with
     changes: dict[str, Any]
-    every: int = 1000  # steps between checkpoints; of the arms, whose names have a dash, each is measured
+    every: int = 1000  # steps between checkpoints
+    measured: tuple[int, ...] = ()  # the steps whose needle maps are drawn
+    arm: str = ""
 
 
 def stages() -> Iterator[Stage]:
-    """In the order in which they run: pre-training, then both phases of each arm."""
-    yield Stage("lookup", "lookup", "begin", {"data": {"seq_len": 128}, "train": {"steps": 5000, "batch_size": 16}})
-    yield Stage("base", "base", "lookup", {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}})
+    """In the order in which they run: look-up, pre-training, then both phases of each arm."""
+    source = "begin"
+    for name, steps in (("pairs", 1000), ("codes", 1000), ("is", 500), ("lookup", 2500)):
+        yield Stage(name, name, source, {"data": {"seq_len": 128}, "train": {"steps": steps, "batch_size": 16}})
+        source = name
+    base = {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}}
+    yield Stage("base", "base", "lookup", base, measured=(4000,))
     for arm, rope in (("yarn", YARN), ("plain", {})):
         constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
-        for length, source, batch, steps in (("2k", "base", 8, 80), ("8k", f"{arm}-2k", 2, 60)):
+        for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 60, 60)):
             changes = {
                 "model": {"max_position_embeddings": 10240, **rope},
                 "data": {"seq_len": KINDS[length].window},
                 "train": {"batch_size": batch, "steps": steps, "eval_every": steps},
             }
-            yield Stage(f"{arm}-{length}", length, source, merged([constant, changes]), 20 if length == "2k" else 30)
+            steps_measured = tuple(range(every, steps + 1, every))
+            yield Stage(f"{arm}-{length}", length, source, merged([constant, changes]), every, steps_measured, arm)
 
 
 def shards(texts: Path, runs: Path, name: str) -> Path:
@@ -72,7 +79,7 @@ def shards(texts: Path, runs: Path, name: str) -> Path:
     data = runs / "data"
     data.mkdir(parents=True, exist_ok=True)
     if not (data / "tokenizer/tokenizer.json").is_file():
-        write_tokenizer(data / "tokenizer", [rows(texts, data, "lookup"), rows(texts, data, "base")])
+        write_tokenizer(data / "tokenizer", [rows(texts, data, kind) for kind in ("codes", "lookup", "base")])
     if not (data / name / "manifest.json").is_file():
         prepare([rows(texts, data, name)], data / name, tokenizer=data / "tokenizer", workers=1)
     return data / name
@@ -101,22 +108,26 @@ def measure(checkpoint: Path, text: str, held_out: Path, longest: int) -> None:
     kept = checkpoint.parent / f"{checkpoint.name}.measured.json"
     if not kept.is_file():
         scorer = Scorer(LLM(checkpoint, packed_copy=False))
-        lengths = tuple(length for length in LENGTHS if length <= longest)
-        maps = {task: needle.find(scorer, task, lengths, text=text) for task in TASKS}
+        maps = {}
+        for task, lengths in TASKS.items():
+            maps[task] = needle.find(scorer, task, [length for length in lengths if length <= longest], text=text)
         found: dict[str, Any] = {task: [cell._asdict() for cell in cells] for task, cells in maps.items()}
         found["bits_per_byte"] = bits_per_byte(load(checkpoint), TokenDataset(held_out, "validation", 512, 1), 64)
         replace_file(kept, json.dumps(found).encode())
 
 
 def begin(runs: Path) -> None:
-    """Initial weights, and a vector that all embeddings have in common. V3's queries and keys have no bias, so a head
-    that looks at a place, whatever stands there, can be made of nothing else; without such heads no name is looked up,
-    and the network takes long to grow them (docs/log.md)."""
+    """Initial weights, in which two things make look-up learnable in minutes (docs/log.md). Embeddings are as large as
+    what a layer adds to them, so that a name is still read behind the first layer. And they have a vector in common:
+    V3's queries and keys have no bias, so a head that looks at a place, whatever stands there, can be made of nothing
+    else."""
     if not (runs / "begin").is_dir():
         model = Transformer(ModelConfig(**read_toml(HERE / "config.toml")["model"]))
         model.init_weights(0)
         with torch.no_grad():
-            model.embed_tokens.weight += 0.2 * torch.randn(model.config.hidden_size, generator=torch.manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            model.embed_tokens.weight.normal_(generator=generator)
+            model.embed_tokens.weight += torch.randn(model.config.hidden_size, generator=generator)
         save(model, runs / "begin", tokenizer_from=runs / "data/tokenizer")
 
 
@@ -221,13 +232,10 @@ def extend(texts: Path, runs: Path) -> None:
     for stage in stages():
         run = settings(stage, texts, runs)
         train(run, resume=(runs / stage.name).is_dir(), runs=runs)
-        steps = range(stage.every, run.train.steps + 1, stage.every) if "-" in stage.name else (run.train.steps,)
-        longest = max(512, run.data.seq_len)
-        for step in steps if stage.name != "lookup" else ():
-            measure(runs / stage.name / "checkpoints" / f"step-{step}", text, held_out, longest)
-        if stage.name.endswith("-2k"):
-            arm = stage.name.split("-")[0]
-            measure(untrained(runs, arm), text, held_out, LENGTHS[-1])
+        for step in stage.measured:
+            measure(runs / stage.name / "checkpoints" / f"step-{step}", text, held_out, run.data.seq_len)
+        if stage.arm and stage.source == "base":
+            measure(untrained(runs, stage.arm), text, held_out, run.data.seq_len)
 
 
 if __name__ == "__main__":

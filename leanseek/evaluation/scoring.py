@@ -77,10 +77,14 @@ class Scorer:
         return scores
 
     def continued(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
-        """The model's greedy text after each prompt of token ids."""
-        params = SamplingParams(temperature=0, max_tokens=max_tokens)
-        parts = [prompts[first : first + AT_ONCE] for first in range(0, len(prompts), AT_ONCE)]
-        return [output.outputs[0].text for part in parts for output in self._llm.generate(part, params)]
+        """The model's greedy text after each prompt of token ids, of as many tokens as the window has left."""
+        texts: list[str] = []
+        for first in range(0, len(prompts), AT_ONCE):
+            part = prompts[first : first + AT_ONCE]
+            room = [min(max_tokens, self.max_length + 1 - len(prompt)) for prompt in part]
+            params = [SamplingParams(temperature=0, max_tokens=most) for most in room]
+            texts += [output.outputs[0].text for output in self._llm.generate(part, params)]
+        return texts
 
     def answer(self, asks: Sequence[Ask]) -> list[str]:
         """The model's text after each prompt, up to a stop string."""

@@ -91,6 +91,13 @@ def test_prompts_fill_their_length_and_hold_the_needle_at_its_depth(scorer: Scor
         assert place == pytest.approx(number % needle.DEPTHS / (needle.DEPTHS - 1), abs=0.04)
 
 
+def test_a_prompt_beside_a_longer_answer_is_answered_in_what_its_window_has_left(scorer: Scorer) -> None:
+    """Codes differ in tokens, so a prompt with a short one leaves too little room for the longest."""
+    room = len(scorer.continued([[5] * (scorer.max_length - 1)], 2)[0])
+    full, short = scorer.continued([[5] * (scorer.max_length - 1), [5] * 8], 5)
+    assert len(full) == room and short == scorer.continued([[5] * 8], 5)[0]
+
+
 def test_prompts_are_the_same_every_time_and_share_what_stands_before_the_needle(find: Any) -> None:
     _, first = find(by_name, "needle", lengths=[1024], count=1)
     _, again = find(by_name, "needle", lengths=[1024], count=1)
