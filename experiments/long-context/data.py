@@ -28,8 +28,8 @@ class Kind(NamedTuple):
 
 CODE = statement("{name}", "{code}")
 KINDS = {  # the first four say the same in more and more words: docs/log.md
-    "pairs": Kind(128, 12_000, (2, 3, 4), " {name} {other}.", 0, True, 1.0),
-    "codes": Kind(128, 12_000, (2, 3, 4), " {name} {code}.", 0, True, 1.0),
+    "pairs": Kind(128, 12_000, (2, 3, 4), " {name} {other}.", 1, True, 1.0),
+    "codes": Kind(128, 12_000, (2, 3, 4), " {name} {code}.", 1, True, 1.0),
     "is": Kind(128, 8_000, (2, 3, 4), " {name} is {code}.", 1, True, 1.0),
     "lookup": Kind(128, 20_000, (1, 2, 3, 4), CODE, 8, True, 1.0),
     "base": Kind(512, 8_000, (1, 2, 4, 8), CODE, 32, False, 0.5),

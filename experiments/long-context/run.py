@@ -56,9 +56,10 @@ class Stage(NamedTuple):
 
 def stages() -> Iterator[Stage]:
     """In the order in which they run: look-up, pre-training, then both phases of each arm."""
-    source = "begin"
-    for name, steps in (("pairs", 1000), ("codes", 1000), ("is", 500), ("lookup", 2500)):
-        yield Stage(name, name, source, {"data": {"seq_len": 128}, "train": {"steps": steps, "batch_size": 16}})
+    source, steady = "begin", {"schedule": {"final_lr": 1.5e-3, "last_lr": 1.5e-3}}
+    for name, steps, more in (("pairs", 800, {}), ("codes", 2500, steady), ("is", 500, {}), ("lookup", 1500, {})):
+        changes = {"data": {"seq_len": 128}, "train": {"steps": steps, "batch_size": 16}}
+        yield Stage(name, name, source, merged([changes, more]))
         source = name
     base = {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}}
     yield Stage("base", "base", "lookup", base, measured=(4000,))

@@ -56,8 +56,7 @@ STUDENT = (  # half the width
 DEEPER = 2  # layers that the reward model has more
 GREEDY = ("grpo.beta=0.0", "optimizer.lr=5e-5", "train.steps=200")  # GRPO on the reward model: nothing holds it back
 # what the reward model is trained on before the pairs, and how
-JUDGING = {"columns": ("train.steps=1500",), "thoughts": ("train.steps=1500", "optimizer.lr=2e-3")}
-PAIRS = ("reward.epochs=0.5",)
+JUDGING = {"columns": ("train.steps=600",), "thoughts": ("train.steps=1000", "optimizer.lr=2e-3")}
 DISTILLATION = ("sft.epochs=10.0", "optimizer.lr=3e-3")  # the student has all of it to learn
 
 
@@ -92,7 +91,7 @@ class Scale:
         files, settings = ["data.py", "rewards.py", "pretrain.toml", "sft.toml", "grpo.toml"], dataclasses.asdict(self)
         if arm in ("model", "mixture"):
             files += ["pairs.py", "reward.toml"]
-            settings |= {"judge": (JUDGING, DEEPER, PAIRS), "greedy": GREEDY}
+            settings["verdicts"] = JUDGING, DEEPER, GREEDY
         else:
             del settings["pairs"]
         text = json.dumps([*((HERE / file).read_text() for file in files), settings, STUDENT, DISTILLATION])
@@ -212,7 +211,7 @@ class Story:
             self.trained(name, "pretrain", source, f'data.path="{shards(self.home, name)}"', *more)
             source = name
         deeper(self.runs / source, self.runs / "deeper", DEEPER)
-        self.trained("pairs", "reward", "deeper", *PAIRS)
+        self.trained("pairs", "reward", "deeper")
         return self.trained("reward", "reward", "pairs", f'data.path="{self.data / "ends.jsonl"}"')
 
     def model(self) -> Path:

@@ -25,7 +25,6 @@ def test_every_arm_from_end_to_end(reason: dict[str, ModuleType], tmp_path: Path
         more={
             "pretrain": (*small, "train.steps=2", "train.batch_size=2", "train.eval_sequences=1"),
             "grpo": ("train.steps=2", "train.batch_size=4", "grpo.group=2", "grpo.max_tokens=8", "train.eval_every=1"),
-            "reward": ("schedule.warmup_steps=0",),
         },
     )
     out, home = tmp_path / "results.json", tmp_path / "runs"
