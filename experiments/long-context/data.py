@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 
 CODE = statement("{name}", "{code}")
 KINDS = {  # the first four say the same in more and more words: docs/log.md
-    "pairs": Kind(128, 12_000, (2, 3, 4), " {name} {other}.", 1, True, 1.0),
+    "pairs": Kind(128, 12_000, (2, 3, 4), " {name}{pair}.", 1, True, 1.0),
     "codes": Kind(128, 12_000, (2, 3, 4), " {name} {code}.", 1, True, 1.0),
     "is": Kind(128, 8_000, (2, 3, 4), " {name} is {code}.", 1, True, 1.0),
     "lookup": Kind(128, 20_000, (1, 2, 3, 4), CODE, 8, True, 1.0),
@@ -42,7 +42,7 @@ def codes(rng: random.Random, size: int, kind: Kind, sentences: Sequence[str]) -
     """Codes of names, each said again. What stands between varies in length: else a network copies what stands so
     many tokens before, and no name is read (docs/log.md). `size` bytes or some more."""
     names = rng.sample(NAMES, rng.choice(kind.names))
-    said = [kind.form.format(name=name, code=new_code(rng), other=rng.choice(NAMES)) for name in names]
+    said = [kind.form.format(name=name, code=new_code(rng), pair=rng.randrange(10, 100)) for name in names]
     most = min(kind.between, int((kind.between + 1) ** rng.random()))  # short and long ones alike
     out = ""
     while len(out) < size:

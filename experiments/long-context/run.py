@@ -57,7 +57,12 @@ class Stage(NamedTuple):
 def stages() -> Iterator[Stage]:
     """In the order in which they run: look-up, pre-training, then both phases of each arm."""
     source, steady = "begin", {"schedule": {"final_lr": 1.5e-3, "last_lr": 1.5e-3}}
-    for name, steps, more in (("pairs", 800, {}), ("codes", 2500, steady), ("is", 500, {}), ("lookup", 1500, {})):
+    for name, steps, more in (
+        ("pairs", 800, steady),
+        ("codes", 1000, steady),
+        ("is", 600, steady),
+        ("lookup", 1500, {}),
+    ):
         changes = {"data": {"seq_len": 128}, "train": {"steps": steps, "batch_size": 16}}
         yield Stage(name, name, source, merged([changes, more]))
         source = name
