@@ -19,34 +19,29 @@ class Kind(NamedTuple):
 
     window: int  # tokens of the windows they are for
     documents: int
-    names: tuple[int, ...]  # how many a document has
-    form: str  # what it says of a name, over and over
-    between: int  # sentences between two of those, at most
-    plain: bool  # these are the same few ones, else some of the text
-    made: float  # share of the documents that is made; the rest is text
+    names: tuple[int, ...]  # how many codes a document has
+    plain: bool  # between the codes stand the same few sentences, else some of the text
+    between: int  # sentences between codes, at most
+    made: float  # share that has codes; the rest is text
 
 
-CODE = statement("{name}", "{code}")
-KINDS = {  # the first four say the same in more and more words: docs/log.md
-    "pairs": Kind(128, 12_000, (2, 3, 4), " {name}{pair}.", 1, True, 1.0),
-    "codes": Kind(128, 12_000, (2, 3, 4), " {name} {code}.", 1, True, 1.0),
-    "is": Kind(128, 8_000, (2, 3, 4), " {name} is {code}.", 1, True, 1.0),
-    "lookup": Kind(128, 20_000, (1, 2, 3, 4), CODE, 8, True, 1.0),
-    "base": Kind(512, 8_000, (1, 2, 4, 8), CODE, 32, False, 0.5),
-    "2k": Kind(2048, 600, (1, 2, 4, 8), CODE, 128, False, 0.5),
-    "8k": Kind(8192, 150, (1, 2, 4, 8), CODE, 512, False, 0.5),
+KINDS = {
+    "lookup": Kind(128, 50_000, (1, 1, 2, 3, 4), True, 8, 1.0),
+    "base": Kind(512, 16_000, (1, 1, 2, 4), False, 32, 0.5),
+    "2k": Kind(2048, 1_200, (1, 1, 2, 4), False, 128, 0.5),
+    "8k": Kind(8192, 300, (1, 1, 2, 4), False, 512, 0.5),
 }
 
 
 def codes(rng: random.Random, size: int, kind: Kind, sentences: Sequence[str]) -> str:
     """Codes of names, each said again. What stands between varies in length: else a network copies what stands so
     many tokens before, and no name is read (docs/log.md). `size` bytes or some more."""
-    names = rng.sample(NAMES, rng.choice(kind.names))
-    said = [kind.form.format(name=name, code=new_code(rng), pair=rng.randrange(10, 100)) for name in names]
-    most = min(kind.between, int((kind.between + 1) ** rng.random()))  # short and long ones alike
-    out = ""
+    known = {name: new_code(rng) for name in rng.sample(NAMES, rng.choice(kind.names))}
+    most = int((kind.between + 1) ** rng.random())  # short and long ones alike
+    names, out = list(known), ""
     while len(out) < size:
-        out += rng.choice(said)
+        name = rng.choice(names)
+        out += statement(name, known[name])
         at, count = rng.randrange(len(sentences)), rng.randint(0, most)
         out += "".join(" " + sentences[(at + each) % len(sentences)] for each in range(count))
     return out
@@ -58,12 +53,12 @@ def corpus(texts: Path) -> str:
 
 
 def documents(texts: Path, kind: Kind, seed: int) -> Iterator[str]:
-    """Each longer than a window, so that most windows lie within one."""
+    """Of about a window each."""
     rng = random.Random(seed)
     whole = corpus(texts)
     sentences = [" ".join(s.split()) + "." for s in whole.split(".") if 10 < len(s) < 200]
     for _ in range(kind.documents):
-        drawn, size = rng.random(), int(3 * kind.window * rng.uniform(2, 3))
+        drawn, size = rng.random(), int(3 * kind.window * rng.uniform(0.7, 1.2))
         if drawn < kind.made:
             yield codes(rng, size, kind, PLAIN if kind.plain else sentences)
         else:

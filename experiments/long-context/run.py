@@ -56,21 +56,12 @@ class Stage(NamedTuple):
 
 def stages() -> Iterator[Stage]:
     """In the order in which they run: look-up, pre-training, then both phases of each arm."""
-    source, steady = "begin", {"schedule": {"final_lr": 1.5e-3, "last_lr": 1.5e-3}}
-    for name, steps, more in (
-        ("pairs", 800, steady),
-        ("codes", 1000, steady),
-        ("is", 600, steady),
-        ("lookup", 1500, {}),
-    ):
-        changes = {"data": {"seq_len": 128}, "train": {"steps": steps, "batch_size": 16}}
-        yield Stage(name, name, source, merged([changes, more]))
-        source = name
+    yield Stage("lookup", "lookup", "begin", {"data": {"seq_len": 128}, "train": {"steps": 5000, "batch_size": 16}})
     base = {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}}
     yield Stage("base", "base", "lookup", base, measured=(4000,))
     for arm, rope in (("yarn", YARN), ("plain", {})):
         constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
-        for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 60, 60)):
+        for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 60, 30)):
             changes = {
                 "model": {"max_position_embeddings": 10240, **rope},
                 "data": {"seq_len": KINDS[length].window},
@@ -85,7 +76,7 @@ def shards(texts: Path, runs: Path, name: str) -> Path:
     data = runs / "data"
     data.mkdir(parents=True, exist_ok=True)
     if not (data / "tokenizer/tokenizer.json").is_file():
-        write_tokenizer(data / "tokenizer", [rows(texts, data, kind) for kind in ("codes", "lookup", "base")])
+        write_tokenizer(data / "tokenizer", [rows(texts, data, kind) for kind in ("lookup", "base")])
     if not (data / name / "manifest.json").is_file():
         prepare([rows(texts, data, name)], data / name, tokenizer=data / "tokenizer", workers=1)
     return data / name
@@ -123,17 +114,14 @@ def measure(checkpoint: Path, text: str, held_out: Path, longest: int) -> None:
 
 
 def begin(runs: Path) -> None:
-    """Initial weights, in which two things make look-up learnable in minutes (docs/log.md). Embeddings are as large as
-    what a layer adds to them, so that a name is still read behind the first layer. And they have a vector in common:
-    V3's queries and keys have no bias, so a head that looks at a place, whatever stands there, can be made of nothing
-    else."""
+    """Initial weights, and a vector that all embeddings have in common. V3's queries and keys have no bias, so a head
+    that looks at a place, whatever stands there, can be made of nothing else; without such heads no name is looked up,
+    and the network takes long to grow them (docs/log.md)."""
     if not (runs / "begin").is_dir():
         model = Transformer(ModelConfig(**read_toml(HERE / "config.toml")["model"]))
         model.init_weights(0)
         with torch.no_grad():
-            generator = torch.Generator().manual_seed(0)
-            model.embed_tokens.weight.normal_(generator=generator)
-            model.embed_tokens.weight += torch.randn(model.config.hidden_size, generator=generator)
+            model.embed_tokens.weight += 0.2 * torch.randn(model.config.hidden_size, generator=torch.manual_seed(0))
         save(model, runs / "begin", tokenizer_from=runs / "data/tokenizer")
 
 

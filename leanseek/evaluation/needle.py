@@ -49,7 +49,7 @@ PLAIN = (  # RULER's noise, for models of any language and training
 )  # fmt: skip
 
 
-def statement(name: str, code: int | str) -> str:
+def statement(name: str, code: int) -> str:
     return f" The code of {name} is {code}."
 
 
