@@ -179,8 +179,8 @@ def draw(measured: dict[str, Any], out: Path) -> None:
             arm: {step: share(cells) for step, each in points.items() if (cells := at(each[task], length))}
             for arm, points in arms.items()
         }
-        for task in TASKS
-        for length in LENGTHS[1:]
+        for task, lengths in TASKS.items()
+        for length in lengths[1:]
     }
     panels = {panel: lines for panel, lines in panels.items() if any(lines.values())}
     figure = Figure(figsize=(0.5 + 3 * len(panels), 3.2), layout="constrained")

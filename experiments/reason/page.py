@@ -17,7 +17,8 @@ NAMES = {
     "model": "GRPO, reward model alone", "mixture": "GRPO, model and rule", "short": "student, SFT on short answers",
     "student-grpo": "student, SFT and GRPO", "distilled": "student, distilled",
 }  # fmt: skip
-POLICIES = ("grpo", "random", "model", "mixture", "student-grpo")
+MODELLED = ("model", "mixture")  # by a reward model
+POLICIES = ("grpo", "random", *MODELLED, "student-grpo")
 Point = Sequence[float]
 
 
@@ -34,7 +35,7 @@ def _by_arm(rows: Sequence[Any]) -> dict[str, list[Any]]:
 def draw(rows: Sequence[Any], out: Path) -> None:
     """A picture of the same: accuracy by step, what all arms end with, and both rewards where a model gives one."""
     by_arm = _by_arm(rows)
-    modelled = {arm: by_arm[arm] for arm in ("model", "mixture") if arm in by_arm}
+    modelled = {arm: by_arm[arm] for arm in MODELLED if arm in by_arm}
     figure = Figure(figsize=(17 if modelled else 12, 4), layout="constrained", facecolor="white")
     left, right, *more = figure.subplots(1, 3 if modelled else 2)
     policies = {arm: rows for arm, rows in by_arm.items() if arm in POLICIES}
@@ -71,7 +72,7 @@ def _body(by_arm: dict[str, list[Any]]) -> str:
         ("Entropy of a token, nats", lambda ax: _curves(ax, policies, _of("entropy"), share=False)),
     ]
     if "model" in by_arm:
-        modelled = {arm: by_arm[arm] for arm in ("model", "mixture") if arm in by_arm}
+        modelled = {arm: by_arm[arm] for arm in MODELLED if arm in by_arm}
         charts.append(("Reward of the model, by step", lambda ax: _curves(ax, modelled, _of("reward/model"), False)))
     drawn = "".join(card(title, svg(draw)) for title, draw in charts) if policies else ""
     return (
