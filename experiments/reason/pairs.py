@@ -119,8 +119,8 @@ def exercises(chance: random.Random, count: int, thoughts: float) -> Iterator[st
 
 
 def make_pairs(out: Path, seed: int, count: int, held_out: int) -> None:
-    """Write into `out` the texts columns.jsonl and thoughts.jsonl, and pairs: pairs.jsonl and pairs-test.jsonl, and
-    ends.jsonl, of which half differ in the end alone."""
+    """Write into `out` the texts columns.jsonl and thoughts.jsonl, and pairs: pairs.jsonl, of which half differ in the
+    answer behind the thought alone, and pairs-test.jsonl, of all kinds."""
 
     def chance(name: str) -> random.Random:
         return random.Random(f"{seed} pairs {name}")
@@ -128,10 +128,8 @@ def make_pairs(out: Path, seed: int, count: int, held_out: int) -> None:
     for name, share in (("columns", 0.0), ("thoughts", 0.6)):
         texts = exercises(chance(name), count // 2, share)
         write_rows(out / f"{name}.jsonl", ({"text": text} for text in texts))
-    styles, half = chance("ends styles"), 3 * count // 8
-    ends = [as_pair(each, long_answer(each), wrong_end(styles, each)) for each in draw(styles, "train", half)]
-    ends += balanced_pairs(styles, draw(styles, "train", half))
-    write_rows(out / "ends.jsonl", styles.sample(ends, len(ends)))
-    for name, split, size in (("pairs", "train", count), ("pairs-test", "test", held_out)):
-        triples = draw(chance(split), split, size)
-        write_rows(out / f"{name}.jsonl", balanced_pairs(chance(f"{split} styles"), triples))
+    styles = chance("train styles")
+    ends = [as_pair(each, long_answer(each), wrong_end(styles, each)) for each in draw(styles, "train", count // 2)]
+    pairs = ends + balanced_pairs(styles, draw(styles, "train", count // 2))
+    write_rows(out / "pairs.jsonl", styles.sample(pairs, len(pairs)))
+    write_rows(out / "pairs-test.jsonl", balanced_pairs(chance("test styles"), draw(chance("test"), "test", held_out)))

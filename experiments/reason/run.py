@@ -54,9 +54,9 @@ STUDENT = (  # half the width
     "model.q_lora_rank=48", "model.kv_lora_rank=32", "model.initializer_range=0.14", "train.steps=1500",
 )  # fmt: skip
 DEEPER = 2  # layers that the reward model has more
-GREEDY = ("grpo.beta=0.0", "optimizer.lr=5e-5", "train.steps=200")  # GRPO on the reward model: nothing holds it back
+GREEDY = ("grpo.beta=0.0", "optimizer.lr=1e-4", "train.steps=300")  # GRPO on the reward model: nothing holds it back
 # what the reward model is trained on before the pairs, and how
-JUDGING = {"columns": ("train.steps=600",), "thoughts": ("train.steps=1000", "optimizer.lr=2e-3")}
+JUDGING = {"columns": ("train.steps=1500",), "thoughts": ("train.steps=1500", "optimizer.lr=2e-3")}
 DISTILLATION = ("sft.epochs=10.0", "optimizer.lr=3e-3")  # the student has all of it to learn
 
 
@@ -91,7 +91,7 @@ class Scale:
         files, settings = ["data.py", "rewards.py", "pretrain.toml", "sft.toml", "grpo.toml"], dataclasses.asdict(self)
         if arm in ("model", "mixture"):
             files += ["pairs.py", "reward.toml"]
-            settings["verdicts"] = JUDGING, DEEPER, GREEDY
+            settings["judge"] = JUDGING, DEEPER, GREEDY
         else:
             del settings["pairs"]
         text = json.dumps([*((HERE / file).read_text() for file in files), settings, STUDENT, DISTILLATION])
@@ -202,7 +202,7 @@ class Story:
 
     def reward(self) -> Path:
         """First the fine-tuned model says of columns whether they are right, then of those of thoughts; two more layers
-        gather what it says. After pairs of all kinds come more that differ in the end alone (docs/log.md)."""
+        gather what it says of all of them."""
         source = "sft"
         self.sft()
         if not (self.data / "pairs-test.jsonl").is_file():
@@ -211,8 +211,7 @@ class Story:
             self.trained(name, "pretrain", source, f'data.path="{shards(self.home, name)}"', *more)
             source = name
         deeper(self.runs / source, self.runs / "deeper", DEEPER)
-        self.trained("pairs", "reward", "deeper")
-        return self.trained("reward", "reward", "pairs", f'data.path="{self.data / "ends.jsonl"}"')
+        return self.trained("reward", "reward", "deeper")
 
     def model(self) -> Path:
         """GRPO on the reward model alone; the rule is logged."""

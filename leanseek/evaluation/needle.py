@@ -49,17 +49,13 @@ PLAIN = (  # RULER's noise, for models of any language and training
 )  # fmt: skip
 
 
-def statement(name: str, code: int) -> str:
+def statement(name: str, code: int | str) -> str:
     return f" The code of {name} is {code}."
 
 
 def question(name: str) -> str:
     """What a statement says before the code."""
     return f" The code of {name} is"
-
-
-def new_code(rng: random.Random) -> int:
-    return rng.randrange(1000, 10000)
 
 
 class Cell(NamedTuple):

@@ -24,6 +24,7 @@ def test_every_arm_from_end_to_end(reason: dict[str, ModuleType], tmp_path: Path
         developing=2,
         more={
             "pretrain": (*small, "train.steps=2", "train.batch_size=2", "train.eval_sequences=1"),
+            "reward": ("schedule.warmup_steps=0",),
             "grpo": ("train.steps=2", "train.batch_size=4", "grpo.group=2", "grpo.max_tokens=8", "train.eval_every=1"),
         },
     )
