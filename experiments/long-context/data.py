@@ -21,25 +21,24 @@ class Kind(NamedTuple):
     documents: int
     names: tuple[int, ...]  # how many codes a document has
     plain: bool  # between the codes stand the same few sentences, else some of the text
-    between: tuple[int, int]  # sentences between the codes of a document are up to a number from this to that
+    between: int  # sentences between codes, at most
     made: float  # share that has codes; the rest is text
+    first: int  # the smallest code, in four digits
 
 
 KINDS = {
-    "lookup": Kind(128, 50_000, (1, 1, 2, 3, 4), True, (1, 8), 1.0),
-    "base": Kind(512, 16_000, (1, 1, 2, 4), False, (1, 32), 0.5),
-    "2k": Kind(2048, 1_200, (1, 1, 2, 4), False, (1, 128), 0.5),
-    "8k": Kind(8192, 300, (1,), False, (512, 512), 1.0),
+    "lookup": Kind(128, 50_000, (1, 1, 2, 3, 4), True, 8, 1.0, 1000),
+    "base": Kind(512, 16_000, (1, 1, 2, 4), False, 32, 0.5, 1000),
+    "2k": Kind(2048, 1_200, (1, 1, 2, 4), False, 128, 0.5, 0),
+    "8k": Kind(8192, 300, (1, 1, 2, 4), False, 512, 0.5, 0),
 }
 
 
 def codes(rng: random.Random, size: int, kind: Kind, sentences: Sequence[str]) -> str:
     """Codes of names, each said again. What stands between varies in length: else a network copies what stands so
     many tokens before, and no name is read (docs/log.md). `size` bytes or some more."""
-    # 0375 too, though nobody asks for it: with pairs of digits as frequent as each other none is found later (docs/log.md)
-    known = {name: f"{rng.randrange(10_000):04d}" for name in rng.sample(NAMES, rng.choice(kind.names))}
-    least, most = kind.between
-    most = int(least * ((most + 1) / least) ** rng.random())  # short and long ones alike
+    known = {name: f"{rng.randrange(kind.first, 10_000):04d}" for name in rng.sample(NAMES, rng.choice(kind.names))}
+    most = int((kind.between + 1) ** rng.random())  # short and long ones alike
     names, out = list(known), ""
     while len(out) < size:
         name = rng.choice(names)

@@ -61,7 +61,7 @@ def stages() -> Iterator[Stage]:
     yield Stage("base", "base", "lookup", base, measured=(4000,))
     for arm, rope in (("yarn", YARN), ("plain", {})):
         constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
-        for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 120, 60)):
+        for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 120, 120)):
             changes = {
                 "model": {"max_position_embeddings": 10240, **rope},
                 "data": {"seq_len": KINDS[length].window},
