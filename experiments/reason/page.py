@@ -32,14 +32,17 @@ def _by_arm(rows: Sequence[Any]) -> dict[str, list[Any]]:
     return {arm: own for arm in NAMES if (own := [row for row in rows if row.arm == arm])}
 
 
+def _some(by_arm: dict[str, list[Any]], arms: Sequence[str]) -> dict[str, list[Any]]:
+    return {arm: rows for arm, rows in by_arm.items() if arm in arms}
+
+
 def draw(rows: Sequence[Any], out: Path) -> None:
     """A picture of the same: accuracy by step, what all arms end with, and both rewards where a model gives one."""
     by_arm = _by_arm(rows)
-    modelled = {arm: by_arm[arm] for arm in MODELLED if arm in by_arm}
+    modelled = _some(by_arm, MODELLED)
     figure = Figure(figsize=(17 if modelled else 12, 4), layout="constrained", facecolor="white")
     left, right, *more = figure.subplots(1, 3 if modelled else 2)
-    policies = {arm: rows for arm, rows in by_arm.items() if arm in POLICIES}
-    _curves(left, policies, lambda row: row.curve)
+    _curves(left, _some(by_arm, POLICIES), lambda row: row.curve)
     left.set_ylabel("right of held-out problems, greedy", color=INK)
     left.set_xlabel("step of GRPO", color=INK)
     _bars(right, by_arm)
@@ -63,7 +66,7 @@ def _both(ax: Axes, by_arm: dict[str, list[Any]]) -> None:
 
 
 def _body(by_arm: dict[str, list[Any]]) -> str:
-    policies = {arm: rows for arm, rows in by_arm.items() if arm in POLICIES}
+    policies = _some(by_arm, POLICIES)
     charts = [
         ("Reward of the rule, by step of GRPO", lambda ax: _curves(ax, policies, _of("reward/answer", "reward"))),
         ("Greedy accuracy on held-out problems of the curve", lambda ax: _curves(ax, policies, lambda row: row.curve)),
@@ -72,7 +75,7 @@ def _body(by_arm: dict[str, list[Any]]) -> str:
         ("Entropy of a token, nats", lambda ax: _curves(ax, policies, _of("entropy"), share=False)),
     ]
     if "model" in by_arm:
-        modelled = {arm: by_arm[arm] for arm in MODELLED if arm in by_arm}
+        modelled = _some(by_arm, MODELLED)
         charts.append(("Reward of the model, by step", lambda ax: _curves(ax, modelled, _of("reward/model"), False)))
     drawn = "".join(card(title, svg(draw)) for title, draw in charts) if policies else ""
     return (
