@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from tokenizers import Tokenizer
 
 from leanseek.data.tokenizer import save_tokenizer, train_tokenizer
 from leanseek.evaluation.needle import NAMES, PLAIN, statement
@@ -19,30 +21,34 @@ class Kind(NamedTuple):
 
     window: int  # tokens of the windows they are for
     documents: int
-    names: tuple[int, ...]  # how many codes a document has
-    plain: bool  # between the codes stand the same few sentences, else some of the text
-    between: int  # sentences between codes, at most
-    made: float  # share that has codes; the rest is text
-    first: int  # the smallest code, in four digits; from 0 on 00 to 09 are as frequent as other pairs (docs/log.md)
+    names: tuple[int, ...]  # how many a document has
+    forms: tuple[str, ...]  # what it says of each of them, over and over; one form a document
+    between: int  # sentences between two of those, at most
+    plain: bool  # these are the same few ones, else some of the text
+    made: float  # share of the documents that is made; the rest is text
 
 
-KINDS = {
-    "lookup": Kind(128, 50_000, (1, 1, 2, 3, 4), True, 8, 1.0, 1000),
-    "base": Kind(512, 16_000, (1, 1, 2, 4), False, 32, 0.5, 1000),
-    "2k": Kind(2048, 1_200, (1, 1, 2, 4), False, 128, 0.5, 0),
-    "8k": Kind(8192, 300, (1, 1, 2, 4), False, 512, 0.5, 0),
+CODE = statement("{name}", "{code}")
+NEAR, FAR = " {name} {other}.", " {name} is {other}."  # a name right before its value, and not
+KINDS = {  # names are compared where they are near first, values become codes then: docs/log.md
+    "names": Kind(128, 21_500, (2, 3, 4), (NEAR, FAR), 1, True, 1.0),
+    "lookup": Kind(128, 26_000, (1, 2, 3, 4), (NEAR, FAR, " {name} {code}.", " {name} is {code}.", CODE), 4, True, 1.0),
+    "base": Kind(512, 17_000, (1, 2, 4, 8), (CODE,), 32, False, 0.5),
+    "2k": Kind(2048, 700, (1, 2, 4, 8, 16, 32), (CODE,), 128, False, 0.5),
+    "8k": Kind(8192, 270, (1, 2, 4, 8, 16, 32, 64), (CODE,), 512, False, 0.5),
 }
 
 
-def codes(rng: random.Random, size: int, kind: Kind, sentences: Sequence[str]) -> str:
-    """Codes of names, each said again. What stands between varies in length: else a network copies what stands so
-    many tokens before, and no name is read (docs/log.md). `size` bytes or some more."""
-    known = {name: f"{rng.randrange(kind.first, 10_000):04d}" for name in rng.sample(NAMES, rng.choice(kind.names))}
-    most = int((kind.between + 1) ** rng.random())  # short and long ones alike
-    names, out = list(known), ""
+def look_up(rng: random.Random, size: int, kind: Kind, sentences: Sequence[str]) -> str:
+    """Names and what belongs to them, each said again. What stands between varies in length: else a network copies
+    what stands so many tokens before, and no name is read (docs/log.md). `size` bytes or some more."""
+    form = rng.choice(kind.forms)
+    names = rng.sample(NAMES, rng.choice(kind.names))
+    said = [form.format(name=name, code=f"{rng.randrange(10_000):04d}", other=rng.choice(NAMES)) for name in names]
+    most = min(kind.between, int((kind.between + 1) ** rng.random()))  # short and long ones alike
+    out = ""
     while len(out) < size:
-        name = rng.choice(names)
-        out += statement(name, known[name])
+        out += rng.choice(said)
         at, count = rng.randrange(len(sentences)), rng.randint(0, most)
         out += "".join(" " + sentences[(at + each) % len(sentences)] for each in range(count))
     return out
@@ -53,28 +59,36 @@ def corpus(texts: Path) -> str:
     return " ".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(texts.glob("*.txt")))
 
 
-def documents(texts: Path, kind: Kind, seed: int) -> Iterator[str]:
-    """Of about a window each."""
+def drafts(texts: Path, kind: Kind, seed: int) -> Iterator[str]:
+    """Endless, of more than a window each."""
     rng = random.Random(seed)
     whole = corpus(texts)
     sentences = [" ".join(s.split()) + "." for s in whole.split(".") if 10 < len(s) < 200]
-    for _ in range(kind.documents):
-        drawn, size = rng.random(), int(3 * kind.window * rng.uniform(0.7, 1.2))
-        if drawn < kind.made:
-            yield codes(rng, size, kind, PLAIN if kind.plain else sentences)
+    size = 6 * kind.window
+    while True:
+        if rng.random() < kind.made:
+            yield look_up(rng, size, kind, PLAIN if kind.plain else sentences)
         else:
             at = rng.randrange(len(whole) - size)
             yield " ".join(whole[at : at + size].split())
 
 
-def write_tokenizer(folder: Path, rows: Sequence[Path]) -> None:
-    """One of the texts in files of ours. Two digits are a token, so that a code is two, which always stand where they
+def documents(texts: Path, kind: Kind, seed: int, tokenizer: Tokenizer) -> Iterator[str]:
+    """Of a window each, the token that ends them included, so that every window is one document: look-up is learned
+    from these in half the steps (docs/log.md). The few whose tokens change by the cut are left out."""
+    found, size = 0, kind.window - 1
+    for draft in drafts(texts, kind, seed):
+        text = tokenizer.decode(tokenizer.encode(draft).ids[:size])
+        if len(tokenizer.encode(text).ids) == size:
+            yield text
+            found += 1
+            if found == kind.documents:
+                return
+
+
+def write_tokenizer(folder: Path, texts: Path) -> None:
+    """One of what the first stages read. Two digits are a token, so that a code is two, which always stand where they
     do behind its name."""
-
-    def texts() -> Iterator[str]:
-        for path in rows:
-            with path.open(encoding="utf-8") as lines:
-                yield from (json.loads(line)["text"] for line in lines)
-
+    each = (itertools.islice(drafts(texts, KINDS[kind], 0), 8_000) for kind in ("lookup", "base"))
     folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(train_tokenizer(texts(), VOCABULARY, digits=2), folder)
+    save_tokenizer(train_tokenizer(itertools.chain(*each), VOCABULARY, digits=2), folder)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import tomli_w
 import torch
+from tokenizers import Tokenizer
 from data import KINDS, corpus, documents, write_tokenizer
 
 from leanseek import LLM, Transformer, load, save
@@ -56,7 +57,9 @@ class Stage(NamedTuple):
 
 def stages() -> Iterator[Stage]:
     """In the order in which they run: look-up, pre-training, then both phases of each arm."""
-    yield Stage("lookup", "lookup", "begin", {"data": {"seq_len": 128}, "train": {"steps": 5000, "batch_size": 16}})
+    steady = {"schedule": {"final_lr": 1.5e-3, "last_lr": 1.5e-3}, "data": {"seq_len": 128}}
+    yield Stage("names", "names", "begin", merged([steady, {"train": {"steps": 1250, "batch_size": 16}}]))
+    yield Stage("lookup", "lookup", "names", merged([steady, {"train": {"steps": 1500, "batch_size": 16}}]))
     base = {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}}
     yield Stage("base", "base", "lookup", base, measured=(4000,))
     for arm, rope in (("yarn", YARN), ("plain", {})):
@@ -76,7 +79,7 @@ def shards(texts: Path, runs: Path, name: str) -> Path:
     data = runs / "data"
     data.mkdir(parents=True, exist_ok=True)
     if not (data / "tokenizer/tokenizer.json").is_file():
-        write_tokenizer(data / "tokenizer", [rows(texts, data, kind) for kind in ("lookup", "base")])
+        write_tokenizer(data / "tokenizer", texts)
     if not (data / name / "manifest.json").is_file():
         prepare([rows(texts, data, name)], data / name, tokenizer=data / "tokenizer", workers=1)
     return data / name
@@ -86,7 +89,9 @@ def rows(texts: Path, data: Path, name: str) -> Path:
     """The documents of a stage."""
     path = data / f"{name}.jsonl"
     if not path.is_file():
-        lines = (json.dumps({"text": text}) for text in documents(texts, KINDS[name], list(KINDS).index(name)))
+        tokenizer = Tokenizer.from_file(str(data / "tokenizer/tokenizer.json"))
+        made = documents(texts, KINDS[name], 1 + list(KINDS).index(name), tokenizer)
+        lines = (json.dumps({"text": text}) for text in made)
         replace_file(path, "\n".join(lines).encode())
     return path
 
@@ -114,14 +119,17 @@ def measure(checkpoint: Path, text: str, held_out: Path, longest: int) -> None:
 
 
 def begin(runs: Path) -> None:
-    """Initial weights, and a vector that all embeddings have in common. V3's queries and keys have no bias, so a head
-    that looks at a place, whatever stands there, can be made of nothing else; without such heads no name is looked up,
-    and the network takes long to grow them (docs/log.md)."""
+    """Initial weights, in which two things make look-up learnable in minutes (docs/log.md). Embeddings are as large as
+    what a layer adds to them, so that a name is still read behind the first layer. And they have a vector in common:
+    V3's queries and keys have no bias, so a head that looks at a place, whatever stands there, can be made of nothing
+    else."""
     if not (runs / "begin").is_dir():
         model = Transformer(ModelConfig(**read_toml(HERE / "config.toml")["model"]))
         model.init_weights(0)
         with torch.no_grad():
-            model.embed_tokens.weight += 0.2 * torch.randn(model.config.hidden_size, generator=torch.manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            model.embed_tokens.weight.normal_(generator=generator)
+            model.embed_tokens.weight += torch.randn(model.config.hidden_size, generator=generator)
         save(model, runs / "begin", tokenizer_from=runs / "data/tokenizer")
 
 
