@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import Any, NamedTuple
 
 import tomli_w
 import torch
-from tokenizers import Tokenizer
 from data import KINDS, corpus, documents, write_tokenizer
+from tokenizers import Tokenizer
 
 from leanseek import LLM, Transformer, load, save
 from leanseek.checkpoint import resolve
@@ -39,7 +40,7 @@ from leanseek.writing import replace_file
 
 HERE = Path(__file__).parent
 LENGTHS = (512, 2048, 8192)
-TASKS = {"needle": LENGTHS, "needle_multikey": LENGTHS[:2]}  # a map of 8,192 tokens takes some minutes
+TASKS = ("needle", "needle_multikey")
 YARN = {  # the same in both phases (4.3)
     "rope_scaling": {"factor": 20.0, "original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 1.0}
 }
@@ -51,27 +52,26 @@ class Stage(NamedTuple):
     source: str  # the stage it begins with
     changes: dict[str, Any]
     every: int = 1000  # steps between checkpoints
-    measured: tuple[int, ...] = ()  # the steps whose needle maps are drawn
+    measured: bool = True  # each of these, its needle maps and bits per byte
     arm: str = ""
 
 
 def stages() -> Iterator[Stage]:
     """In the order in which they run: look-up, pre-training, then both phases of each arm."""
     steady = {"schedule": {"final_lr": 1.5e-3, "last_lr": 1.5e-3}, "data": {"seq_len": 128}}
-    yield Stage("names", "names", "begin", merged([steady, {"train": {"steps": 1250, "batch_size": 16}}]))
-    yield Stage("lookup", "lookup", "names", merged([steady, {"train": {"steps": 1500, "batch_size": 16}}]))
-    base = {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}}
-    yield Stage("base", "base", "lookup", base, measured=(4000,))
+    first = merged([steady, {"train": {"steps": 1500, "batch_size": 16}}])
+    yield Stage("names", "names", "begin", first, measured=False)
+    yield Stage("lookup", "lookup", "names", first, measured=False)
+    yield Stage("base", "base", "lookup", {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}})
     for arm, rope in (("yarn", YARN), ("plain", {})):
         constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
-        for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 120, 120)):
+        for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 240, 120)):
             changes = {
                 "model": {"max_position_embeddings": 10240, **rope},
                 "data": {"seq_len": KINDS[length].window},
                 "train": {"batch_size": batch, "steps": steps, "eval_every": steps},
             }
-            steps_measured = tuple(range(every, steps + 1, every))
-            yield Stage(f"{arm}-{length}", length, source, merged([constant, changes]), every, steps_measured, arm)
+            yield Stage(f"{arm}-{length}", length, source, merged([constant, changes]), every, arm=arm)
 
 
 def shards(texts: Path, runs: Path, name: str) -> Path:
@@ -91,7 +91,7 @@ def rows(texts: Path, data: Path, name: str) -> Path:
     if not path.is_file():
         tokenizer = Tokenizer.from_file(str(data / "tokenizer/tokenizer.json"))
         made = documents(texts, KINDS[name], 1 + list(KINDS).index(name), tokenizer)
-        lines = (json.dumps({"text": text}) for text in made)
+        lines = (json.dumps({"text": text}) for text in itertools.islice(made, KINDS[name].documents))
         replace_file(path, "\n".join(lines).encode())
     return path
 
@@ -110,9 +110,8 @@ def measure(checkpoint: Path, text: str, held_out: Path, longest: int) -> None:
     kept = checkpoint.parent / f"{checkpoint.name}.measured.json"
     if not kept.is_file():
         scorer = Scorer(LLM(checkpoint, packed_copy=False))
-        maps = {}
-        for task, lengths in TASKS.items():
-            maps[task] = needle.find(scorer, task, [length for length in lengths if length <= longest], text=text)
+        lengths = [length for length in LENGTHS if length <= longest]
+        maps = {task: needle.find(scorer, task, lengths, text=text) for task in TASKS}
         found: dict[str, Any] = {task: [cell._asdict() for cell in cells] for task, cells in maps.items()}
         found["bits_per_byte"] = bits_per_byte(load(checkpoint), TokenDataset(held_out, "validation", 512, 1), 64)
         replace_file(kept, json.dumps(found).encode())
@@ -167,36 +166,25 @@ def share(cells: list[dict[str, float]]) -> float:
 
 
 def draw(measured: dict[str, Any], out: Path) -> None:
-    """needles.png: the map of one code after each stage. steps.png: the share of codes found, by step of each arm."""
-    names = [
-        n
-        for n in ("base", "untrained-plain", "plain-2k", "plain-8k", "untrained-yarn", "yarn-2k", "yarn-8k")
-        if n in measured
-    ]
+    """needles.png: the maps after each stage. steps.png: the share of codes found, by step of each arm."""
+    maps = ("untrained-plain", "plain-2k", "plain-8k", "untrained-yarn", "yarn-2k", "yarn-8k")
+    names = [name for name in maps if name in measured]
     if not names:
         return
-    figure = Figure(figsize=(0.6 + 2.4 * len(names), 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        cells = measured[name][max(measured[name])]["needle"]
-        needle.draw(axes, [needle.Cell(**cell) for cell in cells], name)
+    figure = Figure(figsize=(0.6 + 2.4 * len(names), 6.8), layout="constrained")
+    for row, task in zip(figure.subplots(len(TASKS), len(names), squeeze=False), TASKS, strict=True):
+        for axes, name in zip(row, names, strict=True):
+            cells = measured[name][max(measured[name])][task]
+            needle.draw(axes, [needle.Cell(**cell) for cell in cells], f"{name}: {task}")
     figure.savefig(out / "needles.png", dpi=110)
 
-    arms = {arm: by_step(measured, arm) for arm in ("yarn", "plain")}
-    panels = {
-        (task, length): {
-            arm: {step: share(cells) for step, each in points.items() if (cells := at(each[task], length))}
-            for arm, points in arms.items()
-        }
-        for task, lengths in TASKS.items()
-        for length in lengths[1:]
-    }
-    panels = {panel: lines for panel, lines in panels.items() if any(lines.values())}
+    panels = [(task, length) for task in TASKS for length in LENGTHS[1:]]
     figure = Figure(figsize=(0.5 + 3 * len(panels), 3.2), layout="constrained")
-    for axes, ((task, length), lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        for arm, points in lines.items():
-            axes.plot(list(points), list(points.values()), "o-", markersize=3, label=arm)
+    for axes, (task, length) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for arm in ("yarn", "plain"):
+            points = {step: at(each[task], length) for step, each in by_step(measured, arm).items()}
+            shares = {step: share(cells) for step, cells in points.items() if cells}
+            axes.plot(list(shares), list(shares.values()), "o-", markersize=3, label=arm)
         axes.axhline(needle.GREEN, color="gray", linewidth=0.5)
         axes.set(xlabel="steps", ylim=(-0.02, 1.02), title=f"{task}, {length:,} tokens")
         axes.legend()
@@ -234,7 +222,7 @@ def extend(texts: Path, runs: Path) -> None:
     for stage in stages():
         run = settings(stage, texts, runs)
         train(run, resume=(runs / stage.name).is_dir(), runs=runs)
-        for step in stage.measured:
+        for step in range(stage.every, run.train.steps + 1, stage.every) if stage.measured else ():
             measure(runs / stage.name / "checkpoints" / f"step-{step}", text, held_out, run.data.seq_len)
         if stage.arm and stage.source == "base":
             measure(untrained(runs, stage.arm), text, held_out, run.data.seq_len)
