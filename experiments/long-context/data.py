@@ -79,7 +79,7 @@ def drafts(texts: Path, kind: Kind, seed: int) -> Iterator[str]:
 
 
 def documents(texts: Path, kind: Kind, seed: int, tokenizer: Tokenizer) -> Iterator[str]:
-    """Eight drafts, each cut to a window, so that every window has one: look-up is learned from these in half the steps
+    """Eight drafts, each cut to a window, so that every window has one: look-up is learned from these in fewer steps
     (docs/log.md). One alone would always end where its window does, and be taken to end wherever a window might."""
     windows: list[str] = []
     for draft in drafts(texts, kind, seed):

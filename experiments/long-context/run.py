@@ -63,8 +63,8 @@ def stages() -> Iterator[Stage]:
     yield Stage("names", "names", "begin", first, measured=False)
     yield Stage("lookup", "lookup", "names", first, measured=False)
     yield Stage("base", "base", "lookup", {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}})
+    constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
     for arm, rope in (("yarn", YARN), ("plain", {})):
-        constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
         for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 240, 120)):
             changes = {
                 "model": {"max_position_embeddings": 10240, **rope},
@@ -175,7 +175,7 @@ def draw(measured: dict[str, Any], out: Path) -> None:
     for row, task in zip(figure.subplots(len(TASKS), len(names), squeeze=False), TASKS, strict=True):
         for axes, name in zip(row, names, strict=True):
             cells = measured[name][max(measured[name])][task]
-            needle.draw(axes, [needle.Cell(**cell) for cell in cells], f"{name}: {task}")
+            needle.draw(axes, [needle.Cell(**cell) for cell in cells], f"{name}\n{task}")
     figure.savefig(out / "needles.png", dpi=110)
 
     panels = [(task, length) for task in TASKS for length in LENGTHS[1:]]
@@ -186,7 +186,7 @@ def draw(measured: dict[str, Any], out: Path) -> None:
             shares = {step: share(cells) for step, cells in points.items() if cells}
             axes.plot(list(shares), list(shares.values()), "o-", markersize=3, label=arm)
         axes.axhline(needle.GREEN, color="gray", linewidth=0.5)
-        axes.set(xlabel="steps", ylim=(-0.02, 1.02), title=f"{task}, {length:,} tokens")
+        axes.set(xlabel="steps", xlim=(-5, None), ylim=(-0.02, 1.02), title=f"{task}, {length:,} tokens")
         axes.legend()
     figure.savefig(out / "steps.png", dpi=110)
 
