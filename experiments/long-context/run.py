@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import tomli_w
 import torch
 from data import KINDS, corpus, documents, write_tokenizer
-from tokenizers import Tokenizer
 
 from leanseek import LLM, Transformer, load, save
 from leanseek.checkpoint import resolve
 from leanseek.config import ModelConfig, merged
 from leanseek.data.loader import TokenDataset
 from leanseek.data.prepare import prepare
+from leanseek.data.tokenizer import load_tokenizer
 from leanseek.evaluation import needle
 from leanseek.evaluation.scoring import Scorer
 from leanseek.plotting import Figure
@@ -57,18 +57,16 @@ class Stage(NamedTuple):
 
 
 def stages() -> Iterator[Stage]:
-    """In the order in which they run: look-up, pre-training, then both phases of each arm."""
-    steady = {"schedule": {"final_lr": 1.5e-3, "last_lr": 1.5e-3}, "data": {"seq_len": 128}}
-    first = merged([steady, {"train": {"steps": 1500, "batch_size": 16}}])
+    """In the order in which they run: names, look-up, pre-training, then both phases of each arm."""
+    first = {"schedule": {"final_lr": 1.5e-3, "last_lr": 1.5e-3}, "train": {"steps": 1500, "batch_size": 16}}
     yield Stage("names", "names", "begin", first, measured=False)
     yield Stage("lookup", "lookup", "names", first, measured=False)
-    yield Stage("base", "base", "lookup", {"data": {"seq_len": 512}, "train": {"steps": 4000, "batch_size": 4}})
+    yield Stage("base", "base", "lookup", {"train": {"steps": 4000, "batch_size": 4}})
     constant = {"optimizer": {"lr": 3e-4}, "schedule": {"warmup_steps": 0, "final_lr": 3e-4, "last_lr": 3e-4}}
     for arm, rope in (("yarn", YARN), ("plain", {})):
         for length, source, batch, steps, every in (("2k", "base", 8, 80, 20), ("8k", f"{arm}-2k", 2, 240, 120)):
             changes = {
                 "model": {"max_position_embeddings": 10240, **rope},
-                "data": {"seq_len": KINDS[length].window},
                 "train": {"batch_size": batch, "steps": steps, "eval_every": steps},
             }
             yield Stage(f"{arm}-{length}", length, source, merged([constant, changes]), every, arm=arm)
@@ -89,16 +87,15 @@ def rows(texts: Path, data: Path, name: str) -> Path:
     """The documents of a stage."""
     path = data / f"{name}.jsonl"
     if not path.is_file():
-        tokenizer = Tokenizer.from_file(str(data / "tokenizer/tokenizer.json"))
-        made = documents(texts, KINDS[name], 1 + list(KINDS).index(name), tokenizer)
+        made = documents(texts, KINDS[name], 1 + list(KINDS).index(name), load_tokenizer(data / "tokenizer"))
         lines = (json.dumps({"text": text}) for text in itertools.islice(made, KINDS[name].documents))
         replace_file(path, "\n".join(lines).encode())
     return path
 
 
 def settings(stage: Stage, texts: Path, runs: Path) -> RunConfig:
-    table = merged([read_toml(HERE / "config.toml"), stage.changes])
-    table = merged([table, {"name": stage.name, "data": {"path": str(shards(texts, runs, stage.data))}}])
+    data = {"path": str(shards(texts, runs, stage.data)), "seq_len": KINDS[stage.data].window}
+    table = merged([read_toml(HERE / "config.toml"), stage.changes, {"name": stage.name, "data": data}])
     table |= {"checkpoint": {"every": stage.every, "keep_every": stage.every}, "from": str(runs / stage.source)}
     config = runs / f"{stage.name}.toml"
     config.write_text(tomli_w.dumps(table), encoding="utf-8")

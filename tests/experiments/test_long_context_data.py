@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 from tokenizers import Tokenizer
 
+from leanseek.data.tokenizer import load_tokenizer
+
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,7 +26,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(long_context: dict[str, ModuleType], texts: Path) -> Tokenizer:
     long_context["data"].write_tokenizer(texts / "tokenizer", texts, 1_000)
-    return Tokenizer.from_file(str(texts / "tokenizer" / "tokenizer.json"))
+    return load_tokenizer(texts / "tokenizer")
 
 
 def test_a_window_begins_with_each_draft(
